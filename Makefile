@@ -1,0 +1,90 @@
+# Needs Python 3.11 or later with pip, and make. Everything else goes into $(VENV).
+#
+#   make demo      the main job: learn a prior from digits with hidden pixels
+#   make test      the default tests (ARGS="-k linalg" goes to pytest)
+#   make lint      ruff: rules and format
+#   make types     mypy
+#   make docs      the documentation, in docs/_build/html
+#   make bench     every script under benchmarks/
+#
+# A step is repeated only when pyproject.toml has changed. Another interpreter:
+# make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+
+# Modules that must work in float64 too; those that exist are run.
+NUMERIC := linalg schedules denoisers likelihoods samplers guidance metrics training \
+	distributions introspect posterior gaussian_fit
+X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
+
+.PHONY: help demo test test-slow test-x64 lint format types docs bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/stamp-examples
+	$(PY) examples/digits.py $(ARGS)
+
+test: $(VENV)/stamp-test
+	$(PY) -m pytest $(ARGS)
+
+# pytest's exit status 5 says that no test is marked slow, which is no failure.
+test-slow: $(VENV)/stamp-test
+	$(PY) -m pytest -m slow --durations=10 $(ARGS) || test $$? -eq 5
+
+test-x64: $(VENV)/stamp-test
+	JAX_ENABLE_X64=1 $(PY) -m pytest $(X64_TESTS) $(ARGS)
+
+lint: $(VENV)/stamp-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/stamp-test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/stamp-test
+	$(PY) -m mypy
+
+docs: $(VENV)/stamp-docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(VENV)/stamp-bench
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; $(PY) "$$script" $(ARGS); \
+	done
+
+clean:
+	rm -rf $(VENV) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache
+
+# Debian ships venv without ensurepip; the system's pip then fills the environment.
+$(VENV)/stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or later is needed, '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv' || { \
+		echo "error: '$(PYTHON)' has no venv module." \
+			"On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+		$(PYTHON) -m venv --clear $(VENV); \
+	else \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(PY) install --quiet pip || { \
+		echo "error: '$(PYTHON)' has neither ensurepip nor a pip of 22.3 or later." \
+			"On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@touch $@
+
+$(VENV)/stamp-bench: PINS = "$(TORCH)"
+
+$(VENV)/stamp-examples $(VENV)/stamp-test $(VENV)/stamp-docs $(VENV)/stamp-bench: \
+$(VENV)/stamp-%: pyproject.toml $(VENV)/stamp-venv
+	$(PY) -m pip install --quiet --editable ".[$*]" $(PINS)
+	@touch $@
