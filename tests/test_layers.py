@@ -1,0 +1,123 @@
+"""A module imports only from lower layers, and the numeric core does not know NumPyro."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "numpyro_diffprior"
+
+LAYERS = (
+    ("linalg", "schedules", "nets", "metrics"),
+    ("denoisers", "likelihoods"),
+    ("guidance", "samplers", "training"),
+    ("distributions", "introspect"),
+    ("posterior", "gaussian_fit"),
+    ("kernels", "reparam", "em"),
+    ("arviz_io", "checkpoints"),
+)
+LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+FIRST_LAYER_WITH_NUMPYRO = 3
+FORBIDDEN_NAMES = frozenset({"utils", "typing", "base", "common"})
+
+SOURCES = {
+    path.relative_to(ROOT / PACKAGE).with_suffix("").as_posix(): path
+    for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+}
+MODULES = sorted(set(SOURCES) - {"__init__"})
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """Dotted names of all imports at any depth; ``from a import b`` gives ``a.b``."""
+    names = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                names += [alias.name for alias in node.names]
+            case ast.ImportFrom(level=0):
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            case ast.ImportFrom():
+                names.append("." * node.level + (node.module or ""))
+            case ast.Name(id="__import__" | "import_module" as name):
+                names.append(f"{name}()")
+            case ast.Attribute(attr="import_module"):
+                names.append("import_module()")
+    return names
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What is wrong with the imports of a module of the package."""
+    layer = LAYER_OF[module]
+    found = []
+    for name in imported(ast.parse(source)):
+        top, *rest = name.split(".")
+        if name.startswith("."):
+            found.append(f"relative import of '{name}'")
+        elif name.endswith("()"):
+            found.append(f"import by a call of {name}")
+        elif name == "importlib.import_module":
+            found.append("import of import_module")
+        elif top == "numpyro" and layer < FIRST_LAYER_WITH_NUMPYRO:
+            found.append(f"'{name}' in layer {layer}")
+        elif top == PACKAGE and (not rest or rest[0] not in LAYER_OF):
+            found.append(f"'{name}' comes from the package, not from one of its modules")
+        elif top == PACKAGE and LAYER_OF[rest[0]] >= layer:
+            found.append(f"'{name}' of layer {LAYER_OF[rest[0]]} in layer {layer}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_in_the_table(module):
+    assert module.split("/")[-1] not in FORBIDDEN_NAMES, f"no module is called '{module}'"
+    assert module in LAYER_OF, f"add '{module}' to LAYERS and to CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_from_lower_layers(module):
+    assert violations(module, SOURCES[module].read_text(encoding="utf-8")) == []
+
+
+def test_contributing_has_the_same_table():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", text, flags=re.MULTILINE)
+    table = tuple(tuple(re.findall(r"`(\w+)`", modules)) for _, modules in rows)
+    assert table == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("linalg", "import numpyro"),
+        ("samplers", "import numpyro.distributions as dist"),
+        ("training", "from numpyro.infer import SVI"),
+        ("linalg", "from numpyro_diffprior.schedules import LogLinear"),
+        ("linalg", "import numpyro_diffprior.em"),
+        ("denoisers", "from numpyro_diffprior import guidance"),
+        ("denoisers", "def f():\n    from numpyro_diffprior.samplers import DDIM"),
+        ("em", "import numpyro_diffprior"),
+        ("em", "from numpyro_diffprior import EM"),
+        ("em", "from numpyro_diffprior.unknown import f"),
+        ("em", "from .linalg import Dense"),
+        ("em", "from . import linalg"),
+        ("em", "import importlib\nimportlib.import_module('numpyro_diffprior.linalg')"),
+        ("em", "from importlib import import_module as load"),
+        ("em", "__import__('numpyro_diffprior.linalg')"),
+    ],
+)
+def test_forbidden_import_is_found(module, source):
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("linalg", "import jax.numpy as jnp\nfrom jax import Array"),
+        ("denoisers", "from numpyro_diffprior.linalg import Dense, Isotropic"),
+        ("em", "from numpyro_diffprior import linalg\nimport numpyro_diffprior.nets"),
+        ("distributions", "from numpyro.distributions import constraints"),
+    ],
+)
+def test_allowed_import_passes(module, source):
+    assert violations(module, source) == []

@@ -1,0 +1,62 @@
+"""The public names are pinned, documented, and listed in the reference."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import numpyro_diffprior as ndp
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+# Sorted; a name is added or removed here on purpose, and in docs/api.md.
+PUBLIC = [
+    "__version__",
+]
+NAMES = [name for name in PUBLIC if not name.startswith("__")]
+
+
+def reference() -> dict[str, list[str]]:
+    """Names listed in the reference, by module: the ``:members:`` of every ``automodule``."""
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"automodule:: numpyro_diffprior\.(\w+)\n +:members: (.*)\n", text)
+    return {module: members.split(", ") for module, members in blocks}
+
+
+REFERENCE = reference()
+
+
+def test_all_is_pinned():
+    assert sorted(PUBLIC) == PUBLIC
+    assert sorted(ndp.__all__) == PUBLIC
+    assert len(set(ndp.__all__)) == len(ndp.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name_has_a_docstring(name):
+    member = getattr(ndp, name)
+    # vars, not getattr: a class must not pass by its base's docstring.
+    doc = vars(member).get("__doc__") if inspect.isclass(member) else member.__doc__
+    assert doc is not None
+    assert doc.strip()
+    # What dataclasses and NamedTuples write when nobody wrote a docstring.
+    assert not doc.startswith(f"{name}("), "this docstring is generated"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name_is_in_the_reference(name):
+    listed = {member for members in REFERENCE.values() for member in members}
+    assert name in listed, f"add '{name}' to docs/api.md"
+
+
+@pytest.mark.parametrize("module", sorted(REFERENCE))
+def test_reference_lists_what_the_module_exports(module):
+    exported = importlib.import_module(f"numpyro_diffprior.{module}").__all__
+    assert sorted(REFERENCE[module], key=str.lower) == sorted(exported, key=str.lower)
+
+
+def test_reference_has_every_module():
+    modules = {path.stem for path in (DOCS.parent / "numpyro_diffprior").glob("*.py")}
+    assert set(REFERENCE) == modules - {"__init__"}
