@@ -45,6 +45,20 @@ def test_public_name_has_a_docstring(name):
     assert not doc.startswith(f"{name}("), "this docstring is generated"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if inspect.isclass(getattr(ndp, name))])
+def test_public_methods_have_docstrings(name):
+    cls = getattr(ndp, name)
+    undocumented = [
+        member
+        for member, value in vars(cls).items()
+        if member == "__call__" or not member.startswith("_")
+        if inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod)
+        # What implements a documented method of a base needs no docstring of its own.
+        if not any(getattr(vars(base).get(member), "__doc__", None) for base in cls.__mro__)
+    ]
+    assert undocumented == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_public_name_is_in_the_reference(name):
     listed = {member for members in REFERENCE.values() for member in members}
