@@ -53,8 +53,12 @@ def test_public_methods_have_docstrings(name):
         for member, value in vars(cls).items()
         if member == "__call__" or not member.startswith("_")
         if inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod)
-        # What implements a documented method of a base needs no docstring of its own.
-        if not any(getattr(vars(base).get(member), "__doc__", None) for base in cls.__mro__)
+        # What implements a method or an attribute of a base is documented there.
+        if not any(
+            getattr(vars(base).get(member), "__doc__", None)
+            or member in inspect.get_annotations(base)
+            for base in cls.__mro__
+        )
     ]
     assert undocumented == []
 
