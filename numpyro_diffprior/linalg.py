@@ -1,0 +1,591 @@
+r"""Structured covariances, and linear solvers that report how well they did.
+
+A :class:`Covariance` acts on the last axis of its vectors: one event each, all leading axes are
+batch. Its parameters may have leading axes of their own, which broadcast against those of the
+vectors; so may the scalar arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``.
+What a noise level asks for stays within the class, at any level and for many levels at once:
+
+.. math:: \mathrm{shift}: \Sigma + v I, \qquad
+    \mathrm{harmonic}: (\Sigma^{-1} + I / v)^{-1}.
+
+A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``shift``,
+``harmonic`` and ``sqrt_matvec`` take it.
+
+References:
+    Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
+    low-rank fit).
+    Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
+    NeurIPS 2024, arXiv 2405.13712 (conjugate gradients in moment matching posterior sampling).
+"""
+
+# ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+__all__ = [
+    "Blocks",
+    "Covariance",
+    "Dense",
+    "DenseSolveResult",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Isotropic",
+    "SolveResult",
+    "conjugate_gradient",
+    "empirical_gaussian",
+    "truncated_solve",
+]
+
+
+class Covariance(ABC):
+    r"""A symmetric positive semi-definite matrix :math:`\Sigma`."""
+
+    if TYPE_CHECKING:  # read-only: a field in one class, a property of the shapes in the others
+
+        @property
+        def size(self) -> int:
+            """Dimension of the vectors."""
+
+    @abstractmethod
+    def matvec(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma v`, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def solve(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma^{-1} v`, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        r"""Return :math:`L z`, where :math:`L` is square and :math:`L L^T = \Sigma`."""
+
+    @abstractmethod
+    def logdet(self) -> jax.Array:
+        r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
+
+    @abstractmethod
+    def diagonal(self) -> jax.Array:
+        """Return the variances, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def max_eigenvalue(self) -> jax.Array:
+        """Return the largest eigenvalue or an upper bound, with shape ``(*batch,)``."""
+
+    @abstractmethod
+    def scale(self, c: ArrayLike) -> Self:
+        r"""Return :math:`c \Sigma` for :math:`c \ge 0`."""
+
+    @abstractmethod
+    def shift(self, variance: ArrayLike) -> Self:
+        r"""Return :math:`\Sigma + v I`."""
+
+    @abstractmethod
+    def harmonic(self, variance: ArrayLike) -> Self:
+        r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, what noise of variance v leaves."""
+
+    def trace(self) -> jax.Array:
+        """Return the total variance, with shape ``(*batch,)``."""
+        return self.diagonal().sum(-1)
+
+    def dense(self) -> jax.Array:
+        """Return the matrix, with shape ``(*batch, size, size)``."""
+        identity = jnp.eye(self.size, dtype=self.diagonal().dtype)
+        return jax.vmap(self.matvec, out_axes=-1)(identity)
+
+    def __add__(self, other: "Covariance") -> "Covariance":
+        """Return the sum, structured where the structures allow it and :class:`Dense` otherwise.
+
+        Raises:
+            ValueError: if the sizes differ.
+        """
+        if self.size != other.size:
+            raise ValueError(
+                f"Expected two covariances of one size, got {self.size} and {other.size}."
+            )
+        return _add(self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Isotropic(Covariance):
+    r""":math:`v I`, with ``variance`` of shape ``(*batch,)``."""
+
+    variance: ArrayLike
+    size: int = field(metadata={"static": True})
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return _column(self.variance) * v
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return v / _column(self.variance)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return jnp.sqrt(_column(self.variance)) * z
+
+    def logdet(self) -> jax.Array:
+        return self.size * jnp.log(self.variance)
+
+    def diagonal(self) -> jax.Array:
+        return jnp.broadcast_to(_column(self.variance), (*jnp.shape(self.variance), self.size))
+
+    def max_eigenvalue(self) -> jax.Array:
+        return jnp.asarray(self.variance)
+
+    def scale(self, c: ArrayLike) -> "Isotropic":
+        return Isotropic(c * jnp.asarray(self.variance), self.size)
+
+    def shift(self, variance: ArrayLike) -> "Isotropic":
+        return Isotropic(jnp.add(self.variance, variance), self.size)
+
+    def harmonic(self, variance: ArrayLike) -> "Isotropic":
+        return Isotropic(_harmonic(self.variance, variance), self.size)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Diagonal(Covariance):
+    """Independent coordinates, with ``variances`` of shape ``(*batch, size)``."""
+
+    variances: jax.Array
+
+    @property
+    def size(self) -> int:
+        return self.variances.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self.variances * v
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return v / self.variances
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return jnp.sqrt(self.variances) * z
+
+    def logdet(self) -> jax.Array:
+        return jnp.log(self.variances).sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return self.variances
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self.variances.max(-1)
+
+    def scale(self, c: ArrayLike) -> "Diagonal":
+        return Diagonal(_column(c) * self.variances)
+
+    def shift(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(self.variances + _column(variance))
+
+    def harmonic(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(_harmonic(self.variances, _column(variance)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class DiagonalPlusLowRank(Covariance):
+    r""":math:`D + F F^T`: ``diag`` ``(*batch, size)`` and ``factor`` ``(*batch, size, rank)``.
+
+    Everything follows from one small Cholesky factor, :math:`C C^T = I + F^T D^{-1} F` (Woodbury).
+    With :math:`G = D^{-1/2} F` the square root is :math:`L = D^{1/2} (I + G (I + C)^{-1} G^T)`.
+    """
+
+    diag: jax.Array
+    factor: jax.Array
+
+    @property
+    def size(self) -> int:
+        return self.diag.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self.diag * v + _matvec(self.factor, _rmatvec(self.factor, v))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        inverse = _inverse_lower(_capacitance(self.factor, 1 / self.diag))
+        inner = _rmatvec(inverse, _matvec(inverse, _rmatvec(self.factor, v / self.diag)))
+        return (v - _matvec(self.factor, inner)) / self.diag
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        # G divides by D, which is kept above sqrt(eps) of the variance: C would lose its digits.
+        info = jnp.finfo(self.factor.dtype)
+        smallest = info.eps**0.5 * jnp.square(self.factor).sum(-1) + info.tiny
+        diag = jnp.maximum(self.diag, smallest)
+        chol = _capacitance(self.factor, 1 / diag)
+        inverse = _inverse_lower(chol + jnp.eye(chol.shape[-1], dtype=chol.dtype))
+        inner = _matvec(inverse, _rmatvec(self.factor, z / jnp.sqrt(diag)))
+        return jnp.sqrt(diag) * z + _matvec(self.factor, inner)
+
+    def logdet(self) -> jax.Array:
+        chol = _capacitance(self.factor, 1 / self.diag)
+        small = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
+        return jnp.log(self.diag).sum(-1) + small
+
+    def diagonal(self) -> jax.Array:
+        return self.diag + jnp.square(self.factor).sum(-1)
+
+    def max_eigenvalue(self) -> jax.Array:
+        """Return the sum of the two parts' largest eigenvalues: exact if ``diag`` is constant."""
+        gram = _matmul(self.factor.mT, self.factor)
+        return self.diag.max(-1) + jnp.linalg.eigvalsh(gram).max(-1)
+
+    def scale(self, c: ArrayLike) -> "DiagonalPlusLowRank":
+        root = jnp.sqrt(_column(_column(c)))
+        return DiagonalPlusLowRank(_column(c) * self.diag, root * self.factor)
+
+    def shift(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+        return DiagonalPlusLowRank(self.diag + _column(variance), self.factor)
+
+    def harmonic(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+        v = _column(variance)
+        weights = 1 / (self.diag + v)
+        inverse = _inverse_lower(_capacitance(self.factor, weights))
+        factor = _matmul(_column(v * weights) * self.factor, inverse.mT)
+        return DiagonalPlusLowRank(_harmonic(self.diag, v), factor)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Dense(Covariance):
+    r""":math:`Q \Lambda Q^T`, with ``eigenvalues`` ``(*batch, size)`` and orthonormal columns.
+
+    In its eigenbasis the matrix is shifted, inverted and rooted without any factorisation.
+    """
+
+    eigenvalues: jax.Array
+    eigenvectors: jax.Array
+
+    @classmethod
+    def from_matrix(cls, matrix: jax.Array) -> "Dense":
+        """Decompose the symmetric part of ``matrix``; negative eigenvalues are set to zero.
+
+        Raises:
+            ValueError: if ``matrix`` is not square in its last two axes.
+        """
+        shape = jnp.shape(matrix)
+        if len(shape) < 2 or shape[-1] != shape[-2]:
+            raise ValueError(f"Expected a matrix of shape (*batch, size, size), got {shape}.")
+        eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
+        return cls(jnp.maximum(eigenvalues, 0), eigenvectors)
+
+    @property
+    def size(self) -> int:
+        return self.eigenvalues.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return _matvec(self.eigenvectors, self.eigenvalues * _rmatvec(self.eigenvectors, v))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return _matvec(self.eigenvectors, _rmatvec(self.eigenvectors, v) / self.eigenvalues)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return _matvec(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
+
+    def logdet(self) -> jax.Array:
+        return jnp.log(self.eigenvalues).sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return _matvec(jnp.square(self.eigenvectors), self.eigenvalues)
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self.eigenvalues.max(-1)
+
+    def scale(self, c: ArrayLike) -> "Dense":
+        return Dense(_column(c) * self.eigenvalues, self.eigenvectors)
+
+    def shift(self, variance: ArrayLike) -> "Dense":
+        return Dense(self.eigenvalues + _column(variance), self.eigenvectors)
+
+    def harmonic(self, variance: ArrayLike) -> "Dense":
+        return Dense(_harmonic(self.eigenvalues, _column(variance)), self.eigenvectors)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Blocks(Covariance):
+    """Block diagonal: independent groups of coordinates, one per observed site, say."""
+
+    blocks: tuple[Covariance, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(block.size for block in self.blocks)
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return _join([block.matvec(part) for block, part in self._parts(v)])
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return _join([block.solve(part) for block, part in self._parts(v)])
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return _join([block.sqrt_matvec(part) for block, part in self._parts(z)])
+
+    def logdet(self) -> jax.Array:
+        return reduce(jnp.add, [block.logdet() for block in self.blocks])
+
+    def diagonal(self) -> jax.Array:
+        return _join([block.diagonal() for block in self.blocks])
+
+    def max_eigenvalue(self) -> jax.Array:
+        return reduce(jnp.maximum, [block.max_eigenvalue() for block in self.blocks])
+
+    def scale(self, c: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.scale(c) for block in self.blocks))
+
+    def shift(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.shift(variance) for block in self.blocks))
+
+    def harmonic(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.harmonic(variance) for block in self.blocks))
+
+    def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
+        ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
+        return list(zip(self.blocks, jnp.split(v, ends, axis=-1), strict=True))
+
+
+def empirical_gaussian(
+    x: jax.Array, *, rank: int | None = None, max_dense: int = 512
+) -> tuple[jax.Array, Covariance]:
+    r"""Fit a Gaussian to draws: their mean and their (unbiased) covariance :math:`S`.
+
+    Up to ``max_dense`` dimensions the covariance is :class:`Dense`. Beyond, it is
+    :class:`DiagonalPlusLowRank`: the Nyström approximation of :math:`S` on its leading subspace,
+    found by subspace iteration without forming :math:`S`, plus the diagonal that makes the
+    variances those of the draws.
+
+    Args:
+        x: draws with shape ``(n, d)``.
+        rank: number of factors beyond ``max_dense`` dimensions (default 32).
+        max_dense: largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+
+    Returns:
+        The mean, with shape ``(d,)``, and the covariance.
+
+    Raises:
+        ValueError: if ``x`` is not ``(n, d)`` with ``n > 1``, or ``rank`` is not positive.
+    """
+    if x.ndim != 2 or x.shape[0] < 2:
+        raise ValueError(
+            f"Expected at least two draws of shape (n, d), got an array of shape {x.shape}."
+        )
+    num, size = x.shape
+    rank = min(32 if rank is None else rank, size)
+    if rank < 1:
+        raise ValueError(f"Expected a rank of at least 1, got {rank}.")
+    mean = x.mean(0)
+    centred = (x - mean) / (num - 1) ** 0.5
+    if size <= max_dense:
+        return mean, Dense.from_matrix(_matmul(centred.T, centred))
+
+    def improve(_: int, basis: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(_matmul(centred.T, _matmul(centred, basis)))[0]
+
+    # The start only has to be in general position, so a constant key will do.
+    start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
+    basis = jax.lax.fori_loop(0, 6, improve, start)
+    scores = _matmul(centred, basis)
+    eigenvalues, rotation = jnp.linalg.eigh(_matmul(scores.T, scores))
+    eigenvalues, rotation = eigenvalues[-rank:], rotation[:, -rank:]
+    eps = jnp.finfo(x.dtype).eps
+    positive = eigenvalues > eps * size * eigenvalues[-1]
+    roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
+    factor = _matmul(centred.T, _matmul(scores, rotation * roots))
+
+    # No row is left to the factors alone: that would make the solves ill-conditioned.
+    variances, explained = jnp.square(centred).sum(0), jnp.square(factor).sum(-1)
+    diag = jnp.maximum(variances - explained, eps**0.5 * variances)
+    shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
+    return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)
+
+
+class SolveResult(NamedTuple):
+    """What an iterative solver found, per event.
+
+    - **solution** - with shape ``(*batch, size)``.
+    - **residual** - ``|b - M x| / |b|``, with shape ``(*batch,)``; 0 for ``b = 0``.
+      Takes one more product with ``M``, which ``jit`` drops where the residual is not used.
+    - **num_steps** - steps taken by each event, with shape ``(*batch,)``.
+    """
+
+    solution: jax.Array
+    residual: jax.Array
+    num_steps: jax.Array
+
+
+# Solution, residual, direction, squared residual, active, steps per event, steps.
+_State = tuple[jax.Array, ...]
+
+
+def conjugate_gradient(
+    matvec: Callable[[jax.Array], jax.Array],
+    b: jax.Array,
+    *,
+    rtol: float = 1e-5,
+    max_steps: int | None = None,
+    floor: Callable[[jax.Array], jax.Array] | None = None,
+) -> SolveResult:
+    r"""Solve :math:`M x = b` for every event of a batch by conjugate gradients, from zero.
+
+    Each event has its own step lengths and stops on its own: it gets what it would get alone. It
+    stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
+    ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p \le p^T N p`. With
+    :math:`M = N + A V A^T` that is one in which a learned :math:`V` has no positive variance.
+    Not differentiable in reverse mode.
+
+    Args:
+        matvec: the symmetric map :math:`M` of ``(*batch, size)``, acting on each event alone.
+        b: right-hand sides with shape ``(*batch, size)``.
+        rtol: relative residual at which an event is done.
+        max_steps: budget per event, ``2 * size`` by default.
+        floor: the map :math:`N` of the noise covariance; zero by default.
+    """
+    max_steps = 2 * b.shape[-1] if max_steps is None else max_steps
+    b_square = _dot(b, b)
+
+    def unfinished(state: _State) -> jax.Array:
+        *_, active, _, step = state
+        return active.any() & (step < max_steps)
+
+    def advance(state: _State) -> _State:
+        x, r, p, r_square, active, num_steps, step = state
+        m_p = matvec(p)
+        curvature = _dot(p, m_p)
+        active &= curvature > (0 if floor is None else _dot(p, floor(p)))
+        length = r_square / jnp.where(active, curvature, 1)
+        x = _select(active, x + _column(length) * p, x)
+        r = _select(active, r - _column(length) * m_p, r)
+        r_square_next = _dot(r, r)
+        momentum = r_square_next / jnp.where(active, r_square, 1)
+        p = _select(active, r + _column(momentum) * p, p)
+        num_steps += active
+        active &= r_square_next > rtol**2 * b_square
+        return x, r, p, r_square_next, active, num_steps, step + 1
+
+    active = b_square > rtol**2 * b_square
+    num_steps = jnp.zeros(b_square.shape, int)
+    start: _State = (jnp.zeros_like(b), b, b, b_square, active, num_steps, jnp.zeros((), int))
+    solution, *_, num_steps, _ = jax.lax.while_loop(unfinished, advance, start)
+    error = b - matvec(solution)
+    residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
+    return SolveResult(solution, residual, num_steps)
+
+
+class DenseSolveResult(NamedTuple):
+    """What :func:`truncated_solve` found, per event.
+
+    - **solution** - with shape ``(*batch, m)``.
+    - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
+    - **num_truncated** - number of directions without positive gain, with shape ``(*batch,)``.
+    """
+
+    solution: jax.Array
+    logdet: jax.Array
+    num_truncated: jax.Array
+
+
+def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> DenseSolveResult:
+    r"""Solve :math:`(N + G) x = r` where positive, for a learned gain :math:`G = A V A^T`.
+
+    The symmetric part of :math:`L^{-1} G L^{-T}`, with :math:`N = L L^T`, has eigenvectors
+    :math:`u_i` with eigenvalues :math:`\lambda_i`. Those that are not positive get no correction:
+
+    .. math:: x = L^{-T} \sum_{\lambda_i > 0} u_i \frac{u_i^T L^{-1} r}{1 + \lambda_i}.
+
+    Args:
+        gain: with shape ``(*batch, m, m)``.
+        noise: regular covariance of size ``m``.
+        residual: with shape ``(*batch, m)``.
+
+    Raises:
+        ValueError: if the shapes do not agree.
+    """
+    m = noise.size
+    if gain.shape[-2:] != (m, m) or residual.shape[-1] != m:
+        raise ValueError(
+            f"Expected a gain of shape (*batch, {m}, {m}) and a residual of shape (*batch, {m}) "
+            f"for noise of size {m}, got {gain.shape} and {residual.shape}."
+        )
+    whiten = _inverse_lower(jnp.linalg.cholesky(noise.dense()))
+    whitened = _matmul(_matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(whitened)
+    keep = eigenvalues > 0
+    gains = jnp.where(keep, eigenvalues, 0)
+    coefficients = _rmatvec(eigenvectors, _matvec(whiten, residual))
+    coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
+    solution = _rmatvec(whiten, _matvec(eigenvectors, coefficients))
+    logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
+    return DenseSolveResult(solution, logdet, (~keep).sum(-1))
+
+
+def _add(a: Covariance, b: Covariance) -> Covariance:
+    match a, b:
+        case _, Isotropic():
+            return a.shift(b.variance)
+        case Diagonal(), Diagonal():
+            return Diagonal(a.variances + b.variances)
+        case DiagonalPlusLowRank(), Diagonal():
+            return DiagonalPlusLowRank(a.diag + b.variances, a.factor)
+        case DiagonalPlusLowRank(), DiagonalPlusLowRank():
+            columns = _join([a.factor, b.factor])
+            return DiagonalPlusLowRank(a.diag + b.diag, columns)
+        case Blocks(), Diagonal():
+            return Blocks(tuple(block + Diagonal(part) for block, part in a._parts(b.variances)))
+        case Blocks(), Blocks() if [x.size for x in a.blocks] == [x.size for x in b.blocks]:
+            return Blocks(tuple(x + y for x, y in zip(a.blocks, b.blocks, strict=True)))
+        case (Isotropic(), _) | (Diagonal(), DiagonalPlusLowRank() | Blocks()):
+            return _add(b, a)
+        case _:
+            return Dense.from_matrix(a.dense() + b.dense())
+
+
+def _harmonic(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    return jnp.multiply(a, b) / jnp.add(a, b)
+
+
+def _column(c: ArrayLike) -> jax.Array:
+    return jnp.asarray(c)[..., None]
+
+
+def _select(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(_column(condition), a, b)
+
+
+def _join(parts: Sequence[jax.Array]) -> jax.Array:
+    # Parts may have different leading axes: those of their parameters.
+    batch = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    parts = [jnp.broadcast_to(part, (*batch, part.shape[-1])) for part in parts]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a * b).sum(-1)
+
+
+# Full precision: accelerators round the factors of a float32 product unless told otherwise.
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _matvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum("...ij,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def _rmatvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum("...ji,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
+    r"""Return the Cholesky factor of :math:`I + F^T W F`."""
+    gram = _matmul(factor.mT, _column(weights) * factor)
+    return jnp.linalg.cholesky(gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
+
+
+def _inverse_lower(chol: jax.Array) -> jax.Array:
+    # The inverse itself: unlike a triangular solve, its product broadcasts against any batch.
+    identity = jnp.broadcast_to(jnp.eye(chol.shape[-1], dtype=chol.dtype), chol.shape)
+    return jax.scipy.linalg.solve_triangular(chol, identity, lower=True)
