@@ -5,6 +5,94 @@ defined by a denoiser ``D(x_t, sigma) = E[x | x_t]`` with ``x_t = x + sigma * ep
 an ordinary NumPyro model like any other distribution.
 """
 
+from numpyro_diffprior import metrics
+from numpyro_diffprior.denoisers import (
+    Denoiser,
+    GaussianDenoiser,
+    MixtureDenoiser,
+    NetworkDenoiser,
+)
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.em import EM, EMHistory, EMMetrics, EMResult, EMState
+from numpyro_diffprior.guidance import (
+    DPS,
+    MMPS,
+    TMPD,
+    GaussianCovariance,
+    IsotropicCovariance,
+    PiGDM,
+    TweedieCovariance,
+    UnitCovariance,
+)
+from numpyro_diffprior.introspect import Moments, gaussian_moments
+from numpyro_diffprior.kernels import MMPSKernel, MMPSState
+from numpyro_diffprior.linalg import (
+    Covariance,
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Isotropic,
+)
+from numpyro_diffprior.nets import MLP, UNet
+from numpyro_diffprior.posterior import PosteriorSamples, sample_posterior
+from numpyro_diffprior.samplers import (
+    DDIM,
+    DDPM,
+    Heun,
+    MultistepODE,
+    MultistepSDE,
+    PredictorCorrector,
+)
+from numpyro_diffprior.schedules import Karras, LogBeta, LogLinear, LogNormal, LogUniform
+from numpyro_diffprior.training import FitResult, fit_denoiser
+
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DPS",
+    "EM",
+    "MLP",
+    "MMPS",
+    "TMPD",
+    "Covariance",
+    "Dense",
+    "Denoiser",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "DiffusionPrior",
+    "EMHistory",
+    "EMMetrics",
+    "EMResult",
+    "EMState",
+    "FitResult",
+    "GaussianCovariance",
+    "GaussianDenoiser",
+    "Heun",
+    "Isotropic",
+    "IsotropicCovariance",
+    "Karras",
+    "LogBeta",
+    "LogLinear",
+    "LogNormal",
+    "LogUniform",
+    "MMPSKernel",
+    "MMPSState",
+    "MixtureDenoiser",
+    "Moments",
+    "MultistepODE",
+    "MultistepSDE",
+    "NetworkDenoiser",
+    "PiGDM",
+    "PosteriorSamples",
+    "PredictorCorrector",
+    "TweedieCovariance",
+    "UNet",
+    "UnitCovariance",
+    "__version__",
+    "fit_denoiser",
+    "gaussian_moments",
+    "metrics",
+    "sample_posterior",
+]

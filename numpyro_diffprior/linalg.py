@@ -512,14 +512,47 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
         )
     whiten = _inverse_lower(jnp.linalg.cholesky(noise.dense()))
     whitened = _matmul(_matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
-    eigenvalues, eigenvectors = jnp.linalg.eigh(whitened)
+    eigenvalues, eigenvectors = _eigh(whitened)
     keep = eigenvalues > 0
     gains = jnp.where(keep, eigenvalues, 0)
     coefficients = _rmatvec(eigenvectors, _matvec(whiten, residual))
     coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
     solution = _rmatvec(whiten, _matvec(eigenvectors, coefficients))
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
-    return DenseSolveResult(solution, logdet, (~keep).sum(-1))
+    # A hidden value has a gain of zero: nothing is lost with it, and so it does not count.
+    rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
+    return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
+
+
+def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues (in no order) and eigenvectors of many small symmetric matrices."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], jnp.ones_like(matrix)
+    if matrix.shape[-1] == 2:
+        return _eigh_of_two(matrix)
+
+    # JAX's batched LAPACK calls block a thread of XLA's pool until other threads have done the
+    # work. Two such calls at once never end on two cores, so here each matrix is a call.
+    def one_by_one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch_shape, m = matrix.shape[:-2], matrix.shape[-1]
+        eigenvalues, vectors = jax.lax.map(jnp.linalg.eigh, matrix.reshape(-1, m, m))
+        return eigenvalues.reshape(*batch_shape, m), vectors.reshape(*batch_shape, m, m)
+
+    def at_once(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(jnp.linalg.eigh(matrix))
+
+    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=at_once)
+
+
+def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Diagonalise matrices of two rows by one rotation."""
+    a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
+    angle = jnp.arctan2(2 * b, a - c) / 2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    mean, radius = (a + c) / 2, jnp.hypot((a - c) / 2, b)
+    eigenvalues = jnp.stack([mean + radius, mean - radius], axis=-1)
+    rows = jnp.stack([cos, -sin], axis=-1), jnp.stack([sin, cos], axis=-1)
+    return eigenvalues, jnp.stack(rows, axis=-2)
 
 
 def _add(a: Covariance, b: Covariance) -> Covariance:

@@ -12,9 +12,10 @@ PACKAGE = "numpyro_diffprior"
 LAYERS = (
     ("linalg", "schedules", "nets", "metrics"),
     ("denoisers", "likelihoods"),
-    ("guidance", "samplers", "training"),
-    ("distributions", "introspect"),
-    ("posterior", "gaussian_fit"),
+    ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
+    ("distributions",),
+    ("introspect",),
+    ("posterior",),
     ("kernels", "reparam", "em"),
     ("arviz_io", "checkpoints"),
 )

@@ -1,0 +1,284 @@
+"""Restore handwritten digits of which most pixels are hidden, without ever seeing a whole one.
+
+Half of the pixels of every digit (`--hidden` for more) are hidden at random, the rest are noisy.
+Expectation maximisation learns a diffusion prior from these observations alone; with it the hidden
+pixels are drawn from their posterior. The result is judged beside the Gaussian prior that the same
+observations give, and beside a diffusion prior of the same network trained on the clean digits.
+
+    python examples/digits.py --output figures
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from flax import nnx
+from numpyro.infer import MCMC, Predictive
+from sklearn.datasets import load_digits
+from sklearn.neural_network import MLPClassifier
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.metrics import coverage, frechet_distance
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NOISE = 0.1
+NUM_TRAIN = 1536
+
+
+class Data(NamedTuple):
+    """Digits on a scale from -1 to 1, and what is seen of those to learn from."""
+
+    clean: jax.Array
+    test: jax.Array
+    mask: jax.Array
+    y: jax.Array
+
+
+def model(prior, mask, y=None):
+    with numpyro.plate("images", mask.shape[0]):
+        mask = numpyro.subsample(mask, event_dim=2)
+        y = None if y is None else numpyro.subsample(y, event_dim=2)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(2), obs=y)
+
+
+def make_data(rng_key, hidden, num_train=NUM_TRAIN):
+    """Scikit-learn's digits in random order; hidden pixels are NaN."""
+    key_order, key_mask, key_noise = jax.random.split(rng_key, 3)
+    digits = jax.random.permutation(key_order, jnp.asarray(load_digits().images / 8 - 1, "float32"))
+    clean, test = digits[:num_train], digits[num_train:]
+    mask = jax.random.bernoulli(key_mask, 1 - hidden, clean.shape)
+    noise = NOISE * jax.random.normal(key_noise, clean.shape)
+    return Data(clean, test, mask, jnp.where(mask, clean + noise, jnp.nan))
+
+
+def make_features(seed=0):
+    """The hidden layer of a small classifier of clean digits."""
+    images, labels = load_digits(return_X_y=True)
+    classifier = MLPClassifier((64,), alpha=1e-2, max_iter=300, random_state=seed)
+    classifier.fit(images / 8 - 1, labels)
+    weights, bias = jnp.asarray(classifier.coefs_[0]), jnp.asarray(classifier.intercepts_[0])
+    return jax.jit(lambda x: jax.nn.relu(x.reshape(len(x), -1) @ weights + bias))
+
+
+def make_prior(rng_key, width=512, dropout=0.0):
+    net = ndp.MLP((8, 8), features=(width,) * 3, dropout=dropout, rngs=nnx.Rngs(rng_key))
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net))
+
+
+def make_optimizer(learning_rate):
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+
+
+def train_on_clean(rng_key, data, features, args):
+    """The upper bound: the same network, trained on the clean digits; the best of its training."""
+    optimizer = make_optimizer(args.learning_rate)
+    keys = jax.random.split(rng_key, args.clean_rounds + 1)
+    denoiser = make_prior(keys[0], args.width, args.dropout).denoiser
+    mean, cov = ndp.linalg.empirical_gaussian(data.clean.reshape(len(data.clean), -1))
+    denoiser = denoiser.fit_gaussian(mean.reshape(8, 8), cov)
+    state = ndp.training.init_training(denoiser, optimizer)
+    best, distances = None, []
+    for key in keys[1:]:
+        key_train, key_judge = jax.random.split(key)
+        state, _ = ndp.training.train(
+            key_train, state, data.clean, optimizer, num_steps=1000, batch_size=256
+        )
+        prior = ndp.DiffusionPrior(state.averaged)
+        distances.append(judge_prior(key_judge, prior, data, features))
+        if distances[-1] == min(distances):
+            best = prior
+    return best, distances
+
+
+def judge_prior(rng_key, prior, data, features, num_samples=2048):
+    """Fréchet distance of fresh samples to the clean digits."""
+    x = prior.sample(rng_key, (num_samples,))
+    return float(frechet_distance(features(x), features(data.clean)))
+
+
+def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=16):
+    """Error and coverage of the hidden pixels of some digits."""
+    mask, y, truth = data.mask[:num_images], data.y[:num_images], data.clean[:num_images]
+    draws = ndp.sample_posterior(
+        rng_key, model, prior, mask, y, num_samples=num_samples, num_particles=num_particles
+    )
+    x = draws.samples["x"]
+    error = jnp.where(mask, 0, x.mean(0) - truth)
+    rmse = jnp.sqrt(jnp.sum(error**2) / jnp.sum(~mask))
+    # Pixels that are the same in nearly all digits would count as covered or not by chance.
+    inside = coverage(x, truth, levels=(0.5, 0.9), where=~mask & (truth.std(0) > 0.1))
+    scores = {"rmse": float(rmse), "cover50": float(inside[0]), "cover90": float(inside[1])}
+    return scores, draws
+
+
+def learn(rng_key, data, features, args):
+    """Run EM, and judge the prior after every iteration."""
+    key_net, key_em, key_judge = jax.random.split(rng_key, 3)
+    em = ndp.EM(
+        model,
+        make_optimizer(args.learning_rate),
+        num_sgd_steps=args.num_sgd_steps,
+        batch_size=args.batch_size,
+        num_particles=args.num_particles,
+    )
+    rows = []
+
+    def record(state, metrics):
+        row = {name: float(value) for name, value in metrics._asdict().items()}
+        row["frechet"] = judge_prior(key_judge, state.prior, data, features)
+        rows.append(row)
+        print(
+            f"{len(rows):3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
+            f"  frechet {row['frechet']:.3f}  log evidence {row['log_evidence']:.2f}"
+            f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
+            flush=True,
+        )
+
+    prior = make_prior(key_net, args.width, args.dropout)
+    start = em.init(key_em, prior, data.mask, data.y)
+    result = em.run(
+        key_em,
+        args.num_iterations,
+        prior,
+        data.mask,
+        data.y,
+        progress_bar=False,
+        callback=record,
+        init_state=start,
+    )
+    return start.prior, result.prior, rows
+
+
+def summarise_in_arviz(rng_key, prior, data, output, num_samples):
+    """One digit in MCMC: a summary of hidden pixels and a posterior predictive check."""
+    key_mcmc, key_predict = jax.random.split(rng_key)
+    kernel = ndp.MMPSKernel(model, num_particles=4)
+    mcmc = MCMC(
+        kernel,
+        num_warmup=0,
+        num_samples=num_samples,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mask, y = data.mask[:1], data.y[:1]
+    mcmc.run(key_mcmc, prior, mask, y, extra_fields=("ess", "residual"))
+    predicted = Predictive(model, mcmc.get_samples())(key_predict, prior, mask)["y"][:, 0]
+    idata = az.from_numpyro(mcmc, log_likelihood=False)
+    summary = az.summary(idata, var_names=["x"])
+    summary.to_csv(output / "arviz_summary.csv")
+    seen = np.asarray(mask[0])
+    observed = np.asarray(y[0])[seen]
+    low, high = np.quantile(np.asarray(predicted)[:, seen], [0.05, 0.95], axis=0)
+    order = np.argsort(observed)
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.vlines(np.arange(len(order)), low[order], high[order], color="0.7", lw=4)
+    axis.plot(observed[order], "k.", label="observed")
+    axis.set(xlabel="observed pixel, by value", ylabel="value")
+    inside = np.mean((observed > low) & (observed < high))
+    axis.set_title(f"posterior predictive 90 % intervals hold {inside:.0%} of the observed pixels")
+    axis.legend()
+    figure.savefig(output / "digits_predictive_check.png", dpi=120)
+    plt.close(figure)
+    return summary
+
+
+def show_restored(draws, data, path, num_images=12):
+    """Truth, observation, posterior mean, one draw and posterior deviation, a column per digit."""
+    x = draws.samples["x"][:, :num_images]
+    rows = {
+        "truth": data.clean[:num_images],
+        "observed": data.y[:num_images],
+        "mean": x.mean(0),
+        "one draw": x[0],
+        "deviation": x.std(0),
+    }
+    figure, axes = plt.subplots(len(rows), num_images, figsize=(num_images * 0.8, 4.4))
+    grey = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
+    for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
+        limits = {"vmin": 0, "vmax": 1} if name == "deviation" else {"vmin": -1, "vmax": 1}
+        cmap = "magma" if name == "deviation" else grey
+        for axis, image in zip(axis_row, np.asarray(images), strict=False):
+            axis.imshow(image, cmap=cmap, **limits)
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_samples(rng_key, priors, path, num_images=16):
+    """Fresh samples of each prior, a row each."""
+    figure, axes = plt.subplots(len(priors), num_images, figsize=(num_images * 0.7, 2.6))
+    for axis_row, (name, prior) in zip(axes, priors.items(), strict=True):
+        for axis, image in zip(axis_row, np.asarray(prior.sample(rng_key, (num_images,)))):
+            axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    keys = jax.random.split(jax.random.key(args.seed), 6)
+    data = make_data(keys[0], args.hidden, args.num_images)
+    features = make_features()
+    floor = float(frechet_distance(features(data.test), features(data.clean)))
+    gaussian, learned, rows = learn(keys[1], data, features, args)
+    clean, clean_distances = train_on_clean(keys[2], data, features, args)
+    priors = {"Gaussian": gaussian, "learned": learned, "clean": clean}
+    table, draws = {}, {}
+    for name, prior in priors.items():
+        scores, draws[name] = judge_posterior(
+            keys[3], prior, data, args.num_judged, args.num_samples
+        )
+        table[name] = {"frechet": judge_prior(keys[4], prior, data, features), **scores}
+    show_restored(draws["learned"], data, output / "digits_restored.png")
+    show_samples(keys[5], priors, output / "digits_samples.png")
+    print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
+    print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
+    print(f"{'prior':10s} {'Frechet':>8s} {'RMSE':>6s} {'50 %':>6s} {'90 %':>6s}")
+    for name, row in table.items():
+        numbers = f"{row['frechet']:8.2f} {row['rmse']:6.3f} {row['cover50']:6.2f} {row['cover90']:6.2f}"
+        print(f"{name:10s} {numbers}")
+    result = {"iterations": rows, "table": table, "clean": clean_distances, "floor": floor}
+    (output / "digits.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="figures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=float, default=0.5, help="fraction of hidden pixels")
+    parser.add_argument("--num-images", type=int, default=NUM_TRAIN)
+    parser.add_argument("--num-iterations", type=int, default=24)
+    parser.add_argument("--num-sgd-steps", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--num-particles", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--clean-rounds", type=int, default=6, help="of 1,000 steps each")
+    parser.add_argument("--num-judged", type=int, default=128, help="digits to restore")
+    parser.add_argument("--num-samples", type=int, default=64, help="draws per digit")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())

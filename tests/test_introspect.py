@@ -1,0 +1,373 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+
+from numpyro_diffprior.denoisers import GaussianDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.introspect import (
+    Moments,
+    bind,
+    fix_plates,
+    gaussian_moments,
+    read_latent,
+    read_likelihood,
+)
+from numpyro_diffprior.linalg import Isotropic
+from tests.oracles import tolerance
+
+N, D = 5, 3
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(N, D))
+Y = RNG.normal(size=(N, D))
+MATRIX = RNG.normal(size=(2, D))
+COV = np.array([[0.5, 0.2], [0.2, 0.4]])
+
+
+def make_prior(event_shape=(D,)):
+    size = int(np.prod(event_shape))
+    return DiffusionPrior(GaussianDenoiser(jnp.zeros(event_shape), Isotropic(jnp.ones(()), size)))
+
+
+def read(model, *args, **kwargs):
+    bound = bind(model, args, kwargs)
+    return read_likelihood(bound, read_latent(bound))
+
+
+def normal(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=Y)
+
+
+def expanded(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x.sum(-1), 0.5).expand([N]), obs=Y[:, 0])
+
+
+def pixels_in_plates(prior):
+    with numpyro.plate("n", N, dim=-2):
+        x = numpyro.sample("x", prior)[:, 0]
+        with numpyro.plate("pixels", D, dim=-1):
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=Y)
+
+
+def multivariate(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        fn = dist.MultivariateNormal(x @ MATRIX.T, covariance_matrix=COV)
+        numpyro.sample("y", fn, obs=Y[:, :2])
+
+
+def low_rank(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        fn = dist.LowRankMultivariateNormal(x @ MATRIX.T, jnp.ones((2, 1)), jnp.full(2, 0.3))
+        numpyro.sample("y", fn, obs=Y[:, :2])
+
+
+def repeated_multivariate(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        mean = jnp.stack([x @ MATRIX.T, x[:, :2]], axis=1)
+        fn = dist.MultivariateNormal(mean, covariance_matrix=COV).to_event(1)
+        numpyro.sample("y", fn, obs=np.stack([Y[:, :2], Y[:, 1:]], axis=1))
+
+
+def masked(prior):
+    mask = Y > 0
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        fn = dist.Normal(x, 0.5).mask(mask).to_event(1).mask(jnp.arange(N) != 2)
+        numpyro.sample("y", fn, obs=np.where(mask, Y, np.nan))
+
+
+def scaled(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        with handlers.scale(scale=3.0):
+            numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=Y)
+
+
+def two_sites(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.deterministic("total", x.sum(-1))
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=Y)
+        fn = dist.MultivariateNormal(x @ MATRIX.T, covariance_matrix=COV)
+        numpyro.sample("z", fn, obs=Y[:, :2])
+        numpyro.sample("unrelated", dist.Cauchy(0.0, 1.0), obs=Y[:, 0])
+
+
+def nonlinear(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(jnp.sin(x), 0.5 + x**2).to_event(1), obs=Y)
+
+
+LINEAR = [
+    normal,
+    expanded,
+    pixels_in_plates,
+    multivariate,
+    low_rank,
+    repeated_multivariate,
+    masked,
+    scaled,
+    two_sites,
+]
+
+
+def exact_log_prob(model, x):
+    """The log-likelihood by NumPyro itself, of each event alone."""
+    trace = handlers.trace(handlers.substitute(handlers.seed(model, 0), data={"x": x})).get_trace(
+        make_prior()
+    )
+    total = jnp.zeros(N)
+    for name in ("y", "z"):
+        if name in trace:
+            site = trace[name]
+            log_prob = site["fn"].log_prob(site["value"]) * (site["scale"] or 1.0)
+            total = total + log_prob.reshape(N, -1).sum(-1)
+    return total
+
+
+def value_of(model):
+    return X[:, None] if model is pixels_in_plates else X
+
+
+@pytest.mark.parametrize("model", [*LINEAR, nonlinear], ids=lambda model: model.__name__)
+def test_log_prob_is_numpyros(model):
+    likelihood = read(model, make_prior())
+    x = jnp.asarray(value_of(model))
+    expected = exact_log_prob(model, x)
+    log_prob = likelihood.log_prob(x)
+    np.testing.assert_allclose(log_prob.reshape(N), expected, rtol=tolerance())
+    stacked = likelihood.log_prob(jnp.stack([x, 2 * x])[None])
+    assert stacked.shape == (1, 2, *likelihood.batch_shape)
+    np.testing.assert_allclose(stacked[0, 0].reshape(N), expected, rtol=tolerance())
+
+
+@pytest.mark.parametrize("model", LINEAR, ids=lambda model: model.__name__)
+def test_moments_of_a_linear_gaussian_model_give_its_density(model):
+    """The Gaussian that guidance sees has the gradient and curvature of the exact density."""
+    likelihood = read(model, make_prior())
+    assert likelihood.linear
+    x = jnp.asarray(value_of(model))
+
+    def quadratic(x):
+        local = likelihood.linearize(x)
+        return -0.5 * jnp.sum(local.residual * local.noise.solve(local.residual))
+
+    def exact(x):
+        return jnp.sum(likelihood.log_prob(x))
+
+    np.testing.assert_allclose(
+        jax.grad(quadratic)(x), jax.grad(exact)(x), rtol=tolerance(1e-4), atol=tolerance()
+    )
+    np.testing.assert_allclose(
+        jax.hessian(quadratic)(x), jax.hessian(exact)(x), rtol=tolerance(1e-4), atol=tolerance()
+    )
+
+
+def test_masked_values_do_not_matter():
+    likelihood = read(masked, make_prior())
+    operator = likelihood.operator(jnp.zeros((N, D)))
+    hidden = ~(Y > 0) | (np.arange(N) == 2)[:, None]
+    np.testing.assert_array_equal(operator[hidden], 0)
+    np.testing.assert_array_equal(likelihood.y[hidden], 0)
+    np.testing.assert_array_equal(likelihood.moments(jnp.ones((N, D)))[1].diagonal()[hidden], 1)
+
+
+def test_scale_divides_the_variance():
+    noise = read(scaled, make_prior()).moments(jnp.asarray(X))[1]
+    np.testing.assert_allclose(noise.diagonal(), 0.25 / 3, rtol=tolerance())
+
+
+def test_a_mean_or_noise_that_bends_is_not_linear():
+    likelihood = read(nonlinear, make_prior())
+    assert not likelihood.linear
+    x = jnp.asarray(X)
+    local = likelihood.linearize(x)
+    np.testing.assert_allclose(local.residual, Y - np.sin(X), rtol=1e-4, atol=tolerance())
+    np.testing.assert_allclose(local.matvec(jnp.ones((N, D))), np.cos(X), rtol=tolerance(1e-4))
+    np.testing.assert_allclose(local.noise.diagonal(), (0.5 + X**2) ** 2, rtol=tolerance(1e-4))
+
+
+def test_linearity_is_seen_through_jit_and_where():
+    @jax.jit
+    def blur(x):
+        return jnp.where(jnp.arange(D) > 0, x @ jnp.asarray(MATRIX.T @ MATRIX), 2 * x)
+
+    def model(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(blur(x) + 1, 0.5).to_event(1), obs=Y)
+
+    assert read(model, make_prior()).linear
+
+
+def subsampled(prior, data, batch_size=None):
+    with numpyro.plate("n", N, subsample_size=batch_size):
+        y = numpyro.subsample(data, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
+    index = jnp.array([3, 0])
+    bound = bind(subsampled, (make_prior(), Y, batch_size), {}, indices={"n": index})
+    latent = read_latent(bound)
+    assert (latent.batch_shape, latent.plate_sizes, latent.plate_dims) == ((2,), (N,), (-1,))
+    likelihood = read_likelihood(bound, latent)
+    np.testing.assert_allclose(likelihood.y, Y[index], rtol=tolerance())
+    x = jnp.asarray(X[index])
+    expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])
+    np.testing.assert_allclose(likelihood.log_prob(x), expected, rtol=tolerance())
+    np.testing.assert_allclose(likelihood.moments(x)[1].diagonal(), 0.25, rtol=tolerance())
+
+
+def test_fix_plates_is_a_handler():
+    with fix_plates(indices={"n": jnp.array([1])}), handlers.seed(rng_seed=0):
+        with numpyro.plate("n", 4) as index:
+            np.testing.assert_array_equal(index, [1])
+
+
+def test_nested_plates_and_repeated_observations():
+    y = RNG.normal(size=(4, 2, N, D))
+
+    def model(prior):
+        with numpyro.plate("n", N, dim=-1), numpyro.plate("m", 2, dim=-2):
+            x = numpyro.sample("x", prior)
+            with numpyro.plate("repeats", 4, dim=-3):
+                numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    likelihood = read(model, make_prior())
+    assert likelihood.batch_shape == (2, N)
+    assert likelihood.num_observed == 4 * D
+    x = jnp.asarray(RNG.normal(size=(2, N, D)))
+    expected = dist.Normal(x, 0.5).to_event(1).log_prob(y).sum(0)
+    np.testing.assert_allclose(likelihood.log_prob(x), expected, rtol=tolerance(1e-4))
+    local = likelihood.linearize(x)
+    np.testing.assert_allclose(
+        local.residual.reshape(2, N, 4, D), np.moveaxis(y - x, 0, 2), atol=tolerance()
+    )
+
+
+def test_hidden_values_of_obs_mask_are_no_latents():
+    def model(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=Y[:, 0], obs_mask=Y[:, 0] > 0)
+
+    likelihood = read(model, make_prior())
+    expected = jnp.where(Y[:, 0] > 0, dist.Normal(X.sum(-1), 0.5).log_prob(Y[:, 0]), 0.0)
+    np.testing.assert_allclose(likelihood.log_prob(jnp.asarray(X)), expected, rtol=tolerance(1e-4))
+
+
+def test_users_register_moments():
+    class Twice(dist.Normal):
+        pass
+
+    @gaussian_moments.register
+    def _(fn: Twice) -> Moments:
+        return Moments(2 * fn.loc, fn.scale**2)
+
+    mean, variance, *_ = gaussian_moments(Twice(jnp.ones(2), jnp.full(2, 3.0)).to_event(1))
+    np.testing.assert_array_equal(mean, 2)
+    np.testing.assert_array_equal(variance, 9)
+
+
+def with_site(fn, **kwargs):
+    def model(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", fn(x), **{"obs": Y[:, 0], **kwargs})
+
+    return model
+
+
+def no_prior(prior):
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def two_priors(prior):
+    numpyro.sample("x", prior)
+    numpyro.sample("z", prior)
+
+
+def nuisance(prior):
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=Y[0])
+
+
+def not_observed(prior):
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1))
+
+
+def coupled(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x.sum(0), 1.0).to_event(1), obs=Y[0])
+
+
+def factor(prior):
+    x = numpyro.sample("x", prior)
+    numpyro.factor("penalty", -jnp.sum(x**2))
+
+
+def batch_in_the_event(prior):
+    x = numpyro.sample("x", prior.expand([N]).to_event(1))
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=Y)
+
+
+ERRORS = [
+    (no_prior, "no latent site with a DiffusionPrior"),
+    (two_priors, r"expected one latent site with a DiffusionPrior, got \['x', 'z'\]"),
+    (nuisance, r"nobody samples the latent sites \['scale'\]"),
+    (not_observed, r"nobody samples the latent sites \['y'\]"),
+    (coupled, "observed site 'y'.*couples the events.*in the plates \\['n'\\]"),
+    (factor, "observed site 'penalty': no moments are known for observations from Unit"),
+    (
+        batch_in_the_event,
+        "latent site 'x': expected events of shape .* replace `.to_event` by a plate",
+    ),
+    (with_site(lambda x: dist.Cauchy(x.sum(-1), 1.0)), "observed site 'y': no moments.*Cauchy"),
+    (
+        with_site(lambda x: dist.Delta(x.sum(-1))),
+        "observed site 'y': a Delta observation has no noise",
+    ),
+    (
+        with_site(lambda x: dist.Normal(0.0, 1.0)),
+        "no observed site depends on the latent site 'x'",
+    ),
+    (with_site(lambda x: dist.Normal(x.sum(-1), 0.0, validate_args=False)), r"noise of \['y'\] has no variance"),
+    (
+        with_site(lambda x: dist.Normal(x.sum(-1), 1.0), obs=np.full(N, np.nan)),
+        r"values of \['y'\] hold NaN",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "message"), ERRORS, ids=range(len(ERRORS)))
+def test_what_cannot_be_read_is_refused(model, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read(model, make_prior())
+
+
+def test_plate_data_that_is_not_subsampled_is_refused():
+    def model(prior, y):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    bound = bind(model, (make_prior(), Y), {}, indices={"n": jnp.array([0, 1])})
+    with pytest.raises(ValueError, match="observed site 'y'.*numpyro.subsample"):
+        read_likelihood(bound, read_latent(bound))

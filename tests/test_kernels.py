@@ -1,0 +1,130 @@
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
+
+from numpyro_diffprior.denoisers import GaussianDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.kernels import MMPSKernel
+from numpyro_diffprior.posterior import sample_posterior
+from numpyro_diffprior.samplers import DDPM, MultistepSDE
+
+N, D = 3, 2
+PRIOR = DiffusionPrior(GaussianDenoiser(jnp.ones(D), jnp.eye(D)), sampler=MultistepSDE(16))
+Y = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
+DRAW_STATS = ("residual", "num_truncated", "ess", "num_resamplings", "log_evidence")
+
+
+def model(prior, y=None):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.deterministic("total", x.sum(-1))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def run(kernel, *, num_samples=20, num_chains=1, chain_method="sequential", **kwargs):
+    mcmc = MCMC(
+        kernel,
+        num_warmup=0,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method=chain_method,
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(0), PRIOR, Y, **kwargs)
+    return mcmc
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_the_kernel_is_a_shim(num_particles):
+    """The same key gives the draw of `sample_posterior`, and its statistics."""
+    kernel = MMPSKernel(model, num_particles=num_particles)
+    state = kernel.init(jax.random.key(5), 0, None, (PRIOR, Y), {})
+    for _ in range(2):
+        _, key = jax.random.split(state.rng_key)
+        state = kernel.sample(state, (PRIOR, Y), {})
+        draws = sample_posterior(key, model, PRIOR, Y, num_particles=num_particles)
+        # The same program, but compiled as one here and step by step there.
+        np.testing.assert_allclose(state.z["x"], draws.samples["x"][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.ess, draws.stats["ess"][0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("chain_method", ["sequential", "vectorized", "parallel"])
+@pytest.mark.filterwarnings("ignore:There are not enough devices")
+def test_chain_methods(chain_method):
+    kernel = MMPSKernel(model, num_particles=2)
+    mcmc = run(kernel, num_chains=2, chain_method=chain_method, extra_fields=DRAW_STATS)
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert samples["x"].shape == (2, 20, N, D)
+    np.testing.assert_allclose(samples["total"], samples["x"].sum(-1), rtol=1e-5)
+    assert not np.array_equal(samples["x"][0], samples["x"][1])
+    for name in DRAW_STATS:
+        assert mcmc.get_extra_fields(group_by_chain=True)[name].shape == (2, 20, N)
+
+
+def test_draws_are_the_posterior():
+    x = np.asarray(run(MMPSKernel(model), num_samples=2000).get_samples()["x"])
+    error = x.mean(0) - (1 + np.asarray(Y)) / 2
+    assert np.all(np.abs(error) < 4 * np.sqrt(0.5 / 2000) + 0.02)
+    assert np.all(np.abs(x.var(0) / 0.5 - 1) < 4 * np.sqrt(2 / 2000) + 0.05)
+
+
+def test_progress_bar_and_resume():
+    kernel = MMPSKernel(model)
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=5, progress_bar=True)
+    mcmc.run(jax.random.key(0), PRIOR, Y)
+    first = mcmc.get_samples()["x"]
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.post_warmup_state.rng_key, PRIOR, Y)
+    assert not np.any(first[-1] == mcmc.get_samples()["x"][0])
+
+
+def test_arviz_and_predictive():
+    mcmc = run(MMPSKernel(model), num_chains=2)
+    idata = az.from_numpyro(mcmc)
+    assert idata.posterior["x"].shape == (2, 20, N, D)
+    assert "y" in idata.log_likelihood
+    predictive = Predictive(model, mcmc.get_samples())
+    assert predictive(jax.random.key(1), PRIOR)["y"].shape == (40, N, D)
+
+
+def test_a_block_of_gibbs():
+    """The conditional of x given a nuisance that NUTS samples: a mean that is known exactly."""
+
+    def with_offset(prior, y):
+        offset = numpyro.sample("offset", dist.Normal(0.0, 1.0))
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x + offset, 0.5).to_event(1), obs=y)
+
+    kernel = Gibbs(
+        [(MMPSKernel(with_offset, sampler=MultistepSDE(16)), ["x"]), (NUTS(with_offset), None)]
+    )
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=300, progress_bar=False)
+    mcmc.run(jax.random.key(0), PRIOR, Y)
+    offset = np.asarray(mcmc.get_samples()["offset"])
+    # Marginally y ~ N(1 + offset, 1.25) for each of N * D values.
+    precision = 1 + N * D / 1.25
+    mean = float(jnp.sum(Y - 1)) / 1.25 / precision
+    ess = float(az.ess(offset[None]))
+    assert abs(offset.mean() - mean) < 4 / np.sqrt(precision * ess)
+
+
+def test_init_refuses_what_the_core_refuses():
+    with pytest.raises(ValueError, match="no observed site depends"):
+        run(MMPSKernel(lambda prior, y: numpyro.sample("x", prior)))
+    with pytest.raises(ValueError, match="nobody samples the latent sites"):
+        MMPSKernel(model).init(jax.random.key(0), 0, None, (PRIOR,), {})
+    with pytest.raises(ValueError, match="stochastic sampler"):
+        run(MMPSKernel(model, num_particles=2, sampler=DDPM(4, eta=0.0)))
+
+
+def test_sampling_before_init():
+    kernel = MMPSKernel(model)
+    state = kernel.init(jax.random.key(0), 0, None, (PRIOR, Y), {})
+    with pytest.raises(RuntimeError, match="`init` must be called before `sample`"):
+        kernel.wrap_model(lambda model: model).sample(state, (PRIOR, Y), {})

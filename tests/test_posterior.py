@@ -1,0 +1,241 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance, TweedieCovariance
+from numpyro_diffprior.likelihoods import linear_gaussian
+from numpyro_diffprior.linalg import Diagonal, Isotropic
+from numpyro_diffprior.posterior import draw_posterior, resolve_settings, sample_posterior
+from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
+from tests.oracles import gaussian_posterior, mixture_posterior, spd, tolerance
+
+N, D, NOISE = 3, 2, 0.4
+RNG = np.random.default_rng(0)
+MEAN, COV = RNG.normal(size=D), spd(RNG, D)
+MASK = np.array([[True, True], [True, False], [False, False]])
+Y = np.where(MASK, RNG.normal(size=(N, D)), np.nan)
+PRIOR = DiffusionPrior(GaussianDenoiser(jnp.asarray(MEAN), jnp.asarray(COV)))
+
+
+def model(prior, mask, y, size=N):
+    with numpyro.plate("n", size):
+        mask = numpyro.subsample(mask, event_dim=1)
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(1), obs=y)
+
+
+def exact_moments():
+    moments = []
+    for mask, y in zip(MASK, Y, strict=True):
+        matrix = np.eye(D)[mask]
+        noise = NOISE**2 * np.eye(len(matrix))
+        moments.append(gaussian_posterior(MEAN, COV, matrix, noise, y[mask]))
+    return [np.stack(part) for part in zip(*moments, strict=True)]
+
+
+def check_moments(x, mean, cov, bias=0.0):
+    """Draws, with shape ``(num, n, d)``, against moments, to four standard errors and a bias."""
+    num = len(x)
+    variance = np.diagonal(cov, axis1=-2, axis2=-1)
+    error = np.abs(x.mean(0) - mean)
+    assert np.all(error < 4 * np.sqrt(variance / num) + bias * np.sqrt(variance))
+    ratio = x.var(0) / variance
+    assert np.all(np.abs(ratio - 1) < 4 * np.sqrt(2 / num) + bias)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance", "num_particles"),
+    [
+        (MultistepSDE(64), None, 1),
+        (MultistepSDE(64), MMPS(GaussianCovariance()), 1),
+        (MultistepSDE(64), None, 4),
+        (MultistepSDE(32), MMPS(TweedieCovariance()), 4),
+        (MultistepODE(64), None, 1),
+        (Heun(48), None, 1),
+    ],
+)
+def test_gaussian_posterior_moments(sampler, guidance, num_particles):
+    draws = sample_posterior(
+        jax.random.key(1),
+        model,
+        PRIOR,
+        jnp.asarray(MASK),
+        jnp.asarray(Y),
+        num_samples=4000,
+        num_particles=num_particles,
+        sampler=sampler,
+        guidance=guidance,
+        max_batch_size=6000,
+    )
+    x = np.asarray(draws.samples["x"])
+    assert x.shape == (4000, N, D)
+    check_moments(x, *exact_moments(), bias=0.03)
+    assert np.all(draws.stats["residual"] < 1e-4)
+    assert draws.stats["num_evaluations"] == num_particles * sampler.num_evaluations
+
+
+def test_log_evidence_is_unbiased_on_a_gaussian():
+    """The mean of the estimates is p(y), to their own standard error and the steps' bias."""
+    matrix, y = np.array([[1.0, 0.5]]), np.array([0.7])
+    likelihood = linear_gaussian(
+        jnp.asarray(y), jnp.asarray(matrix), Isotropic(jnp.asarray(NOISE**2), 1), (D,)
+    )
+    settings = resolve_settings(PRIOR, 8, MultistepSDE(64))
+    draws = draw_posterior(jax.random.key(0), PRIOR.denoiser, likelihood, settings, 4000)
+    variance = matrix @ COV @ matrix.T + NOISE**2
+    expected = np.exp(dist.Normal(matrix @ MEAN, np.sqrt(variance[0])).log_prob(y))[0]
+    ratio = np.exp(np.asarray(draws.log_evidence)) / expected
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(len(ratio)) + 0.01
+
+
+def mixture_problem():
+    weights = np.array([0.3, 0.7])
+    means = np.array([[-3.0, 0.0], [3.0, 1.0]])
+    covs = np.stack([0.5 * np.eye(2)] * 2)
+    matrix, cov_y, y = np.array([[0.1, 1.0]]), np.array([[0.25]]), np.array([0.4])
+    prior = MixtureDenoiser(jnp.asarray(weights), jnp.asarray(means), jnp.asarray(covs))
+    likelihood = linear_gaussian(
+        jnp.asarray(y), jnp.asarray(matrix), Diagonal(jnp.asarray(np.diag(cov_y))), (2,)
+    )
+    exact = mixture_posterior(weights, means, covs, matrix, cov_y, y)
+    return DiffusionPrior(prior), likelihood, exact
+
+
+def mode_mass(prior, likelihood, num_particles, num_draws=2000):
+    settings = resolve_settings(prior, num_particles, MultistepSDE(48))
+    draws = draw_posterior(jax.random.key(0), prior.denoiser, likelihood, settings, num_draws)
+    return float(np.mean(np.asarray(draws.x)[:, 0] < 0)), draws
+
+
+def test_particles_find_the_mass_of_the_modes():
+    prior, likelihood, (weights, *_) = mixture_problem()
+    error = {k: mode_mass(prior, likelihood, k)[0] - weights[0] for k in (1, 32)}
+    standard_error = np.sqrt(weights[0] * weights[1] / 2000)
+    assert abs(error[32]) < 4 * standard_error + 0.01
+    assert abs(error[32]) < abs(error[1])
+
+
+def test_statistics_of_particles():
+    prior, likelihood, _ = mixture_problem()
+    _, draws = mode_mass(prior, likelihood, 8, 64)
+    assert np.all((draws.ess >= 1) & (draws.ess <= 8))
+    assert np.all((draws.num_resamplings >= 0) & (draws.num_resamplings < 48))
+    _, draws = mode_mass(prior, likelihood, 1, 64)
+    np.testing.assert_array_equal(draws.ess, 1)
+    assert np.all(np.isnan(draws.log_evidence))
+
+
+def test_draws_do_not_depend_on_how_the_plate_is_cut():
+    """Not the numbers, but their distribution and their order along the plate."""
+    size = 7
+    y = 5.0 * jnp.arange(size)[:, None] * jnp.ones(D)
+    mask = jnp.ones((size, D), bool)
+    for max_batch_size in (3, 7, 100):
+        draws = sample_posterior(
+            jax.random.key(0),
+            model,
+            PRIOR,
+            mask,
+            y,
+            size,
+            num_samples=2,
+            max_batch_size=max_batch_size,
+            sampler=DDPM(8),
+        )
+        x = draws.samples["x"]
+        assert x.shape == (2, size, D)
+        assert draws.stats["residual"].shape == (2, size)
+        assert np.all(np.diff(x.mean(-1), axis=1) > 0)
+
+
+def test_subsampled_models_are_drawn_whole():
+    def subsampling(prior, y):
+        with numpyro.plate("n", 6, subsample_size=2):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 0.01).to_event(1), obs=y)
+
+    y = jnp.asarray(RNG.normal(size=(6, D)))
+    x = sample_posterior(jax.random.key(0), subsampling, PRIOR, y).samples["x"]
+    np.testing.assert_allclose(x[0], y, atol=0.1)
+
+
+def test_same_key_same_draws_and_new_weights_compile_nothing():
+    traces = []
+
+    def counted(prior, mask, y):
+        traces.append(1)
+        model(prior, mask, y)
+
+    def draw(prior):
+        x = sample_posterior(
+            jax.random.key(3), counted, prior, jnp.asarray(MASK), jnp.asarray(Y), sampler=DDPM(4)
+        )
+        return x.samples["x"]
+
+    first = draw(PRIOR)
+    compiled = len(traces)
+    np.testing.assert_array_equal(first, draw(PRIOR))
+    eager = len(traces) - compiled  # what is traced anew each time, to look for errors
+    other = DiffusionPrior(GaussianDenoiser(jnp.asarray(MEAN) + 1, jnp.asarray(COV)))
+    assert not np.array_equal(first, draw(other))
+    assert len(traces) == compiled + 2 * eager
+    assert eager < compiled
+
+
+def test_nonlinear_means_are_linearised():
+    def squared(prior, y):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x[0] + 0.1 * x[0] ** 2, 0.2), obs=y)
+
+    draws = sample_posterior(
+        jax.random.key(0),
+        squared,
+        PRIOR,
+        0.5,
+        num_samples=3000,
+        num_particles=16,
+        max_batch_size=3000,
+    )
+    grid = np.linspace(-6, 6, 2001)
+    log_p = -((grid - MEAN[0]) ** 2) / (2 * COV[0, 0]) - (0.5 - grid - 0.1 * grid**2) ** 2 / 0.08
+    p = np.exp(log_p - log_p.max())
+    p = p / p.sum()
+    mean = p @ grid
+    deviation = np.sqrt(p @ (grid - mean) ** 2)
+    x = np.asarray(draws.samples["x"])[:, 0]
+    assert abs(x.mean() - mean) < (4 / np.sqrt(3000) + 0.03) * deviation
+    assert abs(x.std() / deviation - 1) < 4 / np.sqrt(6000) + 0.03
+
+
+def test_dtype_follows_the_prior():
+    x = sample_posterior(jax.random.key(0), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y))
+    assert x.samples["x"].dtype == PRIOR.denoiser.dtype
+    assert tolerance(jnp.float32, jnp.float64) == x.samples["x"].dtype
+
+
+@pytest.mark.parametrize(
+    ("num_particles", "sampler", "message"),
+    [
+        (0, None, "num_particles >= 1, got 0"),
+        (2, DDIM(), "2 particles need a stochastic sampler"),
+        (2, Heun(), "2 particles need a stochastic sampler"),
+    ],
+)
+def test_particles_and_samplers_that_do_not_fit(num_particles, sampler, message):
+    with pytest.raises(ValueError, match=message):
+        sample_posterior(
+            jax.random.key(0),
+            model,
+            PRIOR,
+            jnp.asarray(MASK),
+            jnp.asarray(Y),
+            num_particles=num_particles,
+            sampler=sampler,
+        )
