@@ -1,0 +1,390 @@
+"""Guidance against closed-form posterior denoisers and densely written formulas."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser
+from numpyro_diffprior.guidance import (
+    DPS,
+    MMPS,
+    TMPD,
+    GaussianCovariance,
+    IsotropicCovariance,
+    PiGDM,
+    TweedieCovariance,
+    UnitCovariance,
+)
+from numpyro_diffprior.likelihoods import Likelihood, linear_gaussian
+from numpyro_diffprior.linalg import Diagonal, Isotropic
+
+EVENT, NUM_EVENTS, NUM_OBSERVED = (2, 3), 3, 4
+SIGMA = np.array([[0.1], [1.0], [10.0]])  # an axis of noise levels before the plate's
+TOL = oracles.tolerance()
+RTOL = oracles.tolerance(1e-6, 1e-12)  # of conjugate gradients
+
+EXACT = {
+    "Tweedie, dense": MMPS(),
+    "Tweedie, matrix-free": MMPS(max_dense=0, rtol=RTOL),
+    "Gaussian, dense": MMPS(GaussianCovariance()),
+    "Gaussian, matrix-free": MMPS(GaussianCovariance(), max_dense=0, rtol=RTOL),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    denoiser: Denoiser
+    observed: tuple  # y, matrix and noise, for linear_gaussian
+    matrix: np.ndarray
+    y: np.ndarray
+    cov_y: np.ndarray  # the noise of each event, as a matrix
+    x_t: np.ndarray
+
+    @property
+    def likelihood(self):
+        return linear_gaussian(*map(jnp.asarray, self.observed[:2]), self.observed[2], EVENT)
+
+    @property
+    def prior(self):
+        return np.asarray(self.denoiser.mean, np.float64).reshape(-1), oracles.dense(
+            self.denoiser.cov
+        )
+
+    def over(self, function):
+        """Apply a dense formula to each noise level and event."""
+        mean, cov = self.prior
+        return np.asarray(
+            [
+                [
+                    function(
+                        mean,
+                        cov,
+                        self.matrix[i],
+                        self.cov_y[i],
+                        self.y[i],
+                        self.x_t[j, i].reshape(-1),
+                        SIGMA[j, 0],
+                    )
+                    for i in range(NUM_EVENTS)
+                ]
+                for j in range(len(SIGMA))
+            ]
+        )
+
+    def flat(self, function):
+        return self.over(function).reshape(self.x_t.shape)
+
+
+def problem(prior="Dense", noise="Isotropic", seed=0, denoiser=None):
+    """Make a plate of events, each with its own operator, and its x_t at each noise level."""
+    rng = np.random.default_rng(seed)
+    if denoiser is None:
+        denoiser = GaussianDenoiser(rng.normal(size=EVENT), oracles.covariance(prior, rng, 6))
+    matrix = rng.normal(size=(NUM_EVENTS, NUM_OBSERVED, 6)) / np.sqrt(6)
+    cov_y = oracles.covariance(noise, rng, NUM_OBSERVED)
+    y = rng.normal(size=(NUM_EVENTS, NUM_OBSERVED))
+    x_t = np.sqrt(1 + SIGMA[..., None, None] ** 2) * rng.normal(size=(3, NUM_EVENTS, *EVENT))
+    stacked = np.broadcast_to(oracles.dense(cov_y), (NUM_EVENTS, NUM_OBSERVED, NUM_OBSERVED))
+    return Problem(denoiser, (y, matrix, cov_y), matrix, y, stacked, x_t)
+
+
+@partial(jax.jit, static_argnums=0)  # compiled once for many tests
+def guide(guidance, denoiser, observed, x_t, sigma=SIGMA):
+    likelihood = linear_gaussian(*observed, denoiser.event_shape)
+    return guidance.condition(denoiser, likelihood).guide(x_t, sigma)
+
+
+def correction(mean, cov, matrix, cov_y, y, x_t, sigma, cov_x):
+    """Return MMPS's mean with any covariance in place of the conditional one."""
+    x_hat = oracles.gaussian_denoiser(mean, cov, x_t, sigma)
+    jacobian = cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
+    solution = np.linalg.solve(cov_y + matrix @ cov_x @ matrix.T, y - matrix @ x_hat)
+    return x_hat + sigma**2 * jacobian.T @ matrix.T @ solution
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize(
+    ("prior", "noise"), [*zip(oracles.COVARIANCES, np.roll(oracles.COVARIANCES, 2), strict=True)]
+)
+def test_golden(method, prior, noise):
+    """MMPS is the closed form for Gaussian priors and linear observations."""
+    case = problem(prior, noise)
+    guided = guide(EXACT[method], case.denoiser, case.observed, case.x_t)
+    expected = case.flat(oracles.gaussian_posterior_denoiser)
+    np.testing.assert_allclose(guided.x_hat_y, expected, atol=TOL * np.abs(expected).max())
+    expected = case.flat(lambda m, c, a, n, y, x, s: oracles.gaussian_denoiser(m, c, x, s))
+    np.testing.assert_allclose(guided.x_hat, expected, atol=TOL * np.abs(expected).max())
+    assert guided.residual.shape == guided.num_truncated.shape == (3, NUM_EVENTS)
+    assert np.all(guided.residual < 10 * RTOL)
+    assert not np.any(guided.num_truncated)
+    if "dense" in method:
+        log_twist = case.over(oracles.gaussian_log_twist)
+        np.testing.assert_allclose(guided.log_twist, log_twist, atol=30 * TOL)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_noise_of_each_event(method):
+    case = problem()
+    variances = np.random.default_rng(1).uniform(0.2, 2.0, (NUM_EVENTS, NUM_OBSERVED))
+    cov_y = np.stack([np.diag(v) for v in variances])
+    observed = case.y, case.matrix, Diagonal(variances)
+    guided = guide(EXACT[method], case.denoiser, observed, case.x_t)
+    case = Problem(case.denoiser, observed, case.matrix, case.y, cov_y, case.x_t)
+    expected = case.flat(oracles.gaussian_posterior_denoiser)
+    np.testing.assert_allclose(guided.x_hat_y, expected, atol=TOL * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_each_event_is_on_its_own(method):
+    """One event of a batch is hard: the others, and itself, get what they would get alone."""
+    case = problem("Diagonal")
+    matrix = case.matrix * np.array([1.0, 30.0, 0.0])[:, None, None]
+    x_t, noise = case.x_t[1], Isotropic(0.5, NUM_OBSERVED)
+    together = case.y, matrix, noise
+    batch = guide(EXACT[method], case.denoiser, together, x_t, 1.0)
+    for i in range(NUM_EVENTS):
+        alone = case.y[i], matrix[i], noise
+        one = guide(EXACT[method], case.denoiser, alone, x_t[i], 1.0)
+        np.testing.assert_allclose(batch.x_hat_y[i], one.x_hat_y, atol=3 * TOL)
+        np.testing.assert_allclose(batch.log_twist[i], one.log_twist, rtol=10 * TOL)
+    np.testing.assert_array_equal(batch.x_hat_y[2], batch.x_hat[2])
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_particles(method):
+    """Leading axes are particles of each event, at one noise level."""
+    case = problem()
+    particles = np.random.default_rng(2).normal(size=(2, 5, NUM_EVENTS, *EVENT))
+    guided = guide(EXACT[method], case.denoiser, case.observed, particles, 0.7)
+    one = guide(EXACT[method], case.denoiser, case.observed, particles[1, 3], 0.7)
+    np.testing.assert_allclose(guided.x_hat_y[1, 3], one.x_hat_y, atol=3 * TOL)
+    np.testing.assert_allclose(guided.log_twist[1, 3], one.log_twist, atol=30 * TOL)
+    assert guided.log_twist.shape == (2, 5, NUM_EVENTS)
+
+
+@pytest.mark.parametrize("guidance", [MMPS(GaussianCovariance()), PiGDM()])
+def test_particles_share_the_factor(guidance):
+    case = problem()
+    posterior = guidance.condition(case.denoiser, case.likelihood)
+    jaxpr = str(jax.make_jaxpr(posterior.guide)(jnp.ones((7, NUM_EVENTS, *EVENT)), 0.7))
+    [factor] = [line for line in jaxpr.splitlines() if "= cholesky" in line]
+    assert f"[{NUM_EVENTS},{NUM_OBSERVED},{NUM_OBSERVED}] = cholesky" in factor
+
+
+@pytest.mark.parametrize("method", [*EXACT, "TMPD", "DPS"])
+def test_masked_rows_contribute_nothing(method):
+    """Hidden values have a zero row, unit noise and a zero in y."""
+    case = problem()
+    shown = np.array([1, 0, 1, 1])
+    variances = np.array([0.3, 1.0, 0.7, 0.5])
+    masked = case.y * shown, case.matrix * shown[:, None], Diagonal(variances)
+    keep = np.flatnonzero(shown)
+    without = case.y[:, keep], case.matrix[:, keep], Diagonal(variances[keep])
+    guidance = EXACT.get(method) or {"TMPD": TMPD(), "DPS": DPS()}[method]
+    a = guide(guidance, case.denoiser, masked, case.x_t)
+    b = guide(guidance, case.denoiser, without, case.x_t)
+    np.testing.assert_allclose(a.x_hat_y, b.x_hat_y, atol=10 * TOL)
+    # A constant of the hidden value's unit Gaussian, which no weight depends on.
+    constant = -0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(a.log_twist, b.log_twist + constant, atol=30 * TOL)
+
+
+def test_nothing_observed():
+    case = problem()
+    nothing = np.zeros_like(case.y), np.zeros_like(case.matrix), case.observed[2]
+    for guidance in (*EXACT.values(), PiGDM(), TMPD(), DPS()):
+        guided = guide(guidance, case.denoiser, nothing, case.x_t)
+        np.testing.assert_array_equal(guided.x_hat_y, guided.x_hat)
+        assert np.all(guided.residual == 0)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "variance"),
+    [
+        (MMPS(IsotropicCovariance()), lambda s2, scale2: s2),
+        (MMPS(UnitCovariance()), lambda s2, scale2: 1 / (1 / s2 + 1 / scale2)),
+        (MMPS(UnitCovariance(), max_dense=0, rtol=RTOL), lambda s2, c2: s2 * c2 / (s2 + c2)),
+        (PiGDM(), lambda s2, scale2: s2 * scale2 / (s2 + scale2)),
+    ],
+    ids=["isotropic", "unit", "unit, matrix-free", "PiGDM"],
+)
+def test_heuristic_covariances(guidance, variance):
+    case = problem(noise="Dense")
+    guided = guide(guidance, case.denoiser, case.observed, case.x_t)
+
+    def expected(*args):
+        return correction(*args, variance(args[-1] ** 2, np.trace(args[1]) / 6) * np.eye(6))
+
+    expected = case.flat(expected)
+    np.testing.assert_allclose(guided.x_hat_y, expected, atol=3 * TOL * np.abs(expected).max())
+
+
+def test_tmpd():
+    case = problem(noise="Dense")
+    guided = guide(TMPD(), case.denoiser, case.observed, case.x_t)
+
+    def expected(mean, cov, matrix, cov_y, y, x_t, sigma):
+        x_hat = oracles.gaussian_denoiser(mean, cov, x_t, sigma)
+        cov_x = sigma**2 * cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
+        row_sums = np.maximum((matrix @ cov_x @ matrix.T).sum(axis=1), 0)
+        return x_hat + cov_x @ matrix.T @ ((y - matrix @ x_hat) / (np.diag(cov_y) + row_sums))
+
+    np.testing.assert_allclose(guided.x_hat_y, case.flat(expected), atol=10 * TOL)
+
+
+def test_dps():
+    case = problem()
+    guided = guide(DPS(strength=0.3), case.denoiser, case.observed, case.x_t)
+    x_hat = case.denoiser(jnp.asarray(case.x_t), SIGMA)
+
+    def distance(x_t):
+        flat = case.denoiser(x_t, SIGMA).reshape(3, NUM_EVENTS, 6)
+        residual = case.likelihood.y - jnp.einsum("imd,jid->jim", case.matrix, flat)
+        return jnp.sum(jnp.linalg.norm(residual, axis=-1))
+
+    step = 0.3 * case.denoiser.scale * jax.grad(distance)(jnp.asarray(case.x_t))
+    np.testing.assert_allclose(guided.x_hat_y, x_hat - step, atol=10 * TOL)
+    at_x_hat = [
+        [
+            oracles.multivariate_normal.logpdf(case.y[i], case.matrix[i] @ x, case.cov_y[i])
+            for i, x in enumerate(np.asarray(x_hat).reshape(3, NUM_EVENTS, 6)[j])
+        ]
+        for j in range(3)
+    ]
+    np.testing.assert_allclose(guided.log_twist, at_x_hat, rtol=30 * TOL)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_nonlinear_mean_is_linearised(method):
+    case = problem()
+
+    def moments(x):
+        flat = x.reshape(*x.shape[:-2], 6)
+        y_hat = jnp.tanh(jnp.einsum("imd,...id->...im", case.matrix, flat))
+        return y_hat, Diagonal(0.2 + y_hat**2)
+
+    likelihood = Likelihood(case.likelihood.y, moments, lambda x: jnp.zeros(x.shape[:-2]), EVENT)
+    posterior = EXACT[method].condition(case.denoiser, likelihood)
+    guided = jax.jit(posterior.guide)(jnp.asarray(case.x_t), SIGMA)
+
+    def expected(mean, cov, matrix, cov_y, y, x_t, sigma):
+        x_hat = oracles.gaussian_denoiser(mean, cov, x_t, sigma)
+        y_hat = np.tanh(matrix @ x_hat)
+        slope = (1 - y_hat**2)[:, None] * matrix
+        cov_x = sigma**2 * cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
+        gain = slope @ cov_x @ slope.T + np.diag(0.2 + y_hat**2)
+        return x_hat + cov_x @ slope.T @ np.linalg.solve(gain, y - y_hat)
+
+    np.testing.assert_allclose(guided.x_hat_y, case.flat(expected), atol=20 * TOL)
+
+
+@pytest.mark.parametrize("covariance", [TweedieCovariance(), GaussianCovariance()])
+def test_residual_is_reported(covariance):
+    case = problem()
+    budget = MMPS(covariance, max_dense=0, max_steps=1)
+    residual = guide(budget, case.denoiser, case.observed, case.x_t).residual
+    # One step of conjugate gradients goes along the right-hand side.
+    mean, cov = case.prior
+    sigma, matrix, cov_y = SIGMA[1, 0], case.matrix[2], case.cov_y[2]
+    x_t = case.x_t[1, 2].reshape(-1)
+    r = case.y[2] - matrix @ oracles.gaussian_denoiser(mean, cov, x_t, sigma)
+    cov_x = sigma**2 * cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
+    system = cov_y + matrix @ cov_x @ matrix.T
+    error = r - r @ r / (r @ system @ r) * system @ r
+    expected = np.linalg.norm(error) / np.linalg.norm(r)
+    assert expected > 1e-2
+    np.testing.assert_allclose(residual[1, 2], expected, rtol=100 * TOL)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LinearDenoiser(Denoiser):
+    """Like a network's, its Jacobian is neither symmetric nor positive."""
+
+    weight: jax.Array
+    mean: jax.Array
+    cov: Isotropic
+
+    def __call__(self, x_t, sigma):
+        return (x_t.reshape(*x_t.shape[:-2], 6) @ self.weight.T).reshape(x_t.shape)
+
+
+def test_learned_jacobian_is_truncated():
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(6, 6))
+    denoiser = LinearDenoiser(jnp.asarray(weight), jnp.zeros(EVENT), Isotropic(1.0, 6))
+    case = problem(denoiser=denoiser)
+    guided = guide(MMPS(), denoiser, case.observed, case.x_t)
+    variance = case.cov_y[0, 0, 0]
+    num_truncated = []
+
+    def expected(mean, cov, matrix, cov_y, y, x_t, sigma):
+        x_hat = weight @ x_t
+        gain = matrix @ (sigma**2 * weight) @ matrix.T
+        values, vectors = np.linalg.eigh((gain + gain.T) / 2)
+        keep = values > 0
+        num_truncated.append((~keep).sum())
+        kept = vectors[:, keep]
+        solution = kept @ (kept.T @ (y - matrix @ x_hat) / (variance + values[keep]))
+        return x_hat + sigma**2 * weight.T @ matrix.T @ solution
+
+    expected = case.flat(expected)
+    assert 0 < np.sum(num_truncated) < 3 * NUM_EVENTS * NUM_OBSERVED
+    np.testing.assert_array_equal(guided.num_truncated.reshape(-1), num_truncated)
+    np.testing.assert_allclose(guided.x_hat_y, expected, atol=100 * TOL * np.abs(expected).max())
+    iterated = guide(MMPS(max_dense=0), denoiser, case.observed, case.x_t)
+    for leaf in jax.tree.leaves((guided, iterated)):
+        assert np.all(np.isfinite(leaf))
+
+
+def test_nearly_symmetric_jacobian_needs_no_matrix():
+    rng = np.random.default_rng(4)
+    weight = 0.3 * oracles.spd(rng, 6) + 1e-3 * rng.normal(size=(6, 6))
+    denoiser = LinearDenoiser(jnp.asarray(weight), jnp.zeros(EVENT), Isotropic(1.0, 6))
+    case = problem(denoiser=denoiser)
+    guided = guide(MMPS(), denoiser, case.observed, case.x_t)
+    iterated = guide(MMPS(max_dense=0), denoiser, case.observed, case.x_t)
+    np.testing.assert_allclose(iterated.x_hat_y, guided.x_hat_y, atol=0.02)
+
+
+def test_nearly_singular_system_stays_finite():
+    """Smooth priors and low noise, beyond the edge of the floating type."""
+    grid = np.linspace(0, 1, 128)
+    smooth = np.exp(-0.5 * (grid[:, None] - grid) ** 2 / 0.1**2)
+    denoiser = GaussianDenoiser(jnp.zeros(128), smooth)
+    noise = Isotropic(oracles.tolerance(1e-4, 1e-9) ** 2, 128)
+    observed = np.sin(6 * grid), np.eye(128), noise
+    x_t = jnp.asarray(np.cos(9 * grid))
+    for sigma in (0.01, 1.0, 100.0):
+        guided = guide(MMPS(GaussianCovariance()), denoiser, observed, x_t, sigma)
+        for leaf in guided:
+            assert np.all(np.isfinite(leaf))
+        distance = np.abs(guided.x_hat_y - observed[0]).max()
+        assert distance < (0.5 if sigma < 0.1 else 0.01)
+
+
+def test_event_shapes_must_agree():
+    case = problem()
+    other = GaussianDenoiser(jnp.zeros(6), jnp.eye(6))
+    for guidance in (MMPS(), PiGDM(), TMPD(), DPS()):
+        with pytest.raises(
+            ValueError, match=r"events have shape \(6,\), the likelihood's \(2, 3\)"
+        ):
+            guidance.condition(other, case.likelihood)
+
+
+def test_guided_denoiser_is_a_denoiser():
+    case = problem()
+    posterior = DPS().condition(case.denoiser, case.likelihood)
+    assert posterior.event_shape == EVENT
+    assert posterior.dtype == case.denoiser.dtype
+    assert posterior.sigma_max == case.denoiser.sigma_max
+    x_t = jnp.asarray(case.x_t[1])
+    x_hat_y = posterior(x_t, 1.0)
+    np.testing.assert_array_equal(x_hat_y, posterior.guide(x_t, 1.0).x_hat_y)
+    np.testing.assert_allclose(posterior.score(x_t, 1.0), x_hat_y - x_t, atol=TOL)
