@@ -56,7 +56,9 @@ def model(prior, mask, y=None):
 def make_data(rng_key, hidden, num_train=NUM_TRAIN):
     """Scikit-learn's digits in random order; hidden pixels are NaN."""
     key_order, key_mask, key_noise = jax.random.split(rng_key, 3)
-    digits = jax.random.permutation(key_order, jnp.asarray(load_digits().images / 8 - 1, "float32"))
+    digits = jax.random.permutation(
+        key_order, jnp.asarray(load_digits().images / 8 - 1, "float32")
+    )
     clean, test = digits[:num_train], digits[num_train:]
     mask = jax.random.bernoulli(key_mask, 1 - hidden, clean.shape)
     noise = NOISE * jax.random.normal(key_noise, clean.shape)
@@ -254,7 +256,9 @@ def main(args):
     print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
     print(f"{'prior':10s} {'Frechet':>8s} {'RMSE':>6s} {'50 %':>6s} {'90 %':>6s}")
     for name, row in table.items():
-        numbers = f"{row['frechet']:8.2f} {row['rmse']:6.3f} {row['cover50']:6.2f} {row['cover90']:6.2f}"
+        numbers = (
+            f"{row['frechet']:8.2f} {row['rmse']:6.3f} {row['cover50']:6.2f} {row['cover90']:6.2f}"
+        )
         print(f"{name:10s} {numbers}")
     result = {"iterations": rows, "table": table, "clean": clean_distances, "floor": floor}
     (output / "digits.json").write_text(json.dumps(result, indent=1))

@@ -26,7 +26,6 @@ import numpyro_diffprior as ndp
 from numpyro_diffprior.metrics import excess_transport_cost, sliced_wasserstein
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 DIM = 5
 NOISE = 1e-2
@@ -101,24 +100,33 @@ def main(args):
         num_sgd_steps=args.num_sgd_steps,
         batch_size=args.batch_size,
         num_particles=args.num_particles,
-        sampler=ndp.MultistepSDE(args.num_steps),
+        sampler=ndp.DDPM(args.num_steps),
     )
     scores = []
 
     def record(state, metrics):
         x = state.draws.reshape(-1, DIM)
-        scores.append(judge(key_judge, x, data) | {k: float(v) for k, v in metrics._asdict().items()})
+        scores.append(
+            judge(key_judge, x, data) | {k: float(v) for k, v in metrics._asdict().items()}
+        )
         row = scores[-1]
         print(
             f"{len(scores) - 1:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
             f"  divergence {row['divergence']:.4f}  sliced W2 {row['sliced_w2']:.4f}"
-            f"  (independent {row['divergence_independent']:.4f} {row['sliced_w2_independent']:.4f})"
+            f"  (independent {row['divergence_independent']:.4f}"
+            f" {row['sliced_w2_independent']:.4f})"
             f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
             flush=True,
         )
 
     em.run(
-        key_em, args.num_iterations, prior, data.operator, data.y, progress_bar=False, callback=record
+        key_em,
+        args.num_iterations,
+        prior,
+        data.operator,
+        data.y,
+        progress_bar=False,
+        callback=record,
     )
     (output / "manifold.json").write_text(json.dumps(scores, indent=1))
     return scores

@@ -203,7 +203,12 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
         for name, site in trace.items()
         if site["type"] == "sample" and not site["is_observed"] and not _is_unobserved(name, trace)
     }
-    names = [name for name, site in latents.items() if _find_prior(site["fn"]) is not None]
+    priors = {
+        name: prior
+        for name, site in latents.items()
+        if (prior := _find_prior(site["fn"])) is not None
+    }
+    names = list(priors)
     others = sorted(set(latents) - set(names))
     if not names:
         raise ValueError(
@@ -224,7 +229,7 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
     site = latents[name]
     frames = site["cond_indep_stack"]
     sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
-    prior = _find_prior(site["fn"])
+    prior = priors[name]
     if site["fn"].shape() != (*site["fn"].batch_shape, *prior.event_shape):
         raise ValueError(
             f"latent site '{name}': expected events of shape {prior.event_shape} in plates, got "

@@ -157,6 +157,7 @@ class Diagonal(Covariance):
 
     @property
     def size(self) -> int:
+        """Dimension of the vectors."""
         return self.variances.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -201,6 +202,7 @@ class DiagonalPlusLowRank(Covariance):
 
     @property
     def size(self) -> int:
+        """Dimension of the vectors."""
         return self.diag.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -275,6 +277,7 @@ class Dense(Covariance):
 
     @property
     def size(self) -> int:
+        """Dimension of the vectors."""
         return self.eigenvalues.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -314,6 +317,7 @@ class Blocks(Covariance):
 
     @property
     def size(self) -> int:
+        """Dimension of the vectors."""
         return sum(block.size for block in self.blocks)
 
     def matvec(self, v: jax.Array) -> jax.Array:

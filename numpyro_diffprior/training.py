@@ -1,0 +1,280 @@
+r"""Fit a denoiser to samples, by denoising score matching.
+
+.. math:: \min_\theta E_{x, \sigma, \varepsilon} \left[ \left( \frac{1}{\sigma^2} + \frac{1}{s^2}
+    \right) \frac{1}{d} \lVert D_\theta(x + \sigma \varepsilon, \sigma) - x \rVert^2 \right]
+
+with :math:`s` the data's scale, so that the loss does not depend on the data's units. Only the
+network's weights are trained: every array of `NetworkDenoiser.net`, and nothing else.
+
+References:
+    Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
+    maximization*, 2024, arXiv 2405.13712 (the loss, its weight and the noise levels).
+
+    Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
+    models* (EDM), 2022, arXiv 2206.00364.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from numpyro_diffprior.denoisers import Denoiser, NetworkDenoiser
+from numpyro_diffprior.linalg import empirical_gaussian
+from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
+
+__all__ = ["FitResult", "TrainState", "denoising_loss", "fit_denoiser", "init_training", "train"]
+
+
+class TrainState(NamedTuple):
+    """State of `train`, to stop and resume.
+
+    Attributes:
+        denoiser: The denoiser with the current weights.
+        averaged: The denoiser with the exponential moving average of the weights, the one to use.
+        opt_state: State of the optimizer.
+        num_steps: Number of steps taken so far, a scalar integer.
+    """
+
+    denoiser: NetworkDenoiser
+    averaged: NetworkDenoiser
+    opt_state: optax.OptState
+    num_steps: jax.Array
+
+
+class FitResult(NamedTuple):
+    """What `fit_denoiser` returns.
+
+    Attributes:
+        denoiser: The denoiser with averaged weights.
+        losses: Loss of every minibatch before its step, with shape ``(num_steps,)``.
+    """
+
+    denoiser: NetworkDenoiser
+    losses: jax.Array
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x: jax.Array,
+    sigma: jax.Array,
+    rng_key: jax.Array,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> jax.Array:
+    r"""Weighted error of a denoiser on freshly noised events.
+
+    .. math:: \frac{1}{d} \left( \frac{1}{\sigma^2} + \frac{1}{s^2} \right)
+        \lVert D(x + \sigma \varepsilon, \sigma) - x \rVert^2
+
+    on average over the batch. For data of scale :math:`s`, the error of predicting by scaling
+    alone is one at every noise level.
+
+    Args:
+        denoiser: Any denoiser.
+        x: Clean events, with shape ``(*batch, *event_shape)``.
+        sigma: Noise levels, broadcastable to ``(*batch,)``.
+        rng_key: A key, of the noise.
+        rngs: Random streams of the dropout of a `NetworkDenoiser`, to train; without them there
+            is no dropout.
+
+    Returns:
+        A scalar.
+    """
+    event_axes = tuple(range(-len(denoiser.event_shape), 0))
+    sigma = jnp.expand_dims(jnp.asarray(sigma, x.dtype), event_axes)
+    x_t = x + sigma * jax.random.normal(rng_key, x.shape, x.dtype)
+    level = sigma.squeeze(event_axes)
+    if isinstance(denoiser, NetworkDenoiser):
+        x_hat = denoiser(x_t, level, rngs=rngs)
+    else:
+        x_hat = denoiser(x_t, level)
+    # The square of 1 / c_out, the factor of the network in `NetworkDenoiser`.
+    weight = 1 / sigma**2 + 1 / denoiser.scale**2
+    return jnp.mean(weight * (x_hat - x) ** 2)
+
+
+def init_training(
+    denoiser: NetworkDenoiser, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Start training from a denoiser.
+
+    Args:
+        denoiser: The denoiser to start from; its mean, covariance and skip stay as they are.
+        optimizer: Any optax transformation, such as ``optax.chain(clip_by_global_norm(1.0),
+            optax.adam(schedule))``.
+
+    Returns:
+        The state that `train` takes.
+    """
+    num_steps = jnp.zeros((), int)
+    return TrainState(denoiser, denoiser, optimizer.init(denoiser.net), num_steps)
+
+
+def train(
+    rng_key: jax.Array,
+    state: TrainState,
+    x: jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    batch_size: int,
+    noise: NoiseDistribution = LogBeta(),
+    ema_decay: float = 0.999,
+) -> tuple[TrainState, jax.Array]:
+    r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
+
+    Every step draws a minibatch of `x` with replacement and a noise level for each of its events.
+    The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` after step
+    :math:`t`, counted over all calls: it forgets the start at any number of steps.
+
+    The function compiles once for an optimizer (the very object), a shape of `x`, `num_steps`
+    and `batch_size`. New weights, data or `ema_decay` compile nothing.
+
+    Args:
+        rng_key: A key.
+        state: Where to go on, from `init_training` or from this function.
+        x: Clean events to fit, with shape ``(n, *event_shape)``.
+        optimizer: The optax transformation that `state` was initialised with.
+        num_steps: Number of steps.
+        batch_size: Number of events per step; it may exceed ``n``.
+        noise: Distribution of the noise levels between the denoiser's `sigma_min` and
+            `sigma_max`; the default is the paper's.
+        ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
+
+    Returns:
+        The next state, and the loss of every minibatch before its step with shape
+        ``(num_steps,)``.
+
+    Raises:
+        ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
+            `num_steps`, `batch_size` or `ema_decay` is out of its range.
+    """
+    x = _check_events(x, state.denoiser)
+    if num_steps < 1 or batch_size < 1:
+        raise ValueError(
+            "num_steps and batch_size must be at least one, got "
+            f"num_steps={num_steps}, batch_size={batch_size}."
+        )
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
+    return _train(rng_key, state, x, noise, ema_decay, optimizer, num_steps, batch_size)
+
+
+def fit_denoiser(
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int = 256,
+    noise: NoiseDistribution = LogBeta(),
+    ema_decay: float = 0.999,
+    rank: int | None = None,
+) -> FitResult:
+    """Fit a denoiser to clean events: its mean and covariance at once, then its network.
+
+    Args:
+        rng_key: A key.
+        denoiser: A denoiser with a new network. (To go on with a trained one, whose
+            preconditioning must stay as it is, use `train`.)
+        x: Clean events, with shape ``(n, *event_shape)``.
+        optimizer: Any optax transformation.
+        num_steps: Number of steps of stochastic gradient descent.
+        batch_size: Number of events per step; it may exceed ``n``.
+        noise: Distribution of the noise levels, see `train`.
+        ema_decay: Largest decay of the average of the weights, see `train`.
+        rank: Rank of the covariance of large events, see `empirical_gaussian`.
+
+    Returns:
+        The averaged denoiser, and the losses.
+
+    Raises:
+        ValueError: See `train`.
+    """
+    x = _check_events(x, denoiser)
+    mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
+    denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    state, losses = train(
+        rng_key,
+        init_training(denoiser, optimizer),
+        x,
+        optimizer,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        noise=noise,
+        ema_decay=ema_decay,
+    )
+    return FitResult(state.averaged, losses)
+
+
+@partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size"))
+def _train(
+    rng_key: jax.Array,
+    state: TrainState,
+    x: jax.Array,
+    noise: NoiseDistribution,
+    ema_decay: jax.Array,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int,
+) -> tuple[TrainState, jax.Array]:
+    fixed = state.denoiser
+
+    def loss_fn(net: Any, x: jax.Array, rng_key: jax.Array) -> jax.Array:
+        key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
+        sigma = noise.sample(
+            key_sigma,
+            len(x),
+            sigma_min=fixed.sigma_min,
+            sigma_max=fixed.sigma_max,
+            scale=fixed.scale,
+        )
+        rngs = nnx.Rngs(dropout=key_dropout)
+        return denoising_loss(replace(fixed, net=net), x, sigma, key_noise, rngs=rngs)
+
+    # Only what changes is carried: the covariance of a large event is not copied at every step.
+    def step(
+        carry: tuple[Any, Any, optax.OptState, jax.Array], rng_key: jax.Array
+    ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array], jax.Array]:
+        net, averaged, opt_state, count = carry
+        key_batch, key_loss = jax.random.split(rng_key)
+        index = jax.random.randint(key_batch, (batch_size,), 0, x.shape[0])
+        loss, gradient = jax.value_and_grad(loss_fn)(net, x[index], key_loss)
+        update, opt_state = optimizer.update(gradient, opt_state, net)
+        net = optax.apply_updates(net, update)
+        count = count + 1
+        decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+        averaged = optax.incremental_update(net, averaged, 1 - decay)
+        return (net, averaged, opt_state, count), loss
+
+    carry = (fixed.net, state.averaged.net, state.opt_state, state.num_steps)
+    carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
+    net, averaged, opt_state, count = carry
+    state = TrainState(
+        replace(fixed, net=net), replace(state.averaged, net=averaged), opt_state, count
+    )
+    return state, losses
+
+
+def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:
+    x = jnp.asarray(x, denoiser.dtype)
+    shape = denoiser.event_shape
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or x.shape[0] == 0:
+        raise ValueError(
+            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
+            f"and n > 0, got {x.shape}."
+        )
+    # Under a transformation of the caller's there are no values to look at.
+    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        bad = int(jnp.sum(~jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)))
+        raise ValueError(
+            f"Events to train on must be finite, got NaN or infinity in {bad} of {x.shape[0]}; "
+            "remove these events, or treat their values as unobserved (EM)."
+        )
+    return x

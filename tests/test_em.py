@@ -1,0 +1,197 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+
+from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.em import EM
+from numpyro_diffprior.nets import MLP
+from numpyro_diffprior.samplers import MultistepSDE
+from tests.oracles import spd
+
+N, D, NOISE = 300, 2, 0.3
+RNG = np.random.default_rng(0)
+MEAN, COV = np.array([1.0, -2.0]), spd(RNG, D)
+X = RNG.multivariate_normal(MEAN, COV, size=N)
+MASK = jnp.asarray(RNG.uniform(size=(N, D)) < 0.7)
+Y = jnp.where(MASK, jnp.asarray(X + NOISE * RNG.normal(size=(N, D)), "float32"), jnp.nan)
+
+
+def model(prior, mask, y=None):
+    with numpyro.plate("n", mask.shape[0]):
+        mask = numpyro.subsample(mask, event_dim=1)
+        y = None if y is None else numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(1), obs=y)
+
+
+def make_prior(seed=0):
+    net = MLP((D,), features=(16,), embedding=8, rngs=nnx.Rngs(seed))
+    return DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(16))
+
+
+def make_em(model=model, **options):
+    options = {"num_sgd_steps": 8, "batch_size": 128, "num_particles": 2} | options
+    return EM(model, optax.adam(1e-3), **options)
+
+
+def test_the_first_prior_is_the_gaussian_of_greatest_likelihood():
+    prior = (
+        make_em(num_gaussian_iterations=100).init(jax.random.key(0), make_prior(), MASK, Y).prior
+    )
+    # Its standard errors are those of about two hundred values of each coordinate.
+    assert np.all(np.abs(prior.mean - MEAN) < 4 * np.sqrt(np.diag(COV) / 180))
+    assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / 150))
+    gaussian = GaussianDenoiser(prior.mean, prior.denoiser.cov)
+    x_t = jnp.asarray(RNG.normal(size=(5, D)), "float32")
+    np.testing.assert_allclose(prior.denoise(x_t, 0.7), gaussian(x_t, 0.7), rtol=1e-4)
+
+
+def test_a_model_that_bends_starts_from_a_gaussian_by_sampling():
+    def cubic(prior, y):
+        with numpyro.plate("n", N):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x + 0.01 * x**3, NOISE).to_event(1), obs=y)
+
+    y = jnp.asarray(X + 0.01 * X**3, "float32")
+    em = make_em(cubic, num_gaussian_iterations=8)
+    prior = em.init(jax.random.key(0), make_prior(), y).prior
+    assert np.all(np.abs(prior.mean - MEAN) < 4 * np.sqrt(np.diag(COV) / N) + 0.05)
+    assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / N) + 0.1)
+
+
+def test_run_is_updates():
+    em = make_em()
+    state = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    for _ in range(3):
+        state, metrics = em.update(state, MASK, Y)
+    result = em.run(jax.random.key(0), 3, make_prior(), MASK, Y, progress_bar=False)
+    np.testing.assert_array_equal(result.state.draws, state.draws)
+    assert result.state.num_iterations == 3
+    assert result.state.draws.shape == (1, N, D)
+    for name, column in result.history._asdict().items():
+        assert column.shape == (3,)
+        if not name.endswith("seconds"):
+            np.testing.assert_allclose(column[-1], getattr(metrics, name), rtol=1e-6)
+    assert np.isnan(result.history.sliced_wasserstein[0])
+    assert np.all(result.history.sliced_wasserstein[1:] > 0)
+
+
+def test_a_run_goes_on_from_its_state():
+    em = make_em()
+    whole = em.run(jax.random.key(0), 3, make_prior(), MASK, Y, progress_bar=False)
+    part = em.run(jax.random.key(0), 1, make_prior(), MASK, Y, progress_bar=False)
+    rest = em.run(
+        jax.random.key(9), 2, part.prior, MASK, Y, progress_bar=False, init_state=part.state
+    )
+    np.testing.assert_array_equal(rest.state.draws, whole.state.draws)
+    leaves = zip(jax.tree.leaves(rest.prior), jax.tree.leaves(whole.prior), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+
+
+def test_state_is_a_pytree():
+    state = make_em().init(jax.random.key(0), make_prior(), MASK, Y)
+    leaves, treedef = jax.tree.flatten(state)
+    again = jax.tree.unflatten(treedef, leaves)
+    np.testing.assert_array_equal(again.prior.mean, state.prior.mean)
+
+
+def test_nothing_compiles_after_the_first_iteration():
+    traces = []
+
+    def counted(prior, mask, y):
+        traces.append(1)
+        model(prior, mask, y)
+
+    em = make_em(counted)
+    state = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    state, _ = em.update(state, MASK, Y)
+    before = len(traces)
+    for _ in range(2):
+        state, _ = em.update(state, MASK, Y)
+    assert len(traces) == before
+
+
+def test_callback_stops():
+    seen = []
+
+    def callback(state, metrics):
+        seen.append(state.num_iterations)
+        return len(seen) == 2
+
+    result = make_em().run(
+        jax.random.key(0), 5, make_prior(), MASK, Y, progress_bar=True, callback=callback
+    )
+    assert seen == [1, 2]
+    assert result.history.loss.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_draws": 2},
+        {"num_particles": 1},
+        {"warm_start": False},
+        {"reset_optimizer": True},
+        {"use_average": False},
+        {"batch_size": 1000},
+    ],
+    ids=str,
+)
+def test_options(options):
+    result = make_em(**options).run(
+        jax.random.key(0), 2, make_prior(), MASK, Y, progress_bar=False
+    )
+    assert result.state.draws.shape == (options.get("num_draws", 1), N, D)
+    assert np.all(np.isfinite(result.history.loss))
+    assert np.all(np.isfinite(result.prior.denoise(jnp.zeros(D), 1.0)))
+    assert np.all(np.isnan(result.history.log_evidence)) == (options.get("num_particles") == 1)
+    count = 8 if options.get("warm_start") is False else 16
+    assert result.state.training.num_steps == count
+
+
+def test_moments_stay_at_the_fixed_point():
+    """A Gaussian refitted from its posterior draws keeps its covariance (no bias compounds)."""
+    em = make_em(batch_size=16 * N, num_gaussian_iterations=200)
+    state = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    fixed = float(state.prior.denoiser.cov.trace())
+    prior = state.prior
+    for key in jax.random.split(jax.random.key(1), 4):
+        gaussian = DiffusionPrior(
+            GaussianDenoiser(prior.mean, prior.denoiser.cov), sampler=MultistepSDE(32)
+        )
+        draws = em._draw(key, gaussian, (MASK, Y), {}, None, 64)
+        mean, cov = em._summarise(draws.x.reshape(-1, D))
+        prior = DiffusionPrior(GaussianDenoiser(mean, cov))
+    assert abs(float(prior.denoiser.cov.trace()) / fixed - 1) < 0.02
+
+
+def no_plate(prior, mask, y):
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y[0])
+
+
+def not_subsampled(prior, mask, y):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(1), obs=y)
+
+
+def test_errors():
+    gaussian = DiffusionPrior(GaussianDenoiser(jnp.zeros(D), jnp.eye(D)))
+    with pytest.raises(ValueError, match="expected a prior with a NetworkDenoiser.*Gaussian"):
+        make_em().init(jax.random.key(0), gaussian, MASK, Y)
+    with pytest.raises(ValueError, match="latent site 'x' is not in a plate"):
+        make_em(no_plate).init(jax.random.key(0), make_prior(), MASK, jnp.ones((N, D)))
+    with pytest.raises(ValueError, match="numpyro.subsample"):
+        make_em(not_subsampled).init(jax.random.key(0), make_prior(), MASK, Y)
+    with pytest.raises(ValueError, match="num_iterations >= 1, got 0"):
+        make_em().run(jax.random.key(0), 0, make_prior(), MASK, Y)
+    with pytest.raises(ValueError, match="num_particles >= 1"):
+        make_em(num_particles=0).init(jax.random.key(0), make_prior(), MASK, Y)
