@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Tests compile much and compute little: one process per core.
+JOBS ?= auto
 
 PY := $(VENV)/bin/python
 
@@ -32,14 +34,14 @@ demo: $(VENV)/stamp-examples
 	$(PY) examples/digits.py $(ARGS)
 
 test: $(VENV)/stamp-test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # pytest's exit status 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/stamp-test
-	$(PY) -m pytest -m slow --durations=10 $(ARGS) || test $$? -eq 5
+	$(PY) -m pytest -n $(JOBS) -m slow --durations=10 $(ARGS) || test $$? -eq 5
 
 test-x64: $(VENV)/stamp-test
-	JAX_ENABLE_X64=1 $(PY) -m pytest $(X64_TESTS) $(ARGS)
+	JAX_ENABLE_X64=1 $(PY) -m pytest -n $(JOBS) $(X64_TESTS) $(ARGS)
 
 lint: $(VENV)/stamp-test
 	$(PY) -m ruff check .
