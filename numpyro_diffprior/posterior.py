@@ -301,6 +301,8 @@ def draw_posterior(
     batch_shape = (num_draws, *likelihood.batch_shape)
     key_init, key_run = jax.random.split(rng_key)
     x_t = settings.sampler.initial(key_init, denoiser, (settings.num_particles, *batch_shape))
+    if settings.sampler.eta == 0:
+        x_t = x_t + _initial_shift(posterior, settings.sampler)
     if _is_single(settings.sampler):
         return _twisted_smc(key_run, posterior, settings.sampler, x_t)
     x = settings.sampler.run(key_run, posterior, x_t[0])
@@ -309,6 +311,17 @@ def draw_posterior(
     return Draws(
         x, last.residual, last.num_truncated, ones, jnp.zeros(batch_shape, int), ones * jnp.nan
     )
+
+
+def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
+    """Return how far observations move the mean, with shape ``(*batch, *event)``.
+
+    A deterministic sampler never forgets where it started: from the prior's mean, it would end off
+    the posterior's by the shift times deviation over ``sigma_max``, however many steps it takes.
+    """
+    shape = (*posterior.likelihood.batch_shape, *posterior.event_shape)
+    mean = jnp.broadcast_to(posterior.mean, shape)
+    return posterior(mean, sampler.sigmas(posterior)[0]) - mean
 
 
 class _Cloud(NamedTuple):
