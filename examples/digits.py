@@ -5,7 +5,7 @@ Expectation maximisation learns a diffusion prior from these observations alone;
 pixels are drawn from their posterior. The result is judged beside the Gaussian prior that the same
 observations give, and beside a diffusion prior of the same network trained on the clean digits.
 
-    python examples/digits.py --output figures
+    python examples/digits.py --output out
 """
 
 import argparse
@@ -267,7 +267,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="figures")
+    parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=float, default=0.5, help="fraction of hidden pixels")
     parser.add_argument("--num-images", type=int, default=NUM_TRAIN)

@@ -6,7 +6,7 @@ maximisation finds the curve all the same. This is the first experiment of DiEM 
 NeurIPS 2024, arXiv 2405.13712), at a size that two cores finish in about ten minutes; `--paper`
 runs the paper's own configuration.
 
-    python examples/manifold.py --output figures
+    python examples/manifold.py --output out
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="figures")
+    parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-points", type=int, default=8192)
     parser.add_argument("--num-iterations", type=int, default=18)

@@ -1,0 +1,49 @@
+"""Examples and benchmarks run at tiny size, and write what they promise."""
+
+import json
+
+import pytest
+
+from benchmarks import e_step, samplers
+from examples import digits, manifold
+
+pytestmark = pytest.mark.slow
+
+
+def test_digits(tmp_path):
+    args = digits.parse_args(
+        "--num-images 96 --num-iterations 2 --num-sgd-steps 8 --width 16 --clean-rounds 1"
+        f" --num-judged 16 --num-samples 20 --output {tmp_path}".split()
+    )
+    result = digits.main(args)
+    assert set(result["table"]) == {"Gaussian", "learned", "clean"}
+    assert len(result["iterations"]) == 2
+    for name in ("digits_restored.png", "digits_samples.png", "digits_predictive_check.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert (tmp_path / "arviz_summary.csv").exists()
+    assert json.loads((tmp_path / "digits.json").read_text()) == result
+
+
+def test_manifold(tmp_path):
+    args = manifold.parse_args(
+        "--num-points 128 --num-iterations 2 --num-sgd-steps 8 --num-steps 8 --width 16"
+        f" --batch-size 64 --output {tmp_path}".split()
+    )
+    scores = manifold.main(args)
+    assert len(scores) == 2
+    assert scores[0]["sliced_w2"] > 0
+    assert (tmp_path / "manifold.json").exists()
+
+
+def test_benchmarks(tmp_path):
+    args = samplers.parse_args(
+        f"--num-images 64 --num-iterations 1 --num-gaussian 4 --output {tmp_path}".split()
+    )
+    fixed, rows = samplers.main(args)
+    assert len(rows) == 5
+    assert fixed > 0
+    args = e_step.parse_args(
+        "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
+        f" --output {tmp_path}".split()
+    )
+    assert all(ratio > 0 for ratio in e_step.main(args).values())
