@@ -68,8 +68,8 @@ class Guided(NamedTuple):
             unit noise) adds the constant of its Gaussian.
         residual: The relative residual of the solve, with shape ``(*batch,)``; zero where
             there was none, or an exact one.
-        num_truncated: The number of directions without positive prior variance, hidden values
-            included, likewise; zero where the solve is matrix-free.
+        num_truncated: The number of directions with negative prior variance, likewise; zero
+            where the solve is matrix-free.
     """
 
     x_hat: jax.Array

@@ -484,7 +484,7 @@ class DenseSolveResult(NamedTuple):
 
     - **solution** - with shape ``(*batch, m)``.
     - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
-    - **num_truncated** - number of directions without positive gain, with shape ``(*batch,)``.
+    - **num_truncated** - number of directions with negative gain, with shape ``(*batch,)``.
     """
 
     solution: jax.Array
