@@ -250,7 +250,12 @@ def _train(
         net = optax.apply_updates(net, update)
         count = count + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-        averaged = optax.incremental_update(net, averaged, 1 - decay)
+        averaged = jax.tree.map(
+            # In the weights' dtype, which may be narrower than that of `decay`.
+            lambda new, old: old + (1 - decay).astype(old.dtype) * (new - old),
+            net,
+            averaged,
+        )
         return (net, averaged, opt_state, count), loss
 
     carry = (fixed.net, state.averaged.net, state.opt_state, state.num_steps)
