@@ -98,7 +98,7 @@ def mixture_problem():
     weights = np.array([0.3, 0.7])
     means = np.array([[-3.0, 0.0], [3.0, 1.0]])
     covs = np.stack([0.5 * np.eye(2)] * 2)
-    matrix, cov_y, y = np.array([[0.1, 1.0]]), np.array([[0.25]]), np.array([0.4])
+    matrix, cov_y, y = np.array([[0.1, 1.0]]), np.array([[0.25]]), np.array([-0.5])
     prior = MixtureDenoiser(jnp.asarray(weights), jnp.asarray(means), jnp.asarray(covs))
     likelihood = linear_gaussian(
         jnp.asarray(y), jnp.asarray(matrix), Diagonal(jnp.asarray(np.diag(cov_y))), (2,)
@@ -115,9 +115,11 @@ def mode_mass(prior, likelihood, num_particles, num_draws=2000):
 
 def test_particles_find_the_mass_of_the_modes():
     prior, likelihood, (weights, *_) = mixture_problem()
-    error = mode_mass(prior, likelihood, 32)[0] - weights[0]
+    error = {k: mode_mass(prior, likelihood, k)[0] - weights[0] for k in (1, 32)}
     standard_error = np.sqrt(weights[0] * weights[1] / 2000)
-    assert abs(error) < 4 * standard_error + 0.01
+    assert abs(error[32]) < 4 * standard_error + 0.01
+    # Plain MMPS is off by more than chance: its bias is 0.13.
+    assert abs(error[1]) > 4 * standard_error + 0.01
 
 
 def test_statistics_of_particles():
