@@ -39,7 +39,7 @@ class Network(Protocol):
     def __call__(
         self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        """Map ``x`` of shape ``(batch, *event)`` and ``noise`` of shape ``(batch,)``."""
+        """Map ``x`` of shape ``(batch, *event)``; ``noise`` has shape ``(batch,)`` or ``(1,)``."""
         ...
 
 
@@ -276,8 +276,10 @@ class NetworkDenoiser(Denoiser):
         scale = self.base.scale
         c_in = jax.lax.rsqrt(scale**2 + level**2)
         net_in = (c_in * (x_t - self.base.mean)).reshape(-1, *self.event_shape)
-        noise = jnp.broadcast_to(jnp.log(sigma / scale) / 4, batch_shape).reshape(-1)
-        net_out = self.net(net_in, noise, rngs=rngs).reshape(x_t.shape)
+        noise = jnp.log(sigma / scale) / 4
+        if noise.ndim:
+            noise = jnp.broadcast_to(noise, batch_shape)
+        net_out = self.net(net_in, noise.reshape(-1), rngs=rngs).reshape(x_t.shape)
         return self.base(x_t, sigma) + c_in * scale * level * net_out
 
     def fit_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":

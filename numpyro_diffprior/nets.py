@@ -4,7 +4,8 @@ A network maps noisy events and their noise levels to arrays of the events' shap
 
 .. math:: F : (x, c) \mapsto F(x, c), \qquad c = \log(\sigma / s) / 4,
 
-for a batch of events: ``x`` has shape ``(batch, *event_shape)`` and ``c`` has shape ``(batch,)``.
+for a batch of events: ``x`` has shape ``(batch, *event_shape)``, ``c`` has shape ``(batch,)``, or
+``(1,)`` for a level that all share, as on a sampler's path: what depends on it is computed once.
 The output layer starts at zero, so that a denoiser preconditioned by a Gaussian starts as the
 Gaussian's. A module is a pytree whose leaves are its weights; all else about it is static and
 hashable, so that networks of one architecture share compiled functions. Called with `rngs`, a
@@ -103,7 +104,7 @@ class MLP(nnx.Module):
 
         Args:
             x: Noisy events, with shape ``(batch, *event_shape)``.
-            noise: Transformed noise levels, with shape ``(batch,)``.
+            noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
             rngs: Random streams, to train with dropout.
 
         Returns:
@@ -231,7 +232,7 @@ class UNet(nnx.Module):
 
         Args:
             x: Noisy events, with shape ``(batch, *event_shape)``.
-            noise: Transformed noise levels, with shape ``(batch,)``.
+            noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
             rngs: Random streams, to train with dropout.
 
         Returns:
@@ -298,7 +299,7 @@ class _Modulated(nnx.Module):
 
     def __call__(self, h: jax.Array, embedded: jax.Array) -> jax.Array:
         modulation = self.linear(embedded)
-        modulation = modulation.reshape(h.shape[0], *(1,) * (h.ndim - 2), -1)
+        modulation = modulation.reshape(len(modulation), *(1,) * (h.ndim - 2), -1)
         scale, shift = jnp.split(modulation, 2, axis=-1)
         return self.norm(h) * (1 + scale) + shift
 
@@ -504,6 +505,6 @@ def _check_inputs(
             f"Expected x with one batch axis before the event_shape {event_shape}, got shape "
             f"{x.shape}; flatten several batch axes, and give a lone event an axis of length one."
         )
-    if noise.shape != x.shape[:1]:
-        raise ValueError(f"Expected noise with shape {x.shape[:1]}, got {noise.shape}.")
+    if noise.shape not in ((1,), x.shape[:1]):
+        raise ValueError(f"Expected noise with shape {x.shape[:1]} or (1,), got {noise.shape}.")
     return x.astype(dtype), noise.astype(dtype)

@@ -235,6 +235,15 @@ def test_convolution_by_matrix_products_is_xlas(shape, stride, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@few_cases
+def test_one_noise_level_for_all_is_that_level_for_each(make, kwargs):
+    net = perturbed(make(**kwargs, rngs=nnx.Rngs(0)))
+    x, noise = inputs(net)
+    each = apply(net, x, jnp.full_like(noise, -0.7))
+    shared = apply(net, x, jnp.full((1,), -0.7, noise.dtype))
+    np.testing.assert_allclose(shared, each, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
@@ -272,5 +281,5 @@ def test_invalid_inputs():
         net(jnp.zeros((2, 3)), jnp.zeros(2))
     with pytest.raises(ValueError, match=r"got shape \(4, 1, 2, 3\); flatten several batch axes"):
         net(jnp.zeros((4, 1, 2, 3)), jnp.zeros(4))
-    with pytest.raises(ValueError, match=r"Expected noise with shape \(4,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"Expected noise with shape \(4,\) or \(1,\), got \(\)"):
         net(jnp.zeros((4, 2, 3)), jnp.zeros(()))
