@@ -1,11 +1,12 @@
-"""What an E-step costs beside its bare network, and beside azula's MMPS on the same network.
+"""What an E-step costs beside its bare network, and MMPS beside azula's on the same network.
 
-Overhead is the time of the E-step over that of its network evaluations: as many jitted forward and
-vector-Jacobian products, at the same batch. All are timed in one run, in turn; the medians'
-ratios are what counts, absolute times only describe the machine. Where azula and PyTorch are
-installed, its MMPS sampler runs a multilayer perceptron of the same shape on the same batch.
+Overhead is the time of an E-step over that of its evaluations of the network: their number times
+one jitted forward evaluation, with or without one vector-Jacobian product, at the same batch. The
+plain MMPS of the paper (DDPM, one step of the solver) is timed on a batch beside azula's
+(https://github.com/probabilists/azula, PyTorch), where that is installed, with the same network.
+All are timed in one run, in turn; ratios of the medians count, times only describe the machine.
 
-    python benchmarks/e_step.py
+    python benchmarks/e_step.py --output out
 """
 
 import argparse
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
 from numpyro_diffprior.posterior import resolve_settings, sample_blocks
+
+SIZE = 64
+EMBEDDING = 64
+NUM_SGD_STEPS = 100
 
 
 def clock(functions, num_repeats):
@@ -38,138 +42,134 @@ def clock(functions, num_repeats):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def bare_network(prior, batch_size, num_blocks, num_steps, num_particles):
-    """As many forward and vector-Jacobian products of the network as an E-step makes."""
-    x = jnp.zeros((num_blocks, num_particles * batch_size, 8, 8))
-    sigmas = ndp.MultistepSDE(num_steps).sigmas(prior.denoiser)
-
-    @jax.jit
-    def forward(prior, x):
-        def block(x):
-            body = lambda x, sigma: (prior.denoise(x, sigma), None)  # noqa: E731
-            return jax.lax.scan(body, x, sigmas)[0]
-
-        return jax.lax.map(block, x)
-
-    @jax.jit
-    def with_vjp(prior, x):
-        def body(x, sigma):
-            x_hat, vjp = jax.vjp(lambda x: prior.denoise(x, sigma), x)
-            return x_hat + 0.01 * vjp(x)[0], None
-
-        return jax.lax.map(lambda x: jax.lax.scan(body, x, sigmas)[0], x)
-
-    return lambda: forward(prior, x), lambda: with_vjp(prior, x)
+def forward(prior, x):
+    return prior.denoise(x, 1.0)
 
 
-def azula_sampler(args):
-    """Azula's MMPS on the same shape of network, batch and steps; None without azula."""
+def forward_and_vjp(prior, x):
+    x_hat, vjp = jax.vjp(lambda x: prior.denoise(x, 1.0), x)
+    return vjp(x_hat)
+
+
+def our_functions(rng_key, args):
+    """Name to function: an E-step, its parts, and plain MMPS on one batch."""
+    key_data, key_net, key_em, key_draw = jax.random.split(rng_key, 4)
+    data = digits.make_data(key_data, 0.5, args.num_images)
+    optimizer = digits.make_optimizer(1e-3)
+    em = ndp.EM(digits.model, optimizer, batch_size=args.batch_size)
+    state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)
+    prior, mask, y = state.prior, data.mask, data.y
+    e_step = resolve_settings(prior, args.num_particles, ndp.MultistepSDE(args.num_steps))
+    one_step = ndp.MMPS(max_dense=0, max_steps=1)
+    plain = resolve_settings(prior, 1, ndp.DDPM(args.num_steps), one_step)
+
+    def draw(settings, mask, y):
+        return sample_blocks(
+            key_draw, digits.model, (prior, mask, y), {}, settings,
+            num_draws=1, batch_size=args.batch_size,
+        ).x  # fmt: skip
+
+    x = jnp.zeros((args.num_particles * args.batch_size, 8, 8))
+    jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)
+    train = ndp.training.train
+    return {
+        "E-step": lambda: draw(e_step, mask, y),
+        "forward": lambda: jitted(prior, x),
+        "forward and vjp": lambda: jitted_vjp(prior, x),
+        "SGD": lambda: train(
+            key_draw,
+            state.training,
+            data.clean,
+            optimizer,
+            num_steps=NUM_SGD_STEPS,
+            batch_size=256,
+        )[1],
+        "plain MMPS": lambda: draw(plain, mask[: args.batch_size], y[: args.batch_size]),
+    }
+
+
+def azula_mmps(args):
+    """Azula's MMPS on a network like `MLP`, or None where azula is not installed."""
     try:
         import torch
         from azula.denoise import KarrasDenoiser
         from azula.guidance.mmps import MMPSDenoiser
+        from azula.linalg.covariance import IsotropicCovariance
         from azula.noise import VESchedule
         from azula.sample import DDPMSampler
     except ImportError:
         return None
-    width, size = args.width, 64
+    from torch import nn
 
-    class Backbone(torch.nn.Module):
-        def __init__(self):
+    class Backbone(nn.Module):
+        def __init__(self, width):
             super().__init__()
-            self.first = torch.nn.Linear(size + 1, width)
-            self.hidden = torch.nn.ModuleList([torch.nn.Linear(width, width) for _ in range(2)])
-            self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(width) for _ in range(3)])
-            self.last = torch.nn.Linear(width, size)
+            self.embed = nn.Sequential(
+                nn.Linear(EMBEDDING, EMBEDDING),
+                nn.SiLU(),
+                nn.Linear(EMBEDDING, EMBEDDING),
+                nn.SiLU(),
+            )
+            self.first = nn.Linear(SIZE, width)
+            self.offset = nn.Linear(EMBEDDING, width)
+            self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+            self.modulations = nn.ModuleList([nn.Linear(EMBEDDING, 2 * width) for _ in range(3)])
+            self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+            self.last = nn.Linear(width, SIZE)
 
-        def forward(self, x, t, **kwargs):
-            t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
-            h = self.first(torch.cat([x, t], dim=-1))
-            for norm, hidden in zip(self.norms, self.hidden):
-                h = h + hidden(torch.nn.functional.silu(norm(h)))
-            return self.last(torch.nn.functional.silu(self.norms[-1](h)))
+        def forward(self, x, t):
+            angles = t.reshape(-1, 1).expand(len(x), 1) * torch.linspace(0.5, 64, EMBEDDING // 2)
+            embedded = self.embed(torch.cat([angles.sin(), angles.cos()], dim=-1))
+            h = self.first(x) + self.offset(embedded)
+            for i, (norm, modulation) in enumerate(zip(self.norms, self.modulations, strict=True)):
+                scale, shift = modulation(embedded).chunk(2, dim=-1)
+                update = nn.functional.silu(norm(h) * (1 + scale) + shift)
+                if i < len(self.hidden):
+                    h = h + self.hidden[i](update)
+            return self.last(update)
 
-    denoiser = KarrasDenoiser(Backbone(), VESchedule())
-    mask = (torch.rand(args.batch_size, size) < 0.5).float()
+    shape = (args.batch_size, SIZE)
+    mask = (torch.rand(shape) < 0.5).float()
     guided = MMPSDenoiser(
-        denoiser,
-        y=torch.zeros(args.batch_size, size),
+        KarrasDenoiser(Backbone(args.width), VESchedule()).requires_grad_(False),
+        y=torch.zeros(shape),
         A=lambda x: mask * x,
-        var_y=0.01,
+        cov_y=IsotropicCovariance(digits.NOISE**2),
         iterations=1,
     )
     sampler = DDPMSampler(guided, steps=args.num_steps, silent=True)
-
-    def run():
-        return sampler(sampler.init((args.batch_size, size)))
-
-    return run
+    return lambda: sampler(sampler.init(shape)).numpy()
 
 
 def main(args):
-    keys = jax.random.split(jax.random.key(args.seed), 4)
-    data = digits.make_data(keys[0], 0.5, args.num_images)
-    prior = digits.make_prior(keys[1], args.width)
-    optimizer = optax.adam(1e-3)
-    em = ndp.EM(digits.model, optimizer, batch_size=args.batch_size)
-    state = em.init(keys[2], prior, data.mask, data.y)
-    prior = state.prior
-    num_blocks = -(-len(data.y) // args.batch_size)
-    settings = resolve_settings(prior, args.num_particles, ndp.MultistepSDE(args.num_steps))
-    sizes = (args.batch_size, num_blocks, args.num_steps, args.num_particles)
-    forward, with_vjp = bare_network(prior, *sizes)
-
-    def e_step():
-        draws = sample_blocks(
-            keys[3], digits.model, (prior, data.mask, data.y), {}, settings, num_draws=1,
-            batch_size=args.batch_size,
-        )  # fmt: skip
-        return draws.x
-
-    def plain():
-        one = resolve_settings(
-            prior, 1, ndp.DDPM(args.num_steps), ndp.MMPS(max_dense=0, max_steps=1)
-        )
-        index = slice(0, args.batch_size)
-        arguments = (prior, data.mask[index], data.y[index])
-        return sample_blocks(
-            keys[3], digits.model, arguments, {}, one, num_draws=1, batch_size=args.batch_size
-        ).x
-
-    def sgd():
-        return ndp.training.train(
-            keys[3], state.training, data.clean, optimizer, num_steps=100, batch_size=256
-        )[1]
-
-    functions = {
-        "E-step": e_step,
-        "forward": forward,
-        "forward and vjp": with_vjp,
-        "100 SGD steps": sgd,
-        "plain MMPS": plain,
-    }
-    azula = azula_sampler(args)
+    functions = our_functions(jax.random.key(args.seed), args)
+    azula = azula_mmps(args)
     if azula is not None:
         functions["azula's MMPS"] = azula
     seconds = clock(functions, args.num_repeats)
+    # Particles are in the batch: each block evaluates the network once per step.
+    num_evaluations = args.num_steps * -(-args.num_images // args.batch_size)
     ratios = {
-        "E-step / bare network (forward and vjp)": seconds["E-step"] / seconds["forward and vjp"],
-        "E-step / forward only": seconds["E-step"] / seconds["forward"],
+        f"E-step / its evaluations, {name}": seconds["E-step"] / (num_evaluations * seconds[name])
+        for name in ("forward", "forward and vjp")
     }
     if azula is not None:
-        name = "samples per second: plain MMPS / azula's"
-        ratios[name] = seconds["azula's MMPS"] / seconds["plain MMPS"]
-    for name, value in seconds.items():
-        print(f"{name:45s} {value:8.3f} s")
-    print(f"{'SGD steps per second':45s} {100 / seconds['100 SGD steps']:8.0f}")
-    for name, value in ratios.items():
-        print(f"{name:45s} {value:8.2f}")
+        ratios["samples per second, MMPS / azula's MMPS"] = (
+            seconds["azula's MMPS"] / seconds["plain MMPS"]
+        )
+    rates = {
+        "E-step, draws per second": args.num_images / seconds["E-step"],
+        "SGD steps per second": NUM_SGD_STEPS / seconds["SGD"],
+    }
+    print(f"{args.num_images} images, {args.num_particles} particles, {args.num_steps} steps")
+    print("\n".join(f"{name:45s} {value:9.4f} s" for name, value in seconds.items()))
+    print("\n".join(f"{name:45s} {value:9.1f}" for name, value in rates.items()))
+    print("\n".join(f"{name:45s} {value:9.2f}" for name, value in ratios.items()))
+    result = {"seconds": seconds, "rates": rates, "ratios": ratios, "settings": vars(args)}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "e_step.json").write_text(
-        json.dumps({"seconds": seconds, "ratios": ratios}, indent=1)
-    )
-    return ratios
+    (output / "e_step.json").write_text(json.dumps(result, indent=1))
+    return result
 
 
 def parse_args(argv=None):
