@@ -4,7 +4,7 @@ Every point of a smooth random curve in R^5 (https://github.com/fzenke/randman) 
 random projection to R^2 with noise 0.01: no observation tells where its point lies. Expectation
 maximisation finds the curve all the same. This is the first experiment of DiEM (Rozet et al.,
 NeurIPS 2024, arXiv 2405.13712), at a size that two cores finish in about ten minutes; `--paper`
-runs the paper's own configuration.
+takes the paper's own settings, for which a GPU is needed.
 
     python examples/manifold.py --output out
 """
@@ -14,9 +14,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import corner
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
@@ -26,9 +28,26 @@ import numpyro_diffprior as ndp
 from numpyro_diffprior.metrics import excess_transport_cost, sliced_wasserstein
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 DIM = 5
 NOISE = 1e-2
+SAMPLERS = {"ddpm": ndp.DDPM, "multistep": ndp.MultistepSDE, "corrector": ndp.PredictorCorrector}
+COVARIANCES = {"gaussian": ndp.GaussianCovariance, "tweedie": ndp.TweedieCovariance}
+
+# The settings of the paper's published script.
+PAPER = {
+    "num_points": 65_536,
+    "num_iterations": 64,
+    "num_sgd_steps": 65_536,
+    "batch_size": 1024,
+    "num_particles": 1,
+    "num_steps": 4096,
+    "sampler": "corrector",
+    "final_learning_rate": 1e-6,
+    "ema_decay": 0.0,
+    "reset_optimizer": True,
+}
 
 
 class Data(NamedTuple):
@@ -87,31 +106,36 @@ def judge(rng_key, x, data, num_points=2048):
     return scores
 
 
-def main(args):
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    key_data, key_net, key_em, key_judge = jax.random.split(jax.random.key(args.seed), 4)
-    data = make_data(key_data, args.num_points, args.num_points)
-    net = ndp.MLP((DIM,), features=(args.width,) * 3, rngs=nnx.Rngs(key_net))
-    prior = ndp.DiffusionPrior(ndp.NetworkDenoiser(net))
-    em = ndp.EM(
+def make_em(args):
+    schedule = optax.linear_schedule(
+        args.learning_rate, args.final_learning_rate, args.num_sgd_steps
+    )
+    return ndp.EM(
         model,
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(args.learning_rate)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         num_sgd_steps=args.num_sgd_steps,
         batch_size=args.batch_size,
         num_particles=args.num_particles,
-        sampler=ndp.DDPM(args.num_steps),
+        sampler=SAMPLERS[args.sampler](args.num_steps),
+        guidance=ndp.MMPS(COVARIANCES[args.covariance]()),
+        ema_decay=args.ema_decay,
+        reset_optimizer=args.reset_optimizer,
     )
-    scores = []
+
+
+def learn(rng_key, data, args):
+    """Run EM, and judge the draws of every E-step; the learned draws and the scores."""
+    key_net, key_em, key_judge = jax.random.split(rng_key, 3)
+    net = ndp.MLP((DIM,), features=(args.width,) * 3, rngs=nnx.Rngs(key_net))
+    prior = ndp.DiffusionPrior(ndp.NetworkDenoiser(net))
+    rows = []
 
     def record(state, metrics):
-        x = state.draws.reshape(-1, DIM)
-        scores.append(
-            judge(key_judge, x, data) | {k: float(v) for k, v in metrics._asdict().items()}
-        )
-        row = scores[-1]
+        row = judge(key_judge, state.draws.reshape(-1, DIM), data)
+        row |= {name: float(value) for name, value in metrics._asdict().items()}
+        rows.append(row)
         print(
-            f"{len(scores) - 1:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
+            f"{len(rows) - 1:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
             f"  divergence {row['divergence']:.4f}  sliced W2 {row['sliced_w2']:.4f}"
             f"  (independent {row['divergence_independent']:.4f}"
             f" {row['sliced_w2_independent']:.4f})"
@@ -119,7 +143,7 @@ def main(args):
             flush=True,
         )
 
-    em.run(
+    result = make_em(args).run(
         key_em,
         args.num_iterations,
         prior,
@@ -128,23 +152,81 @@ def main(args):
         progress_bar=False,
         callback=record,
     )
-    (output / "manifold.json").write_text(json.dumps(scores, indent=1))
-    return scores
+    return result, rows
+
+
+def show_corner(samples, truth, path, num_points=4096):
+    """Samples of the learned prior over points of the true curve, in all pairs of coordinates."""
+    style = {
+        "bins": 40,
+        "range": [(-2.5, 2.5)] * DIM,
+        "plot_contours": False,
+        "plot_density": False,
+        "no_fill_contours": True,
+        "data_kwargs": {"alpha": 0.3, "ms": 1},
+        "hist_kwargs": {"density": True},
+        "labels": [f"$x_{i + 1}$" for i in range(DIM)],
+    }
+    figure = corner.corner(np.asarray(truth[:num_points]), color="0.6", **style)
+    corner.corner(np.asarray(samples[:num_points]), color="C3", fig=figure, **style)
+    handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in ("0.6", "C3")]
+    figure.legend(handles, ["true curve", "learned prior"], loc="upper right", fontsize=14)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def show_curves(runs, path):
+    """Both scores over the iterations, a line for each run."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, name, label in zip(
+        axes, ("divergence", "sliced_w2"), ("divergence", "sliced $W_2$"), strict=True
+    ):
+        for run, (rows, style) in runs.items():
+            axis.plot([row[name] for row in rows], label=run, **style)
+        axis.set(xlabel="iteration of EM", ylabel=f"{label} of the draws", yscale="log")
+    axes[0].set_ylim(bottom=1e-3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    key_data, key_learn, key_sample = jax.random.split(jax.random.key(args.seed), 3)
+    data = make_data(key_data, args.num_points, args.num_points)
+    result, rows = learn(key_learn, data, args)
+    samples = result.prior.sample(key_sample, (4096,))
+    show_corner(samples, data.independent, output / "manifold_corner.png")
+    runs = {f"{args.num_particles} particles": (rows, {"color": "C3"})}
+    show_curves(runs, output / "manifold_curves.png")
+    (output / "manifold.json").write_text(json.dumps(rows, indent=1))
+    return rows
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--paper", action="store_true", help="the paper's settings for the rest")
     parser.add_argument("--num-points", type=int, default=8192)
     parser.add_argument("--num-iterations", type=int, default=18)
     parser.add_argument("--num-sgd-steps", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--num-particles", type=int, default=4)
     parser.add_argument("--num-steps", type=int, default=32)
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
+    parser.add_argument("--covariance", choices=COVARIANCES, default="gaussian")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    return parser.parse_args(argv)
+    parser.add_argument("--final-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.99)
+    parser.add_argument("--reset-optimizer", action="store_true")
+    args = parser.parse_args(argv)
+    if args.paper:
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
+    return args
 
 
 if __name__ == "__main__":

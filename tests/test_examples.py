@@ -31,10 +31,22 @@ def test_manifold(tmp_path):
         "--num-points 128 --num-iterations 2 --num-sgd-steps 8 --num-steps 8 --width 16"
         f" --batch-size 64 --output {tmp_path}".split()
     )
-    scores = manifold.main(args)
-    assert len(scores) == 2
-    assert scores[0]["sliced_w2"] > 0
-    assert (tmp_path / "manifold.json").exists()
+    rows = manifold.main(args)
+    assert len(rows) == 2
+    assert rows[0]["sliced_w2"] > 0
+    for name in ("manifold_corner.png", "manifold_curves.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert json.loads((tmp_path / "manifold.json").read_text()) == rows
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
+def test_manifold_with_the_settings_of_the_paper(tmp_path):
+    args = manifold.parse_args(
+        "--paper --num-points 128 --num-iterations 1 --num-sgd-steps 8 --num-steps 8 --width 16"
+        f" --output {tmp_path}".split()
+    )
+    assert (args.num_particles, args.sampler, args.batch_size) == (1, "corrector", 1024)
+    assert len(manifold.main(args)) == 1
 
 
 def test_benchmarks(tmp_path):
@@ -48,4 +60,6 @@ def test_benchmarks(tmp_path):
         "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
         f" --output {tmp_path}".split()
     )
-    assert all(ratio > 0 for ratio in e_step.main(args).values())
+    ratios = e_step.main(args)["ratios"]
+    assert min(ratios.values()) > 0
+    assert json.loads((tmp_path / "e_step.json").read_text())["ratios"] == ratios
