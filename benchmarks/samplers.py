@@ -76,7 +76,7 @@ def parse_args(argv=None):
     parser.add_argument("--hidden", type=float, default=0.75)
     parser.add_argument("--num-images", type=int, default=digits.NUM_TRAIN)
     parser.add_argument("--num-iterations", type=int, default=6)
-    parser.add_argument("--num-draws", type=int, default=1)
+    parser.add_argument("--num-draws", type=int, default=4)
     parser.add_argument("--num-gaussian", type=int, default=256, help="closed-form iterations")
     return parser.parse_args(argv)
 

@@ -13,8 +13,13 @@ First order takes :math:`\tilde x = \hat x = D(x_t, \sigma_t)`: the ancestral sa
 :math:`\eta = 1`, DDIM with :math:`\eta = 0`. Second order extrapolates linearly in
 :math:`\log \sigma` to the middle of the step, at no further evaluation,
 
-.. math:: \tilde x = \hat x + \frac{h}{2 h_{prev}} (\hat x - \hat x_{prev}), \quad
-    h = \log(\sigma_t / \sigma_s).
+.. math:: \tilde x = \hat x + c(h) \frac{h}{2 h_{prev}} (\hat x - \hat x_{prev}), \quad
+    h = \log(\sigma_t / \sigma_s), \quad
+    c(h) = 1 - \frac{a h}{2 (1 + a)} + \frac{a h^2}{8}, \quad a = 1 + \eta^2.
+
+DPM-Solver++ (2M) has :math:`c = 1`, second order too, with draws too wide in proportion to
+:math:`h^2`. The damping :math:`c(h)` takes this error away for Gaussian priors and equal steps:
+with 32 levels over 4.6 decades, 3.6 % of the variance become 0.03 % (`tests/test_samplers.py`).
 
 A guided denoiser is a denoiser: all of this runs on it unchanged.
 
@@ -135,7 +140,9 @@ class Sampler:
         # Differences of logarithms: infinite at the first step, with finite derivatives.
         step = jnp.log(levels.current) - jnp.log(levels.following)
         step_prev = jnp.log(levels.previous) - jnp.log(levels.current)
-        return x_hat + step / (2 * step_prev) * (x_hat - x_hat_prev)
+        squares = 1 + self.eta**2
+        damping = 1 - squares * step / (2 * (1 + squares)) + squares * step**2 / 8
+        return x_hat + damping * step / (2 * step_prev) * (x_hat - x_hat_prev)
 
     def transition(
         self, x_t: jax.Array, x_tilde: jax.Array, levels: Levels
@@ -207,10 +214,10 @@ class DDIM(Sampler):
 
 @dataclass(frozen=True)
 class MultistepSDE(Sampler):
-    """The ancestral sampler, second order (measured: 2.0) at one evaluation per step; the default.
+    """The ancestral sampler, second order (measured: 2.1) at one evaluation per step; the default.
 
-    Its draws are too wide: by 3.4 % of the variance with 24 levels over three decades, by 0.2 %
-    with 96.
+    The order is that on a `Karras` grid, where draws are too wide. On the default grid of equal
+    steps they are as wide as they should be.
     """
 
     eta: ClassVar[float] = 1.0
@@ -219,10 +226,10 @@ class MultistepSDE(Sampler):
 
 @dataclass(frozen=True)
 class MultistepODE(Sampler):
-    """The deterministic twin of `MultistepSDE` (DPM-Solver++ 2M), second order (measured: 2.0).
+    """The deterministic twin of `MultistepSDE`, second order (measured: 2.1).
 
-    Its error is less than half of its twin's. On a guided denoiser it keeps more of where it
-    started, the prior's marginal at `sigma_max`: see `Sampler.initial`.
+    On a guided denoiser it keeps more of where it started, the prior's marginal at `sigma_max`:
+    see `Sampler.initial`.
     """
 
     order: ClassVar[int] = 2

@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import e_step, samplers
+from benchmarks import e_step, noise, particles, samplers
 from examples import digits, manifold
 
 pytestmark = pytest.mark.slow
@@ -49,13 +50,16 @@ def test_manifold_with_the_settings_of_the_paper(tmp_path):
     assert len(manifold.main(args)) == 1
 
 
-def test_benchmarks(tmp_path):
+def test_benchmark_of_the_samplers(tmp_path):
     args = samplers.parse_args(
         f"--num-images 64 --num-iterations 1 --num-gaussian 4 --output {tmp_path}".split()
     )
     fixed, rows = samplers.main(args)
     assert len(rows) == 5
     assert fixed > 0
+
+
+def test_benchmark_of_the_e_step(tmp_path):
     args = e_step.parse_args(
         "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
         f" --output {tmp_path}".split()
@@ -63,3 +67,21 @@ def test_benchmarks(tmp_path):
     ratios = e_step.main(args)["ratios"]
     assert min(ratios.values()) > 0
     assert json.loads((tmp_path / "e_step.json").read_text())["ratios"] == ratios
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
+def test_benchmark_of_the_particles(tmp_path):
+    args = particles.parse_args(
+        "--num-particles 1 2 --num-points 128 --num-iterations 1 --num-sgd-steps 8 --num-steps 8"
+        f" --width 16 --batch-size 64 --output {tmp_path}".split()
+    )
+    assert len(particles.main(args)) == 4
+    assert (tmp_path / "particles.png").stat().st_size > 10_000
+
+
+def test_benchmark_of_the_noise_levels(tmp_path):
+    args = noise.parse_args(
+        f"--num-seeds 1 --num-images 64 --num-sgd-steps 8 --width 16 --output {tmp_path}".split()
+    )
+    rows = noise.main(args)
+    assert all(np.isfinite(row["losses"] + row["frechet"]).all() for row in rows)

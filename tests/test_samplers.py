@@ -21,7 +21,7 @@ from numpyro_diffprior.samplers import (
     MultistepSDE,
     PredictorCorrector,
 )
-from numpyro_diffprior.schedules import Karras
+from numpyro_diffprior.schedules import Karras, LogLinear
 
 SAMPLERS = [DDPM, DDIM, MultistepSDE, MultistepODE, Heun, PredictorCorrector]
 TOL = oracles.tolerance()
@@ -99,7 +99,9 @@ def test_order_of_convergence(sampler, expected):
     denoiser, num_steps = gaussian(), np.array([24, 48, 96])
     if sampler is PredictorCorrector:  # predictor and corrector err in opposite directions
         num_steps = num_steps * 16
-    run = sampler(sigma_min=0.01, sigma_max=20.0)
+    # On a grid of equal steps the multistep samplers are better than their order.
+    schedule = Karras() if sampler.order == 2 else LogLinear()
+    run = sampler(sigma_min=0.01, sigma_max=20.0, schedule=schedule)
     # What the last mean has for variance if x at the last level has the right one.
     target = VARIANCES**2 / (VARIANCES + run.sigma_min**2)
     errors = []
@@ -111,6 +113,15 @@ def test_order_of_convergence(sampler, expected):
     assert order(largest, num_steps) == pytest.approx(expected, abs=0.25)
     if sampler is DDPM:
         assert np.all(np.array(errors) < 0)  # too narrow
+
+
+@pytest.mark.parametrize("sampler", [MultistepSDE, MultistepODE])
+def test_equal_steps_keep_the_variance(sampler):
+    run = sampler(sigma_min=5e-4, sigma_max=20.0)
+    target = VARIANCES**2 / (VARIANCES + run.sigma_min**2)
+    coarse, fine = (np.diag(cov) / target - 1 for _, cov in propagate(run, gaussian(), 16, 32))
+    assert np.abs(coarse).max() < 0.01
+    assert np.abs(fine).max() < 0.001
 
 
 @pytest.mark.parametrize("sampler", [DDPM, DDIM, MultistepSDE, MultistepODE, Heun])
@@ -134,7 +145,8 @@ def test_guided_sampling_converges_to_the_posterior(sampler):
     errors = [np.abs(found - exact_cov).max() for _, found in moments]
     first_order = sampler in (DDPM, DDIM)
     assert errors[1] < (0.05 if first_order else 0.003)
-    assert errors[1] < errors[0] / (3 if first_order else 10)
+    # The multistep samplers are at what they have not forgotten with 32 steps already.
+    assert errors[1] < max(errors[0] / (3 if first_order else 10), 2e-4)
 
 
 @pytest.mark.parametrize("sampler", [DDIM, MultistepODE, Heun])
