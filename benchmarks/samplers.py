@@ -62,7 +62,10 @@ def main(args):
         traces = refit(key_refit, gaussian, data, sampler, args)
         name = type(sampler).__name__
         rows.append({"sampler": name, "num_steps": sampler.num_steps, "traces": traces})
-        print(f"{name:14s} {sampler.num_steps:4d}  " + " ".join(f"{t:6.2f}" for t in traces))
+        print(
+            f"{name:14s} {sampler.num_steps:4d}  " + " ".join(f"{t:6.2f}" for t in traces),
+            flush=True,
+        )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "samplers.json").write_text(json.dumps({"fixed": fixed, "rows": rows}, indent=1))

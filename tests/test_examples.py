@@ -59,6 +59,7 @@ def test_benchmark_of_the_samplers(tmp_path):
     assert fixed > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_benchmark_of_the_e_step(tmp_path):
     args = e_step.parse_args(
         "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
