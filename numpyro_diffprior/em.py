@@ -30,9 +30,10 @@ from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
 from numpyro_diffprior.linalg import Covariance, empirical_gaussian
 from numpyro_diffprior.metrics import sliced_wasserstein
-from numpyro_diffprior.posterior import Draws, resolve_settings, sample_blocks
+from numpyro_diffprior.posterior import resolve_settings, sample_blocks
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
+from numpyro_diffprior.smc import Draws
 from numpyro_diffprior.training import TrainState, init_training, train
 
 __all__ = ["EM", "EMHistory", "EMMetrics", "EMResult", "EMState"]

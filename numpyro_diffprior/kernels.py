@@ -12,8 +12,9 @@ from numpyro.util import identity, is_prng_key
 
 from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
-from numpyro_diffprior.posterior import Settings, draw_posterior, resolve_settings
+from numpyro_diffprior.posterior import resolve_settings
 from numpyro_diffprior.samplers import Sampler
+from numpyro_diffprior.smc import Settings, draw_posterior
 
 __all__ = ["MMPSKernel", "MMPSState"]
 

@@ -105,6 +105,11 @@ class Sampler:
         """The number of evaluations of the denoiser per draw."""
         return self.num_steps
 
+    @property
+    def is_single(self) -> bool:
+        """Whether a step is one evaluation and a `transition`, as particles need it."""
+        return self.num_evaluations == self.num_steps
+
     def sigmas(self, denoiser: Denoiser) -> jax.Array:
         """Return the decreasing noise levels, with shape ``(num_steps,)``."""
         low = denoiser.sigma_min if self.sigma_min is None else self.sigma_min

@@ -13,7 +13,7 @@ LAYERS = (
     ("linalg", "schedules", "nets", "metrics"),
     ("denoisers", "likelihoods"),
     ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
-    ("distributions",),
+    ("distributions", "smc"),
     ("introspect",),
     ("posterior",),
     ("kernels", "reparam", "em"),

@@ -5,14 +5,12 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, TweedieCovariance
-from numpyro_diffprior.likelihoods import linear_gaussian
-from numpyro_diffprior.linalg import Diagonal, Isotropic
-from numpyro_diffprior.posterior import draw_posterior, resolve_settings, sample_posterior
+from numpyro_diffprior.posterior import sample_posterior
 from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
-from tests.oracles import gaussian_posterior, mixture_posterior, spd, tolerance
+from tests.oracles import gaussian_posterior, spd, tolerance
 
 N, D, NOISE = 3, 2, 0.4
 RNG = np.random.default_rng(0)
@@ -78,58 +76,6 @@ def test_gaussian_posterior_moments(sampler, guidance, num_particles):
     check_moments(x, *exact_moments(), bias=0.03)
     assert np.all(draws.stats["residual"] < 1e-4)
     assert draws.stats["num_evaluations"] == num_particles * sampler.num_evaluations
-
-
-def test_log_evidence_is_unbiased_on_a_gaussian():
-    """The mean of the estimates is p(y), to their own standard error and the steps' bias."""
-    matrix, y = np.array([[1.0, 0.5]]), np.array([0.7])
-    likelihood = linear_gaussian(
-        jnp.asarray(y), jnp.asarray(matrix), Isotropic(jnp.asarray(NOISE**2), 1), (D,)
-    )
-    settings = resolve_settings(PRIOR, 8, MultistepSDE(64))
-    draws = draw_posterior(jax.random.key(0), PRIOR.denoiser, likelihood, settings, 4000)
-    variance = matrix @ COV @ matrix.T + NOISE**2
-    expected = np.exp(dist.Normal(matrix @ MEAN, np.sqrt(variance[0])).log_prob(y))[0]
-    ratio = np.exp(np.asarray(draws.log_evidence)) / expected
-    assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(len(ratio)) + 0.01
-
-
-def mixture_problem():
-    weights = np.array([0.3, 0.7])
-    means = np.array([[-3.0, 0.0], [3.0, 1.0]])
-    covs = np.stack([0.5 * np.eye(2)] * 2)
-    matrix, cov_y, y = np.array([[0.1, 1.0]]), np.array([[0.25]]), np.array([-0.5])
-    prior = MixtureDenoiser(jnp.asarray(weights), jnp.asarray(means), jnp.asarray(covs))
-    likelihood = linear_gaussian(
-        jnp.asarray(y), jnp.asarray(matrix), Diagonal(jnp.asarray(np.diag(cov_y))), (2,)
-    )
-    exact = mixture_posterior(weights, means, covs, matrix, cov_y, y)
-    return DiffusionPrior(prior), likelihood, exact
-
-
-def mode_mass(prior, likelihood, num_particles, num_draws=2000):
-    settings = resolve_settings(prior, num_particles, MultistepSDE(48))
-    draws = draw_posterior(jax.random.key(0), prior.denoiser, likelihood, settings, num_draws)
-    return float(np.mean(np.asarray(draws.x)[:, 0] < 0)), draws
-
-
-def test_particles_find_the_mass_of_the_modes():
-    prior, likelihood, (weights, *_) = mixture_problem()
-    error = {k: mode_mass(prior, likelihood, k)[0] - weights[0] for k in (1, 32)}
-    standard_error = np.sqrt(weights[0] * weights[1] / 2000)
-    assert abs(error[32]) < 4 * standard_error + 0.01
-    # Plain MMPS is off by more than chance: its bias is 0.13.
-    assert abs(error[1]) > 4 * standard_error + 0.01
-
-
-def test_statistics_of_particles():
-    prior, likelihood, _ = mixture_problem()
-    _, draws = mode_mass(prior, likelihood, 8, 64)
-    assert np.all((draws.ess >= 1) & (draws.ess <= 8))
-    assert np.all((draws.num_resamplings >= 0) & (draws.num_resamplings < 48))
-    _, draws = mode_mass(prior, likelihood, 1, 64)
-    np.testing.assert_array_equal(draws.ess, 1)
-    assert np.all(np.isnan(draws.log_evidence))
 
 
 def test_draws_do_not_depend_on_how_the_plate_is_cut():
