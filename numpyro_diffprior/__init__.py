@@ -13,7 +13,7 @@ from numpyro_diffprior.denoisers import (
     NetworkDenoiser,
 )
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.em import EM, EMHistory, EMMetrics, EMResult, EMState
+from numpyro_diffprior.em import EM, EMMetrics, EMResult, EMState
 from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
@@ -62,7 +62,6 @@ __all__ = [
     "Diagonal",
     "DiagonalPlusLowRank",
     "DiffusionPrior",
-    "EMHistory",
     "EMMetrics",
     "EMResult",
     "EMState",

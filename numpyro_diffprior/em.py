@@ -36,7 +36,7 @@ from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
 from numpyro_diffprior.smc import Draws
 from numpyro_diffprior.training import TrainState, init_training, train
 
-__all__ = ["EM", "EMHistory", "EMMetrics", "EMResult", "EMState"]
+__all__ = ["EM", "EMMetrics", "EMResult", "EMState"]
 
 
 class EMState(NamedTuple):
@@ -60,7 +60,7 @@ class EMState(NamedTuple):
 
 
 class EMMetrics(NamedTuple):
-    """What one iteration reports; scalars.
+    """What iterations report: scalars of one, or arrays of shape ``(num_iterations,)`` of a run.
 
     Attributes:
         loss: The mean training loss of the M-step.
@@ -73,20 +73,6 @@ class EMMetrics(NamedTuple):
         e_step_seconds: The time of the E-step.
         m_step_seconds: The time of the M-step.
     """
-
-    loss: jax.Array
-    sliced_wasserstein: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
-    ess: jax.Array
-    num_resamplings: jax.Array
-    log_evidence: jax.Array
-    e_step_seconds: float
-    m_step_seconds: float
-
-
-class EMHistory(NamedTuple):
-    """`EMMetrics` of all iterations: each field is an array of shape ``(num_iterations,)``."""
 
     loss: jax.Array
     sliced_wasserstein: jax.Array
@@ -110,7 +96,7 @@ class EMResult(NamedTuple):
 
     prior: DiffusionPrior
     state: EMState
-    history: EMHistory
+    history: EMMetrics
 
 
 class EM:
@@ -256,8 +242,8 @@ class EM:
         metrics = EMMetrics(
             loss=losses.mean(),
             sliced_wasserstein=distance,
-            e_step_seconds=between - started,
-            m_step_seconds=time.perf_counter() - between,
+            e_step_seconds=jnp.asarray(between - started),
+            m_step_seconds=jnp.asarray(time.perf_counter() - between),
             **stats,
         )
         denoiser = training.averaged if self.use_average else training.denoiser
@@ -303,8 +289,8 @@ class EM:
                 iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
                 if callback is not None and callback(state, metrics):
                     break
-        columns = (jnp.stack([jnp.asarray(v) for v in column]) for column in zip(*history))
-        return EMResult(state.prior, state, EMHistory(*columns))
+        columns = (jnp.stack(column) for column in zip(*history, strict=True))
+        return EMResult(state.prior, state, EMMetrics(*columns))
 
     def _draw(
         self,

@@ -23,7 +23,6 @@ PUBLIC = [
     "DiagonalPlusLowRank",
     "DiffusionPrior",
     "EM",
-    "EMHistory",
     "EMMetrics",
     "EMResult",
     "EMState",
