@@ -18,6 +18,7 @@ from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
     TMPD,
+    CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
     PiGDM,
@@ -44,7 +45,7 @@ from numpyro_diffprior.samplers import (
     PredictorCorrector,
 )
 from numpyro_diffprior.schedules import Karras, LogBeta, LogLinear, LogNormal, LogUniform
-from numpyro_diffprior.training import FitResult, fit_denoiser
+from numpyro_diffprior.training import FitResult, fit_denoiser, measure_error
 
 __version__ = "0.1.0.dev0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "MLP",
     "MMPS",
     "TMPD",
+    "CalibratedCovariance",
     "Covariance",
     "Dense",
     "Denoiser",
@@ -92,6 +94,7 @@ __all__ = [
     "__version__",
     "fit_denoiser",
     "gaussian_moments",
+    "measure_error",
     "metrics",
     "sample_posterior",
 ]

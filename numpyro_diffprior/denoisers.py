@@ -16,7 +16,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any, Protocol, TypeVar
 
@@ -112,6 +112,20 @@ class Denoiser(ABC):
     def sigma_max(self) -> jax.Array:
         """The noise level at which sampling starts: ten times the widest direction's deviation."""
         return 10.0 * jnp.sqrt(self.cov.max_eigenvalue())
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        r"""Return the denoiser's mean squared error over that of its Gaussian summary.
+
+        .. math:: E \lVert x - D(x_t, \sigma) \rVert^2 / \mathrm{tr}(V), \quad
+            V = (\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}
+
+        The better the prior is known, the less is left: an image is found in noise in which a
+        Gaussian only finds its smooth part. One for a denoiser of which no error was measured.
+
+        Args:
+            sigma: Noise levels, of any shape, which is the result's.
+        """
+        return jnp.ones_like(jnp.asarray(sigma, self.dtype))
 
     def score(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         r"""Return :math:`\nabla_{x_t} \log p(x_t)` (Tweedie), shaped as ``x_t``."""
@@ -212,6 +226,10 @@ class MixtureDenoiser(Denoiser):
         return x_hat.reshape(x_t.shape)
 
 
+# Of one size, so that measuring them does not change the shapes of a compiled prior.
+_NUM_RATIOS = 32
+
+
 @_register
 @dataclass(frozen=True, eq=False, init=False)
 class NetworkDenoiser(Denoiser):
@@ -234,6 +252,8 @@ class NetworkDenoiser(Denoiser):
         base: The Gaussian of the preconditioning (default: that of ``mean`` and ``cov``). It stays
             where it is while ``mean`` and ``cov`` follow the prior, since moving it under a
             trained network would change the prior.
+        error_ratios: `error_ratio` at noise levels from `sigma_min` to `sigma_max`, equally spaced
+            on the logarithmic axis (default: one); see `numpyro_diffprior.training.measure_error`.
 
     Raises:
         ValueError: If the shapes of network, mean, covariance and base differ.
@@ -243,6 +263,7 @@ class NetworkDenoiser(Denoiser):
     mean: jax.Array
     cov: Covariance
     base: GaussianDenoiser
+    error_ratios: jax.Array
 
     def __init__(
         self,
@@ -250,6 +271,7 @@ class NetworkDenoiser(Denoiser):
         mean: ArrayLike | None = None,
         cov: Covariance | ArrayLike | None = None,
         base: GaussianDenoiser | None = None,
+        error_ratios: ArrayLike | None = None,
     ) -> None:
         shape = tuple(net.event_shape)
         summary = _gaussian(
@@ -264,7 +286,9 @@ class NetworkDenoiser(Denoiser):
                     f"NetworkDenoiser: the network's events have shape {shape}, "
                     f"those of the {name} have shape {found}."
                 )
-        _set(self, net=net, base=base, **summary)
+        dtype = summary["mean"].dtype
+        ratios = jnp.ones(_NUM_RATIOS, dtype) if error_ratios is None else error_ratios
+        _set(self, net=net, base=base, error_ratios=jnp.asarray(ratios, dtype), **summary)
 
     def __call__(
         self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
@@ -282,13 +306,20 @@ class NetworkDenoiser(Denoiser):
         net_out = self.net(net_in, noise.reshape(-1), rngs=rngs).reshape(x_t.shape)
         return self.base(x_t, sigma) + c_in * scale * level * net_out
 
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Interpolate the measured ratios; see `Denoiser.error_ratio`."""
+        low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
+        grid = jnp.linspace(low, high, len(self.error_ratios))
+        log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
+        return jnp.interp(log_sigma, grid, self.error_ratios)
+
     def fit_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
         """Return this denoiser with its preconditioning and its summary at a new Gaussian."""
         return NetworkDenoiser(self.net, mean, cov)
 
     def summarise(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
         """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
-        return replace(self, mean=mean, cov=cov)
+        return NetworkDenoiser(self.net, mean, cov, self.base)
 
 
 def _flatten(x: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:

@@ -16,6 +16,7 @@ References:
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ from numpyro_diffprior.posterior import resolve_settings, sample_blocks
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
 from numpyro_diffprior.smc import Draws
-from numpyro_diffprior.training import TrainState, init_training, train
+from numpyro_diffprior.training import TrainState, init_training, measure_error, train
 
 __all__ = ["EM", "EMMetrics", "EMResult", "EMState"]
 
@@ -214,7 +215,8 @@ class EM:
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
         """
-        rng_key, key_draw, key_train, key_compare = jax.random.split(state.rng_key, 4)
+        rng_key, *keys = jax.random.split(state.rng_key, 5)
+        key_draw, key_compare, key_measure, key_train = keys
         started = time.perf_counter()
         draws = self._draw(key_draw, state.prior, args, kwargs, self.guidance, self.num_draws)
         x = draws.x.reshape(-1, *state.prior.event_shape)
@@ -227,6 +229,9 @@ class EM:
             denoiser=training.denoiser.summarise(mean, cov),
             averaged=training.averaged.summarise(mean, cov),
         )
+        # Of the network that has not yet been trained on these draws, which would flatter it.
+        current = state.prior.denoiser.summarise(mean, cov)
+        current = measure_error(key_measure, current, x, batch_size=self.batch_size)
         training, losses = train(
             key_train,
             training,
@@ -247,6 +252,7 @@ class EM:
             **stats,
         )
         denoiser = training.averaged if self.use_average else training.denoiser
+        denoiser = replace(denoiser, error_ratios=current.error_ratios)
         prior = _with_denoiser(state.prior, denoiser)
         count = state.num_iterations + 1
         return EMState(prior, training, state.initial, draws.x, rng_key, count), metrics

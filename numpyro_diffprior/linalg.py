@@ -422,7 +422,18 @@ class SolveResult(NamedTuple):
 
 
 # Solution, residual, direction, squared residual, active, steps per event, steps.
-_State = tuple[jax.Array, ...]
+class _State(NamedTuple):
+    """The state of conjugate gradients: ``best`` is the solution of the smallest residual."""
+
+    x: jax.Array
+    r: jax.Array
+    p: jax.Array
+    r_square: jax.Array
+    best: jax.Array
+    best_square: jax.Array
+    active: jax.Array
+    num_steps: jax.Array
+    step: jax.Array
 
 
 def conjugate_gradient(
@@ -439,6 +450,8 @@ def conjugate_gradient(
     stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
     ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p \le p^T N p`. With
     :math:`M = N + A V A^T` that is one in which a learned :math:`V` has no positive variance.
+    Where the map is not symmetric, as a learned :math:`V` may be, the residual can grow without
+    bound: an event at ten times its smallest residual stops, and gets the solution of that.
     Not differentiable in reverse mode.
 
     Args:
@@ -452,11 +465,10 @@ def conjugate_gradient(
     b_square = _dot(b, b)
 
     def unfinished(state: _State) -> jax.Array:
-        *_, active, _, step = state
-        return active.any() & (step < max_steps)
+        return state.active.any() & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
-        x, r, p, r_square, active, num_steps, step = state
+        x, r, p, r_square, best, best_square, active, num_steps, step = state
         m_p = matvec(p)
         curvature = _dot(p, m_p)
         active &= curvature > (0 if floor is None else _dot(p, floor(p)))
@@ -467,13 +479,19 @@ def conjugate_gradient(
         momentum = r_square_next / jnp.where(active, r_square, 1)
         p = _select(active, r + _column(momentum) * p, p)
         num_steps += active
-        active &= r_square_next > rtol**2 * b_square
-        return x, r, p, r_square_next, active, num_steps, step + 1
+        best = _select(r_square_next < best_square, x, best)
+        best_square = jnp.minimum(r_square_next, best_square)
+        diverged = ~(r_square_next <= 100 * best_square)
+        x = _select(diverged, best, x)
+        active &= (r_square_next > rtol**2 * b_square) & ~diverged
+        return _State(x, r, p, r_square_next, best, best_square, active, num_steps, step + 1)
 
     active = b_square > rtol**2 * b_square
     num_steps = jnp.zeros(b_square.shape, int)
-    start: _State = (jnp.zeros_like(b), b, b, b_square, active, num_steps, jnp.zeros((), int))
-    solution, *_, num_steps, _ = jax.lax.while_loop(unfinished, advance, start)
+    zeros = jnp.zeros_like(b)
+    start = _State(zeros, b, b, b_square, zeros, b_square, active, num_steps, jnp.zeros((), int))
+    last = jax.lax.while_loop(unfinished, advance, start)
+    solution, num_steps = last.x, last.num_steps
     error = b - matvec(solution)
     residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
     return SolveResult(solution, residual, num_steps)

@@ -25,9 +25,17 @@ from flax import nnx
 
 from numpyro_diffprior.denoisers import Denoiser, NetworkDenoiser
 from numpyro_diffprior.linalg import empirical_gaussian
-from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
+from numpyro_diffprior.schedules import LogBeta, LogLinear, NoiseDistribution
 
-__all__ = ["FitResult", "TrainState", "denoising_loss", "fit_denoiser", "init_training", "train"]
+__all__ = [
+    "FitResult",
+    "TrainState",
+    "denoising_loss",
+    "fit_denoiser",
+    "init_training",
+    "measure_error",
+    "train",
+]
 
 
 class TrainState(NamedTuple):
@@ -165,6 +173,47 @@ def train(
     return _train(rng_key, state, x, noise, ema_decay, optimizer, num_steps, batch_size)
 
 
+def measure_error(
+    rng_key: jax.Array, denoiser: NetworkDenoiser, x: jax.Array, *, batch_size: int = 256
+) -> NetworkDenoiser:
+    """Measure a denoiser's error at noise levels from end to end; see `Denoiser.error_ratio`.
+
+    Events that the network was trained on make it look better than it is.
+
+    Args:
+        rng_key: A key.
+        denoiser: The denoiser; its mean and covariance should be those of `x`.
+        x: Clean events, with shape ``(n, *event_shape)``.
+        batch_size: Number of events, drawn from `x`, per noise level.
+
+    Returns:
+        The denoiser with its ``error_ratios``.
+
+    Raises:
+        ValueError: If `x` has the wrong shape, no events or values that are not finite.
+    """
+    return _measure_error(rng_key, denoiser, _check_events(x, denoiser), batch_size)
+
+
+@partial(jax.jit, static_argnums=3)
+def _measure_error(
+    rng_key: jax.Array, denoiser: NetworkDenoiser, x: jax.Array, batch_size: int
+) -> NetworkDenoiser:
+    num_levels = len(denoiser.error_ratios)
+    sigmas = LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
+
+    def ratio(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        (key, sigma) = inputs
+        key_batch, key_noise = jax.random.split(key)
+        clean = x[jax.random.randint(key_batch, (batch_size,), 0, len(x))]
+        x_t = clean + sigma * jax.random.normal(key_noise, clean.shape, clean.dtype)
+        error = jnp.sum((clean - denoiser(x_t, sigma)) ** 2) / batch_size
+        return error / denoiser.cov.harmonic(sigma**2).trace()
+
+    ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
+    return replace(denoiser, error_ratios=ratios)
+
+
 def fit_denoiser(
     rng_key: jax.Array,
     denoiser: NetworkDenoiser,
@@ -200,8 +249,9 @@ def fit_denoiser(
     x = _check_events(x, denoiser)
     mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
     denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    key_train, key_measure = jax.random.split(rng_key)
     state, losses = train(
-        rng_key,
+        key_train,
         init_training(denoiser, optimizer),
         x,
         optimizer,
@@ -210,7 +260,7 @@ def fit_denoiser(
         noise=noise,
         ema_decay=ema_decay,
     )
-    return FitResult(state.averaged, losses)
+    return FitResult(measure_error(key_measure, state.averaged, x), losses)
 
 
 @partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size"))

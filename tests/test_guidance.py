@@ -14,6 +14,7 @@ from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
     TMPD,
+    CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
     PiGDM,
@@ -32,6 +33,7 @@ EXACT = {
     "Tweedie, dense": MMPS(),
     "Tweedie, matrix-free": MMPS(max_dense=0, rtol=RTOL),
     "Gaussian, dense": MMPS(GaussianCovariance()),
+    "Calibrated, dense": MMPS(CalibratedCovariance()),
     "Gaussian, matrix-free": MMPS(GaussianCovariance(), max_dense=0, rtol=RTOL),
 }
 

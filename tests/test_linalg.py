@@ -437,3 +437,13 @@ def test_truncated_directions_get_no_correction():
 def test_truncated_solve_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"noise of size 3, got \(2, 2\) and \(3,\)"):
         truncated_solve(jnp.eye(2), Isotropic(1.0, 3), jnp.ones(3))
+
+
+def test_conjugate_gradient_gives_up_where_the_residual_grows():
+    """A map that is far from symmetric, on which the plain iteration goes to infinity."""
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(np.eye(12) + 3 * np.triu(rng.normal(size=(12, 12)), 1))
+    b = jnp.asarray(rng.normal(size=(64, 12)))
+    result = conjugate_gradient(lambda v: v @ matrix.T, b)
+    assert np.all(result.residual <= 10)
+    assert np.all(result.num_steps < 24)

@@ -13,6 +13,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # Sorted; a name is added or removed here on purpose, and in docs/api.md.
 PUBLIC = [
+    "CalibratedCovariance",
     "Covariance",
     "DDIM",
     "DDPM",
@@ -56,6 +57,7 @@ PUBLIC = [
     "__version__",
     "fit_denoiser",
     "gaussian_moments",
+    "measure_error",
     "metrics",
     "sample_posterior",
 ]

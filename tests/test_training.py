@@ -11,10 +11,16 @@ from flax import nnx
 
 import numpyro_diffprior.training as training
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser, NetworkDenoiser
-from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.linalg import Isotropic, empirical_gaussian
 from numpyro_diffprior.nets import MLP, UNet
 from numpyro_diffprior.schedules import LogBeta, LogNormal, LogUniform
-from numpyro_diffprior.training import denoising_loss, fit_denoiser, init_training, train
+from numpyro_diffprior.training import (
+    denoising_loss,
+    fit_denoiser,
+    init_training,
+    measure_error,
+    train,
+)
 
 SMALL = {"features": (8,), "embedding": 4}
 
@@ -352,3 +358,29 @@ def test_invalid_arguments(x, options, match):
     options = {"num_steps": 1, "batch_size": 2, **options}
     with pytest.raises(ValueError, match=match):
         train(jax.random.key(0), state, x, optimizer, **options)
+
+
+def test_the_error_of_a_gaussian_is_its_own():
+    denoiser = small_denoiser()
+    x = np.random.default_rng(3).normal(size=(4096, *denoiser.event_shape))
+    mean, cov = empirical_gaussian(jnp.asarray(x.reshape(4096, -1), denoiser.dtype))
+    denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    measured = measure_error(jax.random.key(0), denoiser, x, batch_size=2048)
+    standard_error = np.sqrt(2 / (2048 * denoiser.event_size))
+    np.testing.assert_allclose(measured.error_ratios, 1, atol=5 * standard_error)
+    np.testing.assert_allclose(measured.error_ratio(0.3), 1, atol=5 * standard_error)
+
+
+def test_less_is_left_open_where_the_prior_is_not_gaussian():
+    """Two points: the network learns which of them it is, a Gaussian cannot."""
+    x = jnp.sign(jax.random.normal(jax.random.key(0), (512, 1)))
+    net = MLP((1,), features=(32, 32), embedding=16, rngs=nnx.Rngs(0))
+    fit = fit_denoiser(
+        jax.random.key(1), NetworkDenoiser(net), x, optimizer=optax.adam(3e-3), num_steps=600
+    )
+    sigma = 0.4
+    # E (x - tanh(x_t / sigma^2))^2, over the Gaussian's 1 / (1 + 1 / sigma^2).
+    x_t = 1 + sigma * np.random.default_rng(0).normal(size=100_000)
+    exact = np.mean((1 - np.tanh(x_t / sigma**2)) ** 2) * (1 + 1 / sigma**2)
+    assert exact < 0.5
+    np.testing.assert_allclose(fit.denoiser.error_ratio(sigma), exact, atol=0.15)
