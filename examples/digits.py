@@ -110,7 +110,7 @@ def judge_prior(rng_key, prior, data, features, num_samples=2048):
     return float(frechet_distance(features(x), features(data.clean)))
 
 
-def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=16):
+def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=4):
     """Error and coverage of the hidden pixels of some digits."""
     mask, y, truth = data.mask[:num_images], data.y[:num_images], data.clean[:num_images]
     draws = ndp.sample_posterior(
@@ -134,6 +134,8 @@ def learn(rng_key, data, features, args):
         num_sgd_steps=args.num_sgd_steps,
         batch_size=args.batch_size,
         num_particles=args.num_particles,
+        num_draws=args.num_draws,
+        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
     )
     rows = []
 
@@ -274,7 +276,8 @@ def parse_args(argv=None):
     parser.add_argument("--num-iterations", type=int, default=24)
     parser.add_argument("--num-sgd-steps", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--num-particles", type=int, default=4)
+    parser.add_argument("--num-particles", type=int, default=1, help="per draw of the E-step")
+    parser.add_argument("--num-draws", type=int, default=4, help="per digit in the E-step")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

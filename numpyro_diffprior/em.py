@@ -138,7 +138,7 @@ class EM:
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
         noise: NoiseDistribution = LogBeta(),
-        ema_decay: float = 0.99,
+        ema_decay: float = 0.999,
         use_average: bool = True,
         warm_start: bool = True,
         reset_optimizer: bool = False,

@@ -168,20 +168,22 @@ def _sweep(
         latent.plate_sizes[plate],
         latent.plate_dims[plate],
     )
-    num_blocks = -(-size // batch_size)
-    indices = jnp.arange(num_blocks * batch_size).reshape(num_blocks, batch_size) % size
+    # All draws of an event in one block, which share its solves.
+    block_size = max(1, batch_size // num_draws)
+    num_blocks = -(-size // block_size)
+    indices = jnp.arange(num_blocks * block_size).reshape(num_blocks, block_size) % size
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> Draws:
         key, index = inputs
         bound = bind(model, args, kwargs, indices={name: index})
-        return _draw_chunks(key, bound, settings, num_draws, 1)
+        return _draw_chunks(key, bound, settings, num_draws, batch_size // block_size)
 
     blocks = jax.lax.map(block, (jax.random.split(rng_key, num_blocks), indices))
     axis = 1 + len(latent.batch_shape) + dim  # of the plate, behind the draws
 
     def join(leaf: jax.Array) -> jax.Array:
         leaf = jnp.moveaxis(leaf, 0, axis)
-        shape = (*leaf.shape[:axis], num_blocks * batch_size, *leaf.shape[axis + 2 :])
+        shape = (*leaf.shape[:axis], num_blocks * block_size, *leaf.shape[axis + 2 :])
         return jax.lax.slice_in_dim(leaf.reshape(shape), 0, size, axis=axis)
 
     return jax.tree.map(join, blocks)
