@@ -230,7 +230,7 @@ class EM:
             averaged=training.averaged.summarise(mean, cov),
         )
         # Of the network that has not yet been trained on these draws, which would flatter it.
-        current = state.prior.denoiser.summarise(mean, cov)
+        current = self._choose(state.training).summarise(mean, cov)
         current = measure_error(key_measure, current, x, batch_size=self.batch_size)
         training, losses = train(
             key_train,
@@ -251,8 +251,7 @@ class EM:
             m_step_seconds=jnp.asarray(time.perf_counter() - between),
             **stats,
         )
-        denoiser = training.averaged if self.use_average else training.denoiser
-        denoiser = replace(denoiser, error_ratios=current.error_ratios)
+        denoiser = replace(self._choose(training), error_ratios=current.error_ratios)
         prior = _with_denoiser(state.prior, denoiser)
         count = state.num_iterations + 1
         return EMState(prior, training, state.initial, draws.x, rng_key, count), metrics
@@ -320,6 +319,10 @@ class EM:
     def _summarise(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
         mean, cov = _empirical_gaussian(x.reshape(len(x), -1), self.rank)
         return mean.reshape(x.shape[1:]), cov
+
+    def _choose(self, training: TrainState) -> NetworkDenoiser:
+        """Return the denoiser to draw with."""
+        return training.averaged if self.use_average else training.denoiser
 
     def _restart(self, state: EMState) -> TrainState:
         """Return where the M-step starts."""
