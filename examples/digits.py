@@ -273,7 +273,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=float, default=0.5, help="fraction of hidden pixels")
     parser.add_argument("--num-images", type=int, default=NUM_TRAIN)
-    parser.add_argument("--num-iterations", type=int, default=16)
+    parser.add_argument("--num-iterations", type=int, default=12)
     parser.add_argument("--num-sgd-steps", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-particles", type=int, default=1, help="per draw of the E-step")
@@ -282,7 +282,7 @@ def parse_args(argv=None):
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clean-rounds", type=int, default=4, help="of 1,000 steps each")
-    parser.add_argument("--num-judged", type=int, default=64, help="digits to restore")
+    parser.add_argument("--num-judged", type=int, default=32, help="digits to restore")
     parser.add_argument("--num-samples", type=int, default=64, help="draws per digit")
     return parser.parse_args(argv)
 

@@ -421,16 +421,13 @@ class SolveResult(NamedTuple):
     num_steps: jax.Array
 
 
-# Solution, residual, direction, squared residual, active, steps per event, steps.
 class _State(NamedTuple):
-    """The state of conjugate gradients: ``best`` is the solution of the smallest residual."""
+    """The state of conjugate gradients; what ends in ``_square`` is a squared norm per event."""
 
     x: jax.Array
     r: jax.Array
     p: jax.Array
     r_square: jax.Array
-    best: jax.Array
-    best_square: jax.Array
     active: jax.Array
     num_steps: jax.Array
     step: jax.Array
@@ -450,8 +447,9 @@ def conjugate_gradient(
     stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
     ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p \le p^T N p`. With
     :math:`M = N + A V A^T` that is one in which a learned :math:`V` has no positive variance.
-    Where the map is not symmetric, as a learned :math:`V` may be, the residual can grow without
-    bound: an event at ten times its smallest residual stops, and gets the solution of that.
+    Where the map is not symmetric, as a learned :math:`V` may be, steps can lead away without
+    bound: an event also stops before one that would raise the energy
+    :math:`\tfrac{1}{2} x^T M x - b^T x`, as none does for a symmetric map.
     Not differentiable in reverse mode.
 
     Args:
@@ -468,10 +466,15 @@ def conjugate_gradient(
         return state.active.any() & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
-        x, r, p, r_square, best, best_square, active, num_steps, step = state
+        x, r, p, r_square, active, num_steps, step = state
         m_p = matvec(p)
         curvature = _dot(p, m_p)
         active &= curvature > (0 if floor is None else _dot(p, floor(p)))
+        # Zero for a symmetric map, but for rounding; the step changes the energy by its length
+        # times (skew - r_square / 2).
+        skew = (_dot(x, m_p) - _dot(b - r, p)) / 2
+        rounding = 8 * jnp.finfo(b.dtype).eps * jnp.sqrt(_dot(x, x) * _dot(m_p, m_p))
+        active &= skew < r_square / 2 + rounding
         length = r_square / jnp.where(active, curvature, 1)
         x = _select(active, x + _column(length) * p, x)
         r = _select(active, r - _column(length) * m_p, r)
@@ -479,17 +482,13 @@ def conjugate_gradient(
         momentum = r_square_next / jnp.where(active, r_square, 1)
         p = _select(active, r + _column(momentum) * p, p)
         num_steps += active
-        best = _select(r_square_next < best_square, x, best)
-        best_square = jnp.minimum(r_square_next, best_square)
-        diverged = ~(r_square_next <= 100 * best_square)
-        x = _select(diverged, best, x)
-        active &= (r_square_next > rtol**2 * b_square) & ~diverged
-        return _State(x, r, p, r_square_next, best, best_square, active, num_steps, step + 1)
+        active &= r_square_next > rtol**2 * b_square
+        return _State(x, r, p, r_square_next, active, num_steps, step + 1)
 
     active = b_square > rtol**2 * b_square
     num_steps = jnp.zeros(b_square.shape, int)
     zeros = jnp.zeros_like(b)
-    start = _State(zeros, b, b, b_square, zeros, b_square, active, num_steps, jnp.zeros((), int))
+    start = _State(zeros, b, b, b_square, active, num_steps, jnp.zeros((), int))
     last = jax.lax.while_loop(unfinished, advance, start)
     solution, num_steps = last.x, last.num_steps
     error = b - matvec(solution)

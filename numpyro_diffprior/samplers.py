@@ -15,7 +15,8 @@ First order takes :math:`\tilde x = \hat x = D(x_t, \sigma_t)`: the ancestral sa
 
 .. math:: \tilde x = \hat x + c(h) \frac{h}{2 h_{prev}} (\hat x - \hat x_{prev}), \quad
     h = \log(\sigma_t / \sigma_s), \quad
-    c(h) = 1 - \frac{a h}{2 (1 + a)} + \frac{a h^2}{8}, \quad a = 1 + \eta^2.
+    c(h) = \min\left(1, 1 - \frac{a h}{2 (1 + a)} + \frac{a h^2}{8}\right), \quad
+    a = 1 + \eta^2.
 
 DPM-Solver++ (2M) has :math:`c = 1`, second order too, with draws too wide in proportion to
 :math:`h^2`. The damping :math:`c(h)` takes this error away for Gaussian priors and equal steps:
@@ -147,7 +148,7 @@ class Sampler:
         step_prev = jnp.log(levels.previous) - jnp.log(levels.current)
         squares = 1 + self.eta**2
         damping = 1 - squares * step / (2 * (1 + squares)) + squares * step**2 / 8
-        return x_hat + damping * step / (2 * step_prev) * (x_hat - x_hat_prev)
+        return x_hat + jnp.minimum(1, damping) * step / (2 * step_prev) * (x_hat - x_hat_prev)
 
     def transition(
         self, x_t: jax.Array, x_tilde: jax.Array, levels: Levels

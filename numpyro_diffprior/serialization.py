@@ -44,7 +44,7 @@ from numpyro_diffprior.nets import NETWORKS
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 
 _FORMAT = "numpyro_diffprior.denoiser"
-_VERSION = "1"
+_VERSION = "2"
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (

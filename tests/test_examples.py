@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import e_step, noise, particles, samplers
+from benchmarks import e_step, guidance, noise, particles, samplers
 from examples import digits, manifold
 
 pytestmark = pytest.mark.slow
@@ -86,3 +86,12 @@ def test_benchmark_of_the_noise_levels(tmp_path):
     )
     rows = noise.main(args)
     assert all(np.isfinite(row["losses"] + row["frechet"]).all() for row in rows)
+
+
+def test_benchmark_of_guidance(tmp_path):
+    args = guidance.parse_args(
+        f"--num-images 48 --num-sgd-steps 8 --width 16 --num-cases 4 --output {tmp_path}".split()
+    )
+    rows = guidance.main(args)
+    assert [row["num_particles"] for row in rows] == [1, 1, 1, 4]
+    assert all(0 < row["rmse"] < 2 and np.isfinite(row["frechet"]) for row in rows)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from flax import nnx
 
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser
+from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, NetworkDenoiser
 from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
@@ -23,6 +24,7 @@ from numpyro_diffprior.guidance import (
 )
 from numpyro_diffprior.likelihoods import Likelihood, linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
+from numpyro_diffprior.nets import MLP
 
 EVENT, NUM_EVENTS, NUM_OBSERVED = (2, 3), 3, 4
 SIGMA = np.array([[0.1], [1.0], [10.0]])  # an axis of noise levels before the plate's
@@ -390,3 +392,24 @@ def test_guided_denoiser_is_a_denoiser():
     x_hat_y = posterior(x_t, 1.0)
     np.testing.assert_array_equal(x_hat_y, posterior.guide(x_t, 1.0).x_hat_y)
     np.testing.assert_allclose(posterior.score(x_t, 1.0), x_hat_y - x_t, atol=TOL)
+
+
+def test_calibrated_covariance_is_the_gaussian_one_times_the_measured_error():
+    net = MLP((3,), features=(8,), embedding=4, rngs=nnx.Rngs(0))
+    cov = Diagonal(jnp.array([1.0, 0.5, 2.0]))
+    denoiser = NetworkDenoiser(net, jnp.zeros(3), cov, error_ratios=jnp.array([1.0, 0.2, 0.6]))
+    middle = jnp.sqrt(denoiser.sigma_min * denoiser.sigma_max)
+    quarter = jnp.sqrt(denoiser.sigma_min * middle)
+    far = 10 * denoiser.sigma_max
+    for sigma, ratio in ((middle, 0.2), (quarter, 0.6), (far, 0.6), (denoiser.sigma_min, 1.0)):
+        expected = ratio * GaussianCovariance()(denoiser, sigma).dense()
+        found = CalibratedCovariance()(denoiser, sigma).dense()
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # A level for each event, as guidance passes them.
+    sigmas = jnp.stack([middle, far])[:, None]
+    found = CalibratedCovariance()(denoiser, sigmas)
+    for i in range(2):
+        alone = CalibratedCovariance()(denoiser, sigmas[i, 0])
+        np.testing.assert_allclose(
+            found.matvec(jnp.ones((2, 5, 3)))[i, 0], alone.matvec(jnp.ones(3)), rtol=1e-4
+        )

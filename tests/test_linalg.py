@@ -439,11 +439,35 @@ def test_truncated_solve_refuses_other_shapes():
         truncated_solve(jnp.eye(2), Isotropic(1.0, 3), jnp.ones(3))
 
 
-def test_conjugate_gradient_gives_up_where_the_residual_grows():
-    """A map that is far from symmetric, on which the plain iteration goes to infinity."""
+def test_conjugate_gradient_never_raises_the_energy():
+    """A map that is far from symmetric, on which the plain iteration runs away."""
     rng = np.random.default_rng(0)
-    matrix = jnp.asarray(np.eye(12) + 3 * np.triu(rng.normal(size=(12, 12)), 1))
-    b = jnp.asarray(rng.normal(size=(64, 12)))
-    result = conjugate_gradient(lambda v: v @ matrix.T, b)
-    assert np.all(result.residual <= 10)
-    assert np.all(result.num_steps < 24)
+    size = 12
+    root, skew = rng.normal(size=(2, size, size))
+    matrix = jnp.asarray(np.eye(size) + root @ root.T / size + 2 * (skew - skew.T))
+    b = jnp.asarray(rng.normal(size=(64, size)))
+    energies = []
+    for max_steps in range(2 * size):
+        result = conjugate_gradient(lambda v: v @ matrix.T, b, max_steps=max_steps)
+        quadratic = jnp.einsum("ni,ij,nj->n", result.solution, matrix, result.solution)
+        energies.append(quadratic / 2 - jnp.sum(b * result.solution, axis=-1))
+    assert np.all(np.diff(energies, axis=0) <= 1e-4)
+    assert np.all(jnp.linalg.norm(result.solution, axis=-1) <= 2 * jnp.linalg.norm(b, axis=-1))
+
+
+def test_conjugate_gradient_goes_on_where_the_residual_grows():
+    """The residual's norm may rise far above where it began, on the way to a solution."""
+    rng = np.random.default_rng(0)
+    values = np.geomspace(1, 1e4, 24)
+    vectors = np.linalg.qr(rng.normal(size=(24, 24)))[0]
+    matrix = jnp.asarray(vectors * values @ vectors.T)
+    b = jnp.asarray(vectors @ np.sqrt(1 / values))
+    norms = [
+        float(conjugate_gradient(lambda v: v @ matrix, b[None], max_steps=k).residual[0])
+        for k in range(8)
+    ]
+    result = conjugate_gradient(lambda v: v @ matrix, b[None], max_steps=500)
+    assert max(norms) > 1
+    np.testing.assert_allclose(
+        result.solution[0], vectors @ (vectors.T @ b / values), rtol=0, atol=1e-4
+    )

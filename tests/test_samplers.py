@@ -124,6 +124,16 @@ def test_equal_steps_keep_the_variance(sampler):
     assert np.abs(fine).max() < 0.001
 
 
+@pytest.mark.parametrize("sampler", [MultistepSDE, MultistepODE])
+def test_equal_steps_are_at_least_of_the_order(sampler):
+    num_steps = np.array([24, 48, 96])
+    run = sampler(sigma_min=0.01, sigma_max=20.0)
+    target = VARIANCES**2 / (VARIANCES + run.sigma_min**2)
+    moments = propagate(run, gaussian(), *num_steps)
+    errors = [np.abs(np.diag(cov) / target - 1).max() for _, cov in moments]
+    assert order(errors, num_steps) > 1.75
+
+
 @pytest.mark.parametrize("sampler", [DDPM, DDIM, MultistepSDE, MultistepODE, Heun])
 def test_guided_sampling_converges_to_the_posterior(sampler):
     rng = np.random.default_rng(0)
@@ -140,13 +150,13 @@ def test_guided_sampling_converges_to_the_posterior(sampler):
     offset = (vectors * forgotten) @ vectors.T @ (mean - exact_mean)
 
     run = sampler(sigma_min=1e-3, sigma_max=50.0)
-    moments = propagate(run, posterior, 32, 128)
+    # With 32 steps the multistep samplers are already at what they have not forgotten.
+    moments = propagate(run, posterior, 16 if sampler.order == 2 else 32, 128)
     np.testing.assert_allclose(moments[1][0], exact_mean + offset, atol=1.5e-3)
     errors = [np.abs(found - exact_cov).max() for _, found in moments]
     first_order = sampler in (DDPM, DDIM)
     assert errors[1] < (0.05 if first_order else 0.003)
-    # The multistep samplers are at what they have not forgotten with 32 steps already.
-    assert errors[1] < max(errors[0] / (3 if first_order else 10), 2e-4)
+    assert errors[1] < errors[0] / (3 if first_order else 10)
 
 
 @pytest.mark.parametrize("sampler", [DDIM, MultistepODE, Heun])

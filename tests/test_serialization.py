@@ -228,9 +228,9 @@ def test_foreign_files_are_refused(path):
 
 def test_other_version_is_refused(path):
     save_denoiser(path, gaussian())
-    rewrite(path, version="2")
+    rewrite(path, version="1")
     for read in (load_denoiser, read_metadata):
-        with pytest.raises(ValueError, match="expected version 1 of the format, got 2"):
+        with pytest.raises(ValueError, match="expected version 2 of the format, got 1"):
             read(path)
 
 
