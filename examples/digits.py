@@ -273,7 +273,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=float, default=0.5, help="fraction of hidden pixels")
     parser.add_argument("--num-images", type=int, default=NUM_TRAIN)
-    parser.add_argument("--num-iterations", type=int, default=12)
+    parser.add_argument("--num-iterations", type=int, default=10)
     parser.add_argument("--num-sgd-steps", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-particles", type=int, default=1, help="per draw of the E-step")
