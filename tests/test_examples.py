@@ -37,7 +37,8 @@ def test_manifold(tmp_path):
     assert rows[0]["sliced_w2"] > 0
     for name in ("manifold_corner.png", "manifold_curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-    assert json.loads((tmp_path / "manifold.json").read_text()) == rows
+    # the first E-step has no predecessor to be compared with, and NaN equals nothing
+    np.testing.assert_equal(json.loads((tmp_path / "manifold.json").read_text()), rows)
 
 
 @pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
