@@ -25,6 +25,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -234,7 +235,7 @@ class MMPS(Guidance):
             if operator is None:
                 operator = posterior.likelihood.operator(x_hat)
             cov = self.covariance(posterior.denoiser, _align(sigma))
-            solve = _solve_closed(local, cov, operator)
+            solve = _solve_closed(local, _gain(cov, operator))
         else:
             solve = self._iterate_closed(local, self.covariance(posterior.denoiser, sigma))
         correction = pull(solve.solution) if solve.correction is None else solve.correction
@@ -253,25 +254,26 @@ class MMPS(Guidance):
         return likelihood.num_observed <= limit
 
     def _iterate_tweedie(self, local: Linearization, pull: _Pull) -> "_Solve":
-        return self._iterate(
-            lambda u: local.noise.matvec(u) + local.matvec(pull(u)), local, local.noise.matvec
-        )
+        return self._iterate(local, pull, floor=local.noise.matvec)
 
     def _iterate_closed(self, local: Linearization, cov: Covariance) -> "_Solve":
-        return self._iterate(
-            lambda u: local.noise.matvec(u) + local.matvec(cov.matvec(local.transpose(u))), local
-        )
+        solve = self._iterate(local, lambda u: cov.matvec(local.transpose(u)))
+        return solve._replace(correction=None)
 
-    def _iterate(
-        self, matvec: _Pull, local: Linearization, floor: _Pull | None = None
-    ) -> "_Solve":
-        solution, residual, _ = conjugate_gradient(
-            matvec, local.residual, rtol=self.rtol, max_steps=self.max_steps, floor=floor
+    def _iterate(self, local: Linearization, pull: _Pull, floor: _Pull | None = None) -> "_Solve":
+        """Solve :math:`(N + A P) w = r`, for ``pull`` :math:`= P`."""
+        solution, residual, _, correction = conjugate_gradient(
+            lambda u, pulled: local.noise.matvec(u) + local.matvec(pulled),
+            local.residual,
+            inner=pull,
+            rtol=self.rtol,
+            max_steps=self.max_steps,
+            floor=floor,
         )
         # Without S as a matrix its determinant is left out of the twist. Twists may be any
         # positive function: particle samplers stay exact.
         zeros = jnp.zeros_like(residual)
-        return _Solve(solution, zeros, residual, zeros.astype(int))
+        return _Solve(solution, zeros, residual, zeros.astype(int), correction)
 
 
 @dataclass(frozen=True)
@@ -372,18 +374,32 @@ def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
     return _Solve(solution, logdet, jnp.zeros_like(logdet), num_truncated, correction)
 
 
-def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) -> _Solve:
+def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
+    """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
+
+    def of_matrix() -> jax.Array:
+        # Full precision: accelerators round the factors of a float32 product otherwise.
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("...id,...jd->...ij", cov.matvec(operator), operator, precision=highest)
+
+    if operator.shape[-2] != operator.shape[-1]:
+        return of_matrix()
+    diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
+
+    def of_diagonal() -> jax.Array:
+        return diagonal[..., :, None] * cov.dense() * diagonal[..., None, :]
+
+    off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
+    return jax.lax.cond((operator * off_diagonal).any(), of_matrix, of_diagonal)
+
+
+def _solve_closed(local: Linearization, gain: jax.Array) -> _Solve:
     """Solve by one Cholesky factor for each matrix, shared by leading axes of the residual."""
-    # Full precision: accelerators round the factors of a float32 product otherwise.
-    highest = jax.lax.Precision.HIGHEST
-    gain = jnp.einsum("...id,...jd->...ij", cov.matvec(operator), operator, precision=highest)
-    matrix = gain + local.noise.dense()
-    factor = _cholesky(matrix)
+    factor, jitter = _cholesky(gain + local.noise.dense())
     solution = _cho_solve(factor, local.residual)
-    fitted = jnp.einsum("...ij,...j->...i", matrix, solution, precision=highest)
-    error = fitted - local.residual
-    norm = jnp.linalg.norm(local.residual, axis=-1)
-    residual = jnp.linalg.norm(error, axis=-1) / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+    # What the jitter leaves is all there is, but for rounding.
+    norm, error = (jnp.linalg.norm(v, axis=-1) for v in (local.residual, solution))
+    residual = jitter * error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
     logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
     return _Solve(
         solution,
@@ -393,22 +409,24 @@ def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) ->
     )
 
 
-def _cholesky(matrix: jax.Array) -> jax.Array:
+def _cholesky(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factorise, with the least that rounding asks for on the diagonal where it has to be.
 
     With little noise a smooth prior's matrix is singular to rounding at high noise levels, where
-    nothing rests on the digits lost.
+    nothing rests on the digits lost. Returns the factor, and what was added to the diagonal.
     """
-    factor = jnp.linalg.cholesky(matrix)
-    failed = jnp.isnan(factor).any((-2, -1))
+    cholesky = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+    factor = cholesky(matrix)
+    failed = jnp.isnan(jnp.diagonal(factor, axis1=-2, axis2=-1)).any(-1)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
     jitter = jnp.where(failed, jnp.finfo(matrix.dtype).eps * trace, 0)
     identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return jax.lax.cond(
+    factor = jax.lax.cond(
         failed.any(),
-        lambda: jnp.linalg.cholesky(matrix + jitter[..., None, None] * identity),
+        lambda: cholesky(matrix + jitter[..., None, None] * identity),
         lambda: factor,
     )
+    return factor, jitter
 
 
 def _cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:

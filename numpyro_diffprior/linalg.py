@@ -414,17 +414,20 @@ class SolveResult(NamedTuple):
     - **residual** - ``|b - M x| / |b|``, with shape ``(*batch,)``; 0 for ``b = 0``.
       Takes one more product with ``M``, which ``jit`` drops where the residual is not used.
     - **num_steps** - steps taken by each event, with shape ``(*batch,)``.
+    - **inner** - the inner map at the solution, where there is one.
     """
 
     solution: jax.Array
     residual: jax.Array
     num_steps: jax.Array
+    inner: jax.Array | None = None
 
 
 class _State(NamedTuple):
     """The state of conjugate gradients; what ends in ``_square`` is a squared norm per event."""
 
     x: jax.Array
+    inner_x: jax.Array | None
     r: jax.Array
     p: jax.Array
     r_square: jax.Array
@@ -434,9 +437,10 @@ class _State(NamedTuple):
 
 
 def conjugate_gradient(
-    matvec: Callable[[jax.Array], jax.Array],
+    matvec: Callable[..., jax.Array],
     b: jax.Array,
     *,
+    inner: Callable[[jax.Array], jax.Array] | None = None,
     rtol: float = 1e-5,
     max_steps: int | None = None,
     floor: Callable[[jax.Array], jax.Array] | None = None,
@@ -455,6 +459,9 @@ def conjugate_gradient(
     Args:
         matvec: the symmetric map :math:`M` of ``(*batch, size)``, acting on each event alone.
         b: right-hand sides with shape ``(*batch, size)``.
+        inner: a linear map :math:`v \mapsto B v` to ``(*batch, n)``, the costly part of :math:`M`,
+            which is then ``matvec(v, inner(v))``. It is applied once per step: at the solution it
+            is known from the steps, and so is the residual.
         rtol: relative residual at which an event is done.
         max_steps: budget per event, ``2 * size`` by default.
         floor: the map :math:`N` of the noise covariance; zero by default.
@@ -462,12 +469,18 @@ def conjugate_gradient(
     max_steps = 2 * b.shape[-1] if max_steps is None else max_steps
     b_square = _dot(b, b)
 
+    def apply(v: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        if inner is None:
+            return matvec(v), None
+        inner_v = inner(v)
+        return matvec(v, inner_v), inner_v
+
     def unfinished(state: _State) -> jax.Array:
         return state.active.any() & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
-        x, r, p, r_square, active, num_steps, step = state
-        m_p = matvec(p)
+        x, inner_x, r, p, r_square, active, num_steps, step = state
+        m_p, inner_p = apply(p)
         curvature = _dot(p, m_p)
         active &= curvature > (0 if floor is None else _dot(p, floor(p)))
         # Zero for a symmetric map, but for rounding; the step changes the energy by its length
@@ -476,24 +489,26 @@ def conjugate_gradient(
         rounding = 8 * jnp.finfo(b.dtype).eps * jnp.sqrt(_dot(x, x) * _dot(m_p, m_p))
         active &= skew < r_square / 2 + rounding
         length = r_square / jnp.where(active, curvature, 1)
-        x = _select(active, x + _column(length) * p, x)
+        x, inner_x = jax.tree.map(
+            lambda x, p: _select(active, x + _column(length) * p, x), (x, inner_x), (p, inner_p)
+        )
         r = _select(active, r - _column(length) * m_p, r)
         r_square_next = _dot(r, r)
         momentum = r_square_next / jnp.where(active, r_square, 1)
         p = _select(active, r + _column(momentum) * p, p)
         num_steps += active
         active &= r_square_next > rtol**2 * b_square
-        return _State(x, r, p, r_square_next, active, num_steps, step + 1)
+        return _State(x, inner_x, r, p, r_square_next, active, num_steps, step + 1)
 
     active = b_square > rtol**2 * b_square
     num_steps = jnp.zeros(b_square.shape, int)
     zeros = jnp.zeros_like(b)
-    start = _State(zeros, b, b, b_square, active, num_steps, jnp.zeros((), int))
+    inner_zeros = None if inner is None else jnp.zeros_like(jax.eval_shape(inner, b))
+    start = _State(zeros, inner_zeros, b, b, b_square, active, num_steps, jnp.zeros((), int))
     last = jax.lax.while_loop(unfinished, advance, start)
-    solution, num_steps = last.x, last.num_steps
-    error = b - matvec(solution)
+    error = b - (matvec(last.x) if inner is None else matvec(last.x, last.inner_x))
     residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
-    return SolveResult(solution, residual, num_steps)
+    return SolveResult(last.x, residual, last.num_steps, last.inner_x)
 
 
 class DenseSolveResult(NamedTuple):

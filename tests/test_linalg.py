@@ -356,6 +356,35 @@ class TestConjugateGradient:
         np.testing.assert_allclose(result.residual[:-1], expected, rtol=0.01, atol=20 * EPS)
         assert np.all(result.residual[2:4] > 1e-3)
 
+    def test_inner_map_is_applied_once_per_step(self):
+        """``M = I + F F^T`` with ``F^T`` the costly part."""
+        factor, b = normal(2, 5, 8, 8), normal(3, 5, 8)
+        calls = []
+
+        def inner(v):
+            jax.debug.callback(lambda: calls.append(None))
+            return operator(np.swapaxes(factor, -1, -2))(v)
+
+        def solve(b, max_steps):
+            outer = operator(factor)
+            return conjugate_gradient(
+                lambda v, inner_v: v + outer(inner_v), b, inner=inner, max_steps=max_steps
+            )
+
+        matrix = np.eye(8) + factor @ np.swapaxes(factor, -1, -2)
+        for max_steps in (2, 16):
+            calls.clear()
+            result = jax.jit(solve, static_argnums=1)(b, max_steps)
+            jax.effects_barrier()
+            assert len(calls) == np.max(result.num_steps)
+            expected = np.einsum("nij,ni->nj", factor, result.solution)
+            np.testing.assert_allclose(result.inner, expected, atol=100 * EPS)
+            error = np.linalg.norm(b - np.einsum("nij,nj->ni", matrix, result.solution), axis=-1)
+            expected = error / np.linalg.norm(b, axis=-1)
+            np.testing.assert_allclose(result.residual, expected, rtol=0.01, atol=100 * EPS)
+        exact = np.linalg.solve(matrix, b[..., None])[..., 0]
+        np.testing.assert_allclose(result.solution, exact, atol=1e-3)
+
     def test_zero_right_hand_side(self):
         result = conjugate_gradient(lambda v: v, jnp.zeros((2, 3)))
         assert np.all(result.solution == 0)
