@@ -24,8 +24,8 @@ COLORS = ("0.5", "C0", "C1", "C3")
 def main(args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    key_data, key_learn = jax.random.split(jax.random.key(args.seed))
-    data = manifold.make_data(key_data, args.num_points, args.num_points)
+    key_curve, key_data, key_learn = jax.random.split(jax.random.key(args.seed), 3)
+    data = manifold.make_data(key_curve, key_data, args.num_points, args.num_points)
     runs, results = {}, []
     for num_particles, color in zip(args.num_particles, COLORS, strict=False):
         for covariance, linestyle in STYLES.items():
