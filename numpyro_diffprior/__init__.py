@@ -36,6 +36,7 @@ from numpyro_diffprior.linalg import (
 )
 from numpyro_diffprior.nets import MLP, UNet
 from numpyro_diffprior.posterior import PosteriorSamples, sample_posterior
+from numpyro_diffprior.reparam import DiffusionReparam
 from numpyro_diffprior.samplers import (
     DDIM,
     DDPM,
@@ -64,6 +65,7 @@ __all__ = [
     "Diagonal",
     "DiagonalPlusLowRank",
     "DiffusionPrior",
+    "DiffusionReparam",
     "EMMetrics",
     "EMResult",
     "EMState",

@@ -33,8 +33,9 @@ References:
       (predictor-corrector, probability flow).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import jax
@@ -53,6 +54,7 @@ __all__ = [
     "PredictorCorrector",
     "Sampler",
     "flow_log_prob",
+    "flow_noise",
 ]
 
 
@@ -125,6 +127,12 @@ class Sampler:
         previous = jnp.concatenate([jnp.full((1,), jnp.inf, sigmas.dtype), sigmas[:-2]])
         return Levels(previous, sigmas[:-1], sigmas[1:])
 
+    def start(self, denoiser: Denoiser, z: jax.Array) -> jax.Array:
+        r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
+        noisy = denoiser.cov.shift(self.sigmas(denoiser)[0] ** 2)
+        batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
+        return denoiser.mean + noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
+
     def initial(
         self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...]
     ) -> jax.Array:
@@ -135,9 +143,8 @@ class Sampler:
         :math:`\lambda` keeps :math:`\lambda / (\lambda + \sigma_{max}^2)` with :math:`\eta = 1`,
         and the square root of that with :math:`\eta = 0`.
         """
-        noisy = denoiser.cov.shift(self.sigmas(denoiser)[0] ** 2)
-        z = jax.random.normal(rng_key, (*batch_shape, denoiser.event_size), denoiser.dtype)
-        return denoiser.mean + noisy.sqrt_matvec(z).reshape(*batch_shape, *denoiser.event_shape)
+        shape = (*batch_shape, *denoiser.event_shape)
+        return self.start(denoiser, jax.random.normal(rng_key, shape, denoiser.dtype))
 
     def extrapolate(self, x_hat: jax.Array, x_hat_prev: jax.Array, levels: Levels) -> jax.Array:
         r"""Return :math:`\tilde x`, the denoiser's mean for the whole of the step."""
@@ -185,7 +192,10 @@ class Sampler:
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             return self.step(inputs[0], denoiser, *carry, inputs[1]), None
 
-        (x_t, _), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
+        # Checkpointed: a gradient keeps x_t at each level, not what is inside of the denoiser.
+        (x_t, _), _ = jax.lax.scan(
+            jax.checkpoint(body), (x_t, jnp.zeros_like(x_t)), (keys, levels)
+        )
         return denoiser(x_t, levels.following[-1])
 
     def sample(
@@ -350,51 +360,99 @@ def flow_log_prob(
         Log-densities with shape ``(*batch,)``; NaN for events that are not finite or were given
         up, which NUTS takes for a divergence.
     """
-    size, event_ndim = denoiser.event_size, len(denoiser.event_shape)
-    batch_shape = x.shape[: x.ndim - event_ndim]
-    dtype = denoiser.dtype
+    size, dtype = denoiser.event_size, denoiser.dtype
+    batch_shape = x.shape[: x.ndim - len(denoiser.event_shape)]
     if num_probes is None:
         probes, weight = jnp.eye(size, dtype=dtype), 1.0
     else:
         probes = jax.random.rademacher(jax.random.key(0), (num_probes, size), dtype)
         weight = 1.0 / num_probes
-    start, stop = jnp.log(denoiser.sigma_min), jnp.log(denoiser.sigma_max)
-    mean, scale = denoiser.mean.reshape(-1), denoiser.scale
-
-    def width(time: jax.typing.ArrayLike) -> jax.Array:
-        return jnp.sqrt(scale**2 + jnp.exp(2 * jnp.asarray(time)))
+    flow = _Flow(denoiser)
 
     def field(time: jax.typing.ArrayLike, state: tuple[jax.Array, jax.Array], _: None) -> tuple:
-        growth = jnp.exp(2 * jnp.asarray(time)) / width(time) ** 2
-
-        def drift(z: jax.Array) -> jax.Array:
-            x_t = (mean + width(time) * z).reshape(denoiser.event_shape)
-            residual = (x_t - denoiser(x_t, jnp.exp(time))).reshape(-1)
-            return residual / width(time) - growth * z
-
-        value, tangent = jax.linearize(drift, state[0])
+        value, tangent = jax.linearize(lambda z: flow.drift(time, z), state[0])
         return value, weight * jnp.sum(probes * jax.vmap(tangent)(probes))
 
     def log_prob_one(flat: jax.Array) -> jax.Array:
+        start = flow.to_z(flow.start, flat), jnp.zeros((), dtype)
+        (z_last, divergence), solved = flow.solve(field, start, rtol, max_steps)
+        noisy = denoiser.cov.shift(denoiser.sigma_max**2)
+        deviation = flow.width(flow.stop) * z_last
+        quadratic = jnp.sum(deviation * noisy.solve(deviation))
+        gaussian = -0.5 * (quadratic + noisy.logdet() + size * jnp.log(2 * jnp.pi))
+        widened = size * jnp.log(flow.width(flow.stop) / flow.width(flow.start))
+        return jnp.where(solved, gaussian + divergence + widened, jnp.nan)
+
+    flat = jnp.asarray(x, dtype).reshape(-1, size)
+    return jax.vmap(log_prob_one)(flat).reshape(batch_shape)
+
+
+def flow_noise(
+    denoiser: Denoiser, x: jax.Array, *, rtol: float = 1e-5, max_steps: int = 256
+) -> jax.Array:
+    r"""Return the standard normal noise from which the probability flow leads to events.
+
+    The inverse of the deterministic samplers, up to their error: the flow is solved upwards from
+    :math:`x` at :math:`\sigma_{min}` to :math:`x_T = \mu + L z`, as in `flow_log_prob`.
+
+    Args:
+        denoiser: The prior.
+        x: Events, with shape ``(*batch, *event)``.
+        rtol: The relative tolerance of the adaptive solver.
+        max_steps: The number of steps after which the solver gives an event up.
+
+    Returns:
+        The noise :math:`z`, with the shape of ``x``; NaN for events that were given up.
+    """
+    flow = _Flow(denoiser)
+    noisy = denoiser.cov.shift(denoiser.sigma_max**2)
+    # z = L^-1 v = L^T (L L^T)^-1 v
+    transpose = jax.linear_transpose(noisy.sqrt_matvec, denoiser.mean.reshape(-1))
+
+    def noise_one(flat: jax.Array) -> jax.Array:
+        start = flow.to_z(flow.start, flat)
+        z_last, solved = flow.solve(lambda time, z, _: flow.drift(time, z), start, rtol, max_steps)
+        (noise,) = transpose(noisy.solve(flow.width(flow.stop) * z_last))
+        return jnp.where(solved, noise, jnp.nan)
+
+    flat = jnp.asarray(x, denoiser.dtype).reshape(-1, denoiser.event_size)
+    return jax.vmap(noise_one)(flat).reshape(x.shape)
+
+
+class _Flow:
+    r"""The probability flow in :math:`z = (x - \mu) / \sqrt{s^2 + \sigma^2}`, over log sigma."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.start, self.stop = jnp.log(denoiser.sigma_min), jnp.log(denoiser.sigma_max)
+        self.mean = denoiser.mean.reshape(-1)
+
+    def width(self, time: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.sqrt(self.denoiser.scale**2 + jnp.exp(2 * jnp.asarray(time)))
+
+    def to_z(self, time: jax.typing.ArrayLike, flat: jax.Array) -> jax.Array:
+        return (flat - self.mean) / self.width(time)
+
+    def drift(self, time: jax.typing.ArrayLike, z: jax.Array) -> jax.Array:
+        width = self.width(time)
+        x_t = (self.mean + width * z).reshape(self.denoiser.event_shape)
+        residual = (x_t - self.denoiser(x_t, jnp.exp(time))).reshape(-1)
+        return residual / width - jnp.exp(2 * jnp.asarray(time)) / width**2 * z
+
+    def solve(
+        self, field: Callable, start: Any, rtol: float, max_steps: int
+    ) -> tuple[Any, jax.Array]:
+        """Return the state at the highest noise level, and whether it was reached."""
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
-            start,
-            stop,
+            self.start,
+            self.stop,
             dt0=None,
-            y0=((flat - mean) / width(start), jnp.zeros((), dtype)),
+            y0=start,
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol),
             max_steps=max_steps,
             throw=False,
         )
-        z_last, divergence = (leaf[0] for leaf in solution.ys)
-        noisy = denoiser.cov.shift(denoiser.sigma_max**2)
-        deviation = width(stop) * z_last
-        quadratic = jnp.sum(deviation * noisy.solve(deviation))
-        gaussian = -0.5 * (quadratic + noisy.logdet() + size * jnp.log(2 * jnp.pi))
-        log_prob = gaussian + divergence + size * jnp.log(width(stop) / width(start))
-        solved = solution.result == diffrax.RESULTS.successful
-        return jnp.where(solved, log_prob, jnp.nan)
-
-    flat = jnp.asarray(x, dtype).reshape(-1, size)
-    return jax.vmap(log_prob_one)(flat).reshape(batch_shape)
+        last = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+        return last, solution.result == diffrax.RESULTS.successful

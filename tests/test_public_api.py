@@ -23,6 +23,7 @@ PUBLIC = [
     "Diagonal",
     "DiagonalPlusLowRank",
     "DiffusionPrior",
+    "DiffusionReparam",
     "EM",
     "EMMetrics",
     "EMResult",
