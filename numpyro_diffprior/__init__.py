@@ -26,7 +26,7 @@ from numpyro_diffprior.guidance import (
     UnitCovariance,
 )
 from numpyro_diffprior.introspect import Moments, gaussian_moments
-from numpyro_diffprior.kernels import MMPSKernel, MMPSState
+from numpyro_diffprior.kernels import MMPSKernel, MMPSState, ParticleGibbs, ParticleGibbsState
 from numpyro_diffprior.linalg import (
     Covariance,
     Dense,
@@ -87,6 +87,8 @@ __all__ = [
     "MultistepODE",
     "MultistepSDE",
     "NetworkDenoiser",
+    "ParticleGibbs",
+    "ParticleGibbsState",
     "PiGDM",
     "PosteriorSamples",
     "PredictorCorrector",

@@ -1,8 +1,9 @@
-"""Kernels for `numpyro.infer.MCMC`: thin shims over `numpyro_diffprior.posterior`."""
+"""Kernels for `numpyro.infer.MCMC`: thin shims over `smc` and `conditional_smc`."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ from numpyro import handlers
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
+from numpyro_diffprior.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
+from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.posterior import resolve_settings
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.smc import Settings, draw_posterior
 
-__all__ = ["MMPSKernel", "MMPSState"]
+__all__ = ["MMPSKernel", "MMPSState", "ParticleGibbs", "ParticleGibbsState"]
 
 
 class MMPSState(NamedTuple):
@@ -41,38 +44,46 @@ class MMPSState(NamedTuple):
     log_evidence: jax.Array
 
 
-class MMPSKernel(MCMCKernel):
-    """Independent draws of a diffusion site by moment matching posterior sampling.
+class ParticleGibbsState(NamedTuple):
+    """The state of `ParticleGibbs`; all behind ``path`` are statistics of the last update.
 
-    Every draw starts anew from noise, so a chain needs no warm-up and its draws are not
-    correlated. One particle is MMPS, whose approximation is biased where the posterior has several
-    modes; more particles correct it (see `numpyro_diffprior.posterior`).
-
-    Args:
-        model: A NumPyro model whose first argument is the prior.
-        num_particles: Particles per draw.
-        sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle and
-            the Gaussian one for more).
-
-    Example:
-        >>> mcmc = MCMC(MMPSKernel(model), num_warmup=0, num_samples=250)  # doctest: +SKIP
-        >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
+    Attributes:
+        z: The diffusion site's value by its name.
+        rng_key: The random key.
+        path: The retained path, with shape ``(num_steps, *batch, *event)``.
+        updated: The fraction of noise levels at which the path moved, with the site's batch shape.
+        residual: The largest relative residual of guidance's solves, likewise.
+        num_truncated: The largest number of directions that guidance left out, likewise.
+        ess: The lowest effective number of particles along the path, likewise.
+        num_resamplings: How often the particles were resampled, likewise.
+        log_evidence: An estimate of the log-density of the event's observations, likewise; with a
+            retained path among the particles it is not unbiased.
+        num_evaluations: The number of network evaluations of the update.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        num_particles: int = 1,
-        sampler: Sampler | None = None,
-        guidance: Guidance | None = None,
-    ) -> None:
-        self.model = model
-        self.num_particles = num_particles
-        self.sampler = sampler
-        self.guidance = guidance
-        self._sample_fn: Callable[..., MMPSState] | None = None
+    z: dict[str, jax.Array]
+    rng_key: jax.Array
+    path: jax.Array
+    updated: jax.Array
+    residual: jax.Array
+    num_truncated: jax.Array
+    ess: jax.Array
+    num_resamplings: jax.Array
+    log_evidence: jax.Array
+    num_evaluations: jax.Array
+
+
+_State = Any  # of the concrete kernel
+
+
+class _DiffusionKernel(MCMCKernel):
+    """What the kernels of a diffusion site share."""
+
+    model: Model
+    num_particles: int
+    sampler: Sampler | None
+    guidance: Guidance | None
+    _sample_fn: Callable[..., _State] | None
 
     @property
     def sample_field(self) -> str:
@@ -86,43 +97,59 @@ class MMPSKernel(MCMCKernel):
         init_params: dict[str, jax.Array] | None,
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
-    ) -> MMPSState:
-        """Read the model, and start at the prior's mean or at ``init_params``.
+    ) -> _State:
+        """Read the model, and start at ``init_params`` where they name the site.
 
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
         """
-        latent = self._read(model_args, model_kwargs)[0]
-        self._resolve(latent)
-        value = jnp.broadcast_to(latent.prior.mean, latent.shape)
-        value = (init_params or {}).get(latent.name, value)
-        zeros = jnp.zeros(latent.batch_shape, value.dtype)
-        count = zeros.astype(int)
+        latent, likelihood = self._read(model_args, model_kwargs)
+        settings = self._resolve(latent)
+        value = (init_params or {}).get(latent.name)
         self._sample_fn = self._draw
 
-        def start(key: jax.Array) -> MMPSState:
-            return MMPSState({latent.name: value}, key, zeros, count, zeros, count, zeros)
+        def start(key: jax.Array, value: jax.Array | None) -> _State:
+            return self._start(key, latent, likelihood, settings, value)
 
-        return start(rng_key) if is_prng_key(rng_key) else jax.vmap(start)(rng_key)
+        if is_prng_key(rng_key):
+            return start(rng_key, value)
+        return jax.vmap(start, in_axes=(0, None if value is None else 0))(rng_key, value)
+
+    @abstractmethod
+    def _start(
+        self,
+        rng_key: jax.Array,
+        latent: LatentSite,
+        likelihood: Likelihood,
+        settings: Settings,
+        value: jax.Array | None,
+    ) -> _State:
+        """Return the first state of one chain."""
+
+    @abstractmethod
+    def _draw(
+        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> _State:
+        """Return the next state of one chain."""
 
     def sample(
-        self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> MMPSState:
-        """Make an independent draw (of each chain, where the state has several)."""
+        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> _State:
+        """Return the next state (of each chain, where the state has several)."""
         if self._sample_fn is None:
-            raise RuntimeError("MMPSKernel: `init` must be called before `sample`.")
+            raise RuntimeError(f"{type(self).__name__}: `init` must be called before `sample`.")
         if is_prng_key(state.rng_key):
             return self._sample_fn(state, model_args, model_kwargs)
         in_axes = (0, None, None)
         return jax.vmap(self._sample_fn, in_axes=in_axes)(state, model_args, model_kwargs)
 
     def refresh(
-        self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> MMPSState:
+        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> _State:
         """Return the state: nothing in it depends on the model's arguments."""
         return state
 
-    def wrap_model(self, wrapper: Callable[[Model], Model]) -> "MMPSKernel":
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> Self:
         """Return a copy of this kernel with a wrapped model."""
         kernel = copy.copy(self)
         kernel.model = wrapper(self.model)
@@ -162,6 +189,55 @@ class MMPSKernel(MCMCKernel):
     def _resolve(self, latent: LatentSite) -> Settings:
         return resolve_settings(latent.prior, self.num_particles, self.sampler, self.guidance)
 
+
+class MMPSKernel(_DiffusionKernel):
+    """Independent draws of a diffusion site by moment matching posterior sampling.
+
+    Every draw starts anew from noise, so a chain needs no warm-up and its draws are not
+    correlated. One particle is MMPS, whose approximation is biased where the posterior has several
+    modes; more particles correct it (see `numpyro_diffprior.posterior`).
+
+    Args:
+        model: A NumPyro model whose first argument is the prior.
+        num_particles: Particles per draw.
+        sampler: The sampler (default: the prior's).
+        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle and
+            the Gaussian one for more).
+
+    Example:
+        >>> mcmc = MCMC(MMPSKernel(model), num_warmup=0, num_samples=250)  # doctest: +SKIP
+        >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_particles: int = 1,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> None:
+        self.model = model
+        self.num_particles = num_particles
+        self.sampler = sampler
+        self.guidance = guidance
+        self._sample_fn = None
+
+    def _start(
+        self,
+        rng_key: jax.Array,
+        latent: LatentSite,
+        likelihood: Likelihood,
+        settings: Settings,
+        value: jax.Array | None,
+    ) -> MMPSState:
+        """Start at the prior's mean: no draw depends on it."""
+        if value is None:
+            value = jnp.broadcast_to(latent.prior.mean, latent.shape)
+        zeros = jnp.zeros(latent.batch_shape, value.dtype)
+        count = zeros.astype(int)
+        return MMPSState({latent.name: value}, rng_key, zeros, count, zeros, count, zeros)
+
     def _draw(
         self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> MMPSState:
@@ -171,3 +247,82 @@ class MMPSKernel(MCMCKernel):
         draws = draw_posterior(key, latent.prior.denoiser, likelihood, settings)
         stats = {name: value[0] for name, value in draws.stats.items()}
         return MMPSState({latent.name: draws.x[0]}, rng_key, **stats)
+
+
+class ParticleGibbs(_DiffusionKernel):
+    """A chain of exact draws of a diffusion site by conditional SMC with ancestor sampling.
+
+    The posterior under the prior that the sampler draws and the exact likelihood of the observed
+    sites stays what it is under an update, for any number of particles from two on. Updates are
+    correlated: more particles move more of the path. The chain starts at a draw of the twisted
+    SMC, which needs little warm-up. Alone in `MCMC`, or beside other kernels in
+    `numpyro.infer.Gibbs`.
+
+    Args:
+        model: A NumPyro model whose first argument is the prior.
+        num_particles: Particles per update, at least two.
+        sampler: The sampler (default: the prior's).
+        guidance: The guidance (default: `MMPS` with the Gaussian covariance).
+
+    Raises:
+        ValueError: If there are fewer than two particles.
+
+    Example:
+        >>> mcmc = MCMC(ParticleGibbs(model), num_warmup=20, num_samples=500)  # doctest: +SKIP
+        >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_particles: int = 16,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> None:
+        if num_particles < 2:
+            raise ValueError(
+                f"ParticleGibbs: expected num_particles >= 2, got {num_particles}: one of them is "
+                "the retained path, which cannot move alone."
+            )
+        self.model = model
+        self.num_particles = num_particles
+        self.sampler = sampler
+        self.guidance = guidance
+        self._sample_fn = None
+
+    def _start(
+        self,
+        rng_key: jax.Array,
+        latent: LatentSite,
+        likelihood: Likelihood,
+        settings: Settings,
+        value: jax.Array | None,
+    ) -> ParticleGibbsState:
+        """Start at a draw of the twisted SMC, with a path of added noise."""
+        rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
+        denoiser = latent.prior.denoiser
+        if value is None:
+            value = draw_posterior(key_draw, denoiser, likelihood, settings).x[0]
+        path = diffuse_path(key_path, denoiser, settings.sampler, value)
+        zeros = jnp.zeros(latent.batch_shape, value.dtype)
+        count = zeros.astype(int)
+        stats = zeros, zeros, count, zeros, count, zeros
+        # The retained path's denoised means are evaluated once more.
+        num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
+        return ParticleGibbsState({latent.name: value}, rng_key, path, *stats, num_evaluations)
+
+    def _draw(
+        self,
+        state: ParticleGibbsState,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> ParticleGibbsState:
+        latent, likelihood = self._read(model_args, model_kwargs)
+        rng_key, key = jax.random.split(state.rng_key)
+        path, draws, updated = update_path(
+            key, latent.prior.denoiser, likelihood, self._resolve(latent), state.path
+        )
+        return state._replace(
+            z={latent.name: draws.x}, rng_key=rng_key, path=path, updated=updated, **draws.stats
+        )

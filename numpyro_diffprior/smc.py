@@ -27,11 +27,21 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers import Denoiser
-from numpyro_diffprior.guidance import Guidance, GuidedDenoiser
+from numpyro_diffprior.guidance import Guidance, Guided, GuidedDenoiser
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.samplers import Levels, Sampler
 
-__all__ = ["Draws", "Settings", "draw_posterior"]
+__all__ = [
+    "Cloud",
+    "Draws",
+    "Proposal",
+    "Settings",
+    "draw_posterior",
+    "effective",
+    "log_mean_exp",
+    "propose",
+    "take",
+]
 
 
 class Draws(NamedTuple):
@@ -119,18 +129,52 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
     return posterior(mean, sampler.sigmas(posterior)[0]) - mean
 
 
-class _Cloud(NamedTuple):
-    """Particles between two steps, with leading axes ``(num_particles, *batch)``."""
+class Cloud(NamedTuple):
+    """Particles between two steps, with shape ``(num_particles, *batch, *event)``.
+
+    Attributes:
+        x_t: The particles.
+        x_hat: The prior's means at the level before, the memory of multistep samplers.
+        x_hat_y: The guided means there.
+    """
 
     x_t: jax.Array
     x_hat: jax.Array
     x_hat_y: jax.Array
 
 
+class Proposal(NamedTuple):
+    r"""The next level's Gaussians, of the prior's chain and of the guided one.
+
+    Attributes:
+        mean: The prior's mean, with shape ``(num_particles, *batch, *event)``.
+        mean_y: The guided mean, likewise.
+        tau: The deviation of both, scalar.
+    """
+
+    mean: jax.Array
+    mean_y: jax.Array
+    tau: jax.Array
+
+    @property
+    def shift(self) -> jax.Array:
+        r"""The means' difference :math:`\delta` in deviations, shaped as they are."""
+        return (self.mean_y - self.mean) / self.tau
+
+
+def propose(sampler: Sampler, guided: Guided, previous: Cloud, levels: Levels) -> Proposal:
+    """Return where particles go from ``previous.x_t``, at which guidance found ``guided``."""
+    x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
+    x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
+    mean, _ = sampler.transition(previous.x_t, x_tilde, levels)
+    mean_y, tau = sampler.transition(previous.x_t, x_tilde_y, levels)
+    return Proposal(mean, mean_y, tau)
+
+
 class _Progress(NamedTuple):
     """The carry of the SMC: ``log_weight`` lacks the twist at the level of ``cloud.x_t``."""
 
-    cloud: _Cloud
+    cloud: Cloud
     log_weight: jax.Array
     stats: Draws
 
@@ -147,26 +191,21 @@ def _twisted_smc(
         (key, levels), (previous, log_weight, stats) = inputs, progress
         key_resample, key_noise = jax.random.split(key)
         guided = posterior.guide(previous.x_t, levels.current)
-        x_tilde, x_tilde_y = (
-            sampler.extrapolate(guided.x_hat, previous.x_hat, levels),
-            sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels),
-        )
-        mean, _ = sampler.transition(previous.x_t, x_tilde, levels)
-        mean_y, tau = sampler.transition(previous.x_t, x_tilde_y, levels)
-        cloud = _Cloud(mean_y, guided.x_hat, guided.x_hat_y)
+        proposal = propose(sampler, guided, previous, levels)
+        cloud = Cloud(proposal.mean_y, guided.x_hat, guided.x_hat_y)
         stats = stats._replace(
             residual=jnp.maximum(stats.residual, guided.residual.max(0)),
             num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
         )
         if num_particles > 1:
-            log_twist, shift = guided.log_twist, (mean_y - mean) / tau
+            log_twist, shift = guided.log_twist, proposal.shift
             log_weight = log_weight + log_twist
             (cloud, shift, log_twist), log_weight, stats = _resample(
                 key_resample, (cloud, shift, log_twist), log_weight, stats
             )
         if sampler.eta > 0:
             noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
-            cloud = cloud._replace(x_t=cloud.x_t + tau * noise)
+            cloud = cloud._replace(x_t=cloud.x_t + proposal.tau * noise)
             if num_particles > 1:
                 ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
                 log_weight = log_weight + ratio - log_twist
@@ -175,7 +214,7 @@ def _twisted_smc(
     zeros = jnp.zeros(batch_shape, x_t.dtype)
     stats = Draws(zeros, zeros, zeros.astype(int), zeros + num_particles, zeros.astype(int), zeros)
     start = _Progress(
-        _Cloud(x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t)),
+        Cloud(x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t)),
         jnp.zeros((num_particles, *batch_shape), x_t.dtype),
         stats,
     )
@@ -194,9 +233,9 @@ def _twisted_smc(
     log_weight = log_weight + posterior.likelihood.log_prob(x)
     chosen = jax.random.categorical(keys[0], log_weight, axis=0)
     return stats._replace(
-        x=_take(x, chosen[None])[0],
-        ess=jnp.minimum(stats.ess, _effective(log_weight)),
-        log_evidence=stats.log_evidence + _log_mean_exp(log_weight),
+        x=take(x, chosen[None])[0],
+        ess=jnp.minimum(stats.ess, effective(log_weight)),
+        log_evidence=stats.log_evidence + log_mean_exp(log_weight),
     )
 
 
@@ -204,16 +243,16 @@ def _resample(
     rng_key: jax.Array, particles: Any, log_weight: jax.Array, stats: Draws
 ) -> tuple[Any, jax.Array, Draws]:
     """Resample the systems of which fewer than half of the particles are effective."""
-    num_particles, ess = log_weight.shape[0], _effective(log_weight)
+    num_particles, ess = log_weight.shape[0], effective(log_weight)
     degenerate = ess < num_particles / 2
     identity = jnp.arange(num_particles).reshape(-1, *(1,) * ess.ndim)
     index = jnp.where(degenerate, _systematic(rng_key, log_weight), identity)
     stats = stats._replace(
         ess=jnp.minimum(stats.ess, ess),
         num_resamplings=stats.num_resamplings + degenerate,
-        log_evidence=stats.log_evidence + jnp.where(degenerate, _log_mean_exp(log_weight), 0),
+        log_evidence=stats.log_evidence + jnp.where(degenerate, log_mean_exp(log_weight), 0),
     )
-    particles = jax.tree.map(lambda leaf: _take(leaf, index), particles)
+    particles = jax.tree.map(lambda leaf: take(leaf, index), particles)
     return particles, jnp.where(degenerate, 0, log_weight), stats
 
 
@@ -228,15 +267,17 @@ def _systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     return jnp.minimum(ancestors, num_particles - 1)
 
 
-def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """Gather along the first axis, one ancestor for each system."""
+def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Gather along the first axis, with an index of shape ``(n, *batch)``."""
     index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
     return jnp.take_along_axis(leaf, index, axis=0)
 
 
-def _effective(log_weight: jax.Array) -> jax.Array:
+def effective(log_weight: jax.Array) -> jax.Array:
+    """Return the effective number of particles of each system."""
     return 1 / jnp.sum(jax.nn.softmax(log_weight, axis=0) ** 2, axis=0)
 
 
-def _log_mean_exp(log_weight: jax.Array) -> jax.Array:
+def log_mean_exp(log_weight: jax.Array) -> jax.Array:
+    """Return the logarithm of the mean weight of each system."""
     return jax.nn.logsumexp(log_weight, axis=0) - jnp.log(log_weight.shape[0])

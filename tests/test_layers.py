@@ -14,7 +14,7 @@ LAYERS = (
     ("denoisers", "likelihoods"),
     ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
     ("distributions", "smc"),
-    ("introspect",),
+    ("introspect", "conditional_smc"),
     ("posterior",),
     ("kernels", "reparam", "em"),
     ("arviz_io", "checkpoints"),

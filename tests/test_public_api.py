@@ -48,6 +48,8 @@ PUBLIC = [
     "MultistepODE",
     "MultistepSDE",
     "NetworkDenoiser",
+    "ParticleGibbs",
+    "ParticleGibbsState",
     "PiGDM",
     "PosteriorSamples",
     "PredictorCorrector",

@@ -1,0 +1,213 @@
+r"""Conditional SMC: a Markov kernel on paths that leaves the posterior invariant.
+
+A *path* is a walk :math:`x_{\sigma_{max}}, \ldots, x_{\sigma_{min}}` of a stochastic sampler,
+which ends in the event :math:`x = D(x_{\sigma_{min}}, \sigma_{min})`. Under the prior's chain and
+the exact likelihood of :math:`x` paths have a posterior. The particles of the twisted SMC
+(`numpyro_diffprior.smc`), with the retained path as one of them, move it so that this posterior
+stays what it is, for any number of particles from two on. Where particles are resampled, the
+retained path finds a new past among them (ancestor sampling), so that few particles are enough for
+it to move at all noise levels.
+
+The chain of a multistep sampler remembers one denoised mean: the future of the retained path
+weighs a past by two transitions,
+
+.. math:: w^i \, p(x_s \mid x_t^i, \hat x_{prev}^i) \, p(x_r \mid x_s, \hat x_t^i),
+    \quad r < s < t.
+
+References:
+    | Andrieu, Doucet, Holenstein, *Particle Markov chain Monte Carlo methods*, JRSS B 72, 2010.
+    | Lindsten, Jordan, Schön, *Particle Gibbs with ancestor sampling*, JMLR 15, 2014, arXiv
+      1401.0604 (section 4 for chains with a memory).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers import Denoiser
+from numpyro_diffprior.guidance import GuidedDenoiser
+from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.samplers import Levels, Sampler
+from numpyro_diffprior.smc import Cloud, Draws, Settings, effective, log_mean_exp, propose, take
+
+__all__ = ["PathDraw", "diffuse_path", "update_path"]
+
+
+class PathDraw(NamedTuple):
+    """A path, its event and what is known of the update that led to it.
+
+    Attributes:
+        path: The events at all noise levels, with shape ``(num_steps, *batch, *event)``.
+        draws: The event and the statistics; arrays of shape ``(*batch, ...)``. The evidence is
+            that of particles of which one is retained, and not unbiased.
+        updated: The fraction of the noise levels at which the path is another than before, with
+            shape ``(*batch,)``.
+    """
+
+    path: jax.Array
+    draws: Draws
+    updated: jax.Array
+
+
+def diffuse_path(
+    rng_key: jax.Array, denoiser: Denoiser, sampler: Sampler, x: jax.Array
+) -> jax.Array:
+    """Return a path that ends near given events, by adding noise: a path to start from.
+
+    Args:
+        rng_key: A random key.
+        denoiser: The prior.
+        sampler: The sampler whose noise levels the path has.
+        x: Events, with shape ``(*batch, *event)``.
+    """
+    sigmas = sampler.sigmas(denoiser)
+    increments = jnp.sqrt(jnp.diff(sigmas[::-1] ** 2, prepend=0))
+    noise = jax.random.normal(rng_key, (sampler.num_steps, *x.shape), x.dtype)
+    return x + jnp.cumsum(jnp.einsum("t,t...->t...", increments, noise), axis=0)[::-1]
+
+
+def update_path(
+    rng_key: jax.Array,
+    denoiser: Denoiser,
+    likelihood: Likelihood,
+    settings: Settings,
+    path: jax.Array,
+) -> PathDraw:
+    """Move every event's path by conditional SMC; NumPyro-free and traceable.
+
+    Args:
+        rng_key: A random key.
+        denoiser: The prior.
+        likelihood: What was observed.
+        settings: How the particles move; at least two of them, and a stochastic sampler of one
+            evaluation per step.
+        path: The retained path, with shape ``(num_steps, *batch, *event)``.
+    """
+    posterior = settings.guidance.condition(denoiser, likelihood)
+    sampler, num_particles = settings.sampler, settings.num_particles
+    key_init, key_scan, key_last = jax.random.split(rng_key, 3)
+    batch_shape = likelihood.batch_shape
+    free = sampler.initial(key_init, denoiser, (num_particles - 1, *batch_shape))
+    x_t = jnp.concatenate([path[:1], free])
+    levels = sampler.levels(denoiser)
+    sigmas = sampler.sigmas(denoiser)
+    x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path, sigmas))
+    # Behind the last level there is no transition: whatever stands there is not looked at.
+    ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
+    futures = _Future(
+        path[1:],
+        x_hats[1:],
+        jnp.concatenate([path[2:], path[-1:]]),
+        ahead,
+        jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
+    )
+    zeros = jnp.zeros(batch_shape, x_t.dtype)
+    stats = Draws(zeros, zeros, zeros.astype(int), zeros + num_particles, zeros.astype(int), zeros)
+    start = _Progress(
+        Cloud(x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t)),
+        jnp.zeros((num_particles, *batch_shape), x_t.dtype),
+        stats,
+    )
+
+    def body(
+        progress: _Progress, inputs: tuple[jax.Array, Levels, _Future]
+    ) -> tuple[_Progress, tuple[jax.Array, jax.Array]]:
+        key, level, future = inputs
+        return _advance(key, posterior, sampler, progress, level, future)
+
+    keys = jax.random.split(key_scan, sampler.num_steps - 1)
+    (cloud, log_weight, stats), (clouds, ancestors) = jax.lax.scan(
+        body, start, (keys, levels, futures)
+    )
+    x = denoiser(cloud.x_t, sigmas[-1])
+    log_weight = log_weight + likelihood.log_prob(x)
+    chosen = jax.random.categorical(key_last, log_weight, axis=0)
+
+    def trace_back(
+        index: jax.Array, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        x_s, ancestor = inputs
+        return take(ancestor, index[None])[0], take(x_s, index[None])[0]
+
+    first, rest = jax.lax.scan(trace_back, chosen, (clouds, ancestors), reverse=True)
+    new_path = jnp.concatenate([take(x_t, first[None]), rest])
+    event_axes = tuple(range(-len(denoiser.event_shape), 0))
+    updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
+    draws = stats._replace(
+        x=take(x, chosen[None])[0],
+        ess=jnp.minimum(stats.ess, effective(log_weight)),
+        log_evidence=stats.log_evidence + log_mean_exp(log_weight),
+    )
+    return PathDraw(new_path, draws, updated.astype(x_t.dtype))
+
+
+class _Future(NamedTuple):
+    """What the retained path does next: at level s, and behind it at level r."""
+
+    x_s: jax.Array
+    x_hat_s: jax.Array
+    x_r: jax.Array
+    levels: Levels
+    goes_on: jax.Array
+
+
+class _Progress(NamedTuple):
+    """The carry of the scan: ``log_weight`` lacks the twist at the level of ``cloud.x_t``."""
+
+    cloud: Cloud
+    log_weight: jax.Array
+    stats: Draws
+
+
+def _advance(
+    rng_key: jax.Array,
+    posterior: GuidedDenoiser,
+    sampler: Sampler,
+    progress: _Progress,
+    levels: Levels,
+    future: _Future,
+) -> tuple[_Progress, tuple[jax.Array, jax.Array]]:
+    """Move all particles one level down, the first along the retained path."""
+    previous, untwisted, stats = progress
+    num_particles, event_ndim = len(previous.x_t), len(posterior.event_shape)
+    event_axes = tuple(range(-event_ndim, 0))
+    key_free, key_past, key_noise = jax.random.split(rng_key, 3)
+    guided = posterior.guide(previous.x_t, levels.current)
+    proposal = propose(sampler, guided, previous, levels)
+    log_weight = untwisted + guided.log_twist
+
+    def log_transition(x: jax.Array, mean: jax.Array, tau: jax.Array) -> jax.Array:
+        return -0.5 * jnp.sum(((x - mean) / tau) ** 2, axis=event_axes)
+
+    x_tilde = sampler.extrapolate(future.x_hat_s, guided.x_hat, future.levels)
+    mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
+    log_past = untwisted + log_transition(future.x_s, proposal.mean, proposal.tau)
+    # Without extrapolation the factor is the same for all pasts.
+    log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
+
+    ess = effective(log_weight)
+    degenerate = ess < num_particles / 2
+    free = jax.random.categorical(
+        key_free, log_weight, axis=0, shape=(num_particles - 1, *ess.shape)
+    )
+    past = jax.random.categorical(key_past, log_past, axis=0)
+    identity = jnp.arange(num_particles).reshape(-1, *(1,) * ess.ndim)
+    index = jnp.where(degenerate, jnp.concatenate([past[None], free]), identity)
+    mean_y, shift, x_hat, x_hat_y, log_twist = jax.tree.map(
+        lambda leaf: take(leaf, index),
+        (proposal.mean_y, proposal.shift, guided.x_hat, guided.x_hat_y, guided.log_twist),
+    )
+    noise = jax.random.normal(key_noise, mean_y.shape, mean_y.dtype)
+    noise = noise.at[0].set((future.x_s - mean_y[0]) / proposal.tau)
+    x_s = (mean_y + proposal.tau * noise).at[0].set(future.x_s)
+    ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
+    stats = stats._replace(
+        residual=jnp.maximum(stats.residual, guided.residual.max(0)),
+        num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
+        ess=jnp.minimum(stats.ess, ess),
+        num_resamplings=stats.num_resamplings + degenerate,
+        log_evidence=stats.log_evidence + jnp.where(degenerate, log_mean_exp(log_weight), 0),
+    )
+    log_weight = jnp.where(degenerate, 0, log_weight) + ratio - log_twist
+    return _Progress(Cloud(x_s, x_hat, x_hat_y), log_weight, stats), (x_s, index)
