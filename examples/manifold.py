@@ -30,6 +30,7 @@ from numpyro_diffprior.metrics import entropic_transport_cost, sliced_wasserstei
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DIM = 5
 NOISE = 1e-2
@@ -163,18 +164,21 @@ def learn(rng_key, data, args):
 
 def show_corner(samples, truth, path, num_points=4096):
     """Samples of the learned prior over points of the true curve, in all pairs of coordinates."""
-    style = {
-        "bins": 40,
-        "range": [(-2.5, 2.5)] * DIM,
-        "plot_contours": False,
-        "plot_density": False,
-        "no_fill_contours": True,
-        "data_kwargs": {"alpha": 0.3, "ms": 1},
-        "hist_kwargs": {"density": True},
-        "labels": [f"$x_{i + 1}$" for i in range(DIM)],
-    }
-    figure = corner.corner(np.asarray(truth[:num_points]), color="0.6", **style)
-    corner.corner(np.asarray(samples[:num_points]), color="C3", fig=figure, **style)
+    figure = None
+    for x, color in ((truth, "0.6"), (samples, "C3")):
+        figure = corner.corner(
+            np.asarray(x[:num_points]),
+            fig=figure,
+            color=color,
+            bins=40,
+            range=[(-2.5, 2.5)] * DIM,
+            plot_contours=False,
+            plot_density=False,
+            no_fill_contours=True,
+            data_kwargs={"alpha": 0.3, "ms": 1},
+            hist_kwargs={"density": True},
+            labels=[f"$x_{i + 1}$" for i in range(DIM)],
+        )
     handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in ("0.6", "C3")]
     figure.legend(handles, ["true curve", "learned prior"], loc="upper right", fontsize=14)
     figure.savefig(path, dpi=80)
@@ -190,7 +194,8 @@ def show_curves(runs, path):
         for run, (rows, style) in runs.items():
             axis.plot([row[name] for row in rows], label=run, **style)
         axis.set(xlabel="iteration of EM", ylabel=f"{label} of the draws", yscale="log")
-    axes[0].set_ylim(bottom=1e-3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_yscale("symlog", linthresh=1e-2)  # it may be negative
     axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
