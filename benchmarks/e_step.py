@@ -4,14 +4,14 @@ Overhead is the time of an E-step over that of its evaluations of the network: t
 one jitted forward evaluation, with or without one vector-Jacobian product, at the same batch. The
 plain MMPS of the paper (DDPM, one step of the solver) is timed on a batch beside azula's
 (https://github.com/probabilists/azula, PyTorch), where that is installed, with the same network.
-All are timed in one run, in turn; ratios of the medians count, times only describe the machine.
+All are timed in one run, in turn, and the shortest of several times is taken: other work of the
+machine only adds. The ratios count, the times only describe the machine.
 
     python benchmarks/e_step.py --output out
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -30,7 +30,7 @@ NUM_SGD_STEPS = 100
 
 
 def clock(functions, num_repeats):
-    """Medians of several functions' times, measured in turn, in seconds."""
+    """The shortest of several functions' times, measured in turn, in seconds."""
     times = {name: [] for name in functions}
     for function in functions.values():
         jax.block_until_ready(function())
@@ -39,7 +39,7 @@ def clock(functions, num_repeats):
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def forward(prior, x):

@@ -25,7 +25,6 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -234,8 +233,7 @@ class MMPS(Guidance):
             operator = posterior.operator
             if operator is None:
                 operator = posterior.likelihood.operator(x_hat)
-            cov = self.covariance(posterior.denoiser, _align(sigma))
-            solve = _solve_closed(local, _gain(cov, operator))
+            solve = _solve_closed(local, self.covariance(posterior.denoiser, sigma), operator)
         else:
             solve = self._iterate_closed(local, self.covariance(posterior.denoiser, sigma))
         correction = pull(solve.solution) if solve.correction is None else solve.correction
@@ -374,59 +372,49 @@ def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
     return _Solve(solution, logdet, jnp.zeros_like(logdet), num_truncated, correction)
 
 
-def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
+def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) -> _Solve:
+    """Solve by one Cholesky factor for each matrix, shared by leading axes of the residual.
 
-    def of_matrix() -> jax.Array:
-        # Full precision: accelerators round the factors of a float32 product otherwise.
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum("...id,...jd->...ij", cov.matvec(operator), operator, precision=highest)
+    With little noise a smooth prior's matrix is singular to rounding at high noise levels, where
+    nothing rests on the digits lost: its diagonal then gets the least that rounding asks for.
+    """
 
-    if operator.shape[-2] != operator.shape[-1]:
-        return of_matrix()
-    diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
+    def solve(gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+        matrix = gain + local.noise.dense()
+        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
+        return _cho_solve(factor, local.residual), logdet
 
-    def of_diagonal() -> jax.Array:
-        return diagonal[..., :, None] * cov.dense() * diagonal[..., None, :]
-
-    off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
-    return jax.lax.cond((operator * off_diagonal).any(), of_matrix, of_diagonal)
-
-
-def _solve_closed(local: Linearization, gain: jax.Array) -> _Solve:
-    """Solve by one Cholesky factor for each matrix, shared by leading axes of the residual."""
-    factor, jitter = _cholesky(gain + local.noise.dense())
-    solution = _cho_solve(factor, local.residual)
+    gain = _gain(cov, operator)
+    solution, logdet = solve(gain)
+    failed = jnp.isnan(logdet)
+    trace = jnp.trace(gain, axis1=-2, axis2=-1) + local.noise.trace()
+    jitter = jnp.where(failed, jnp.finfo(gain.dtype).eps * trace, 0)
+    identity = jnp.eye(gain.shape[-1], dtype=gain.dtype)
+    # The condition is on solutions: where it returned the factors, it would copy them.
+    solution, logdet = jax.lax.cond(
+        failed.any(),
+        lambda: solve(gain + jitter[..., None, None] * identity),
+        lambda: (solution, logdet),
+    )
     # What the jitter leaves is all there is, but for rounding.
     norm, error = (jnp.linalg.norm(v, axis=-1) for v in (local.residual, solution))
     residual = jitter * error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
-    logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-    return _Solve(
-        solution,
-        jnp.broadcast_to(logdet, residual.shape),
-        residual,
-        jnp.zeros(residual.shape, int),
+    logdet = jnp.broadcast_to(logdet, residual.shape)
+    return _Solve(solution, logdet, residual, jnp.zeros(residual.shape, int))
+
+
+def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
+    """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
+    if operator.shape[-2] != operator.shape[-1]:
+        return cov.sandwich(operator)
+    diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
+    off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
+    return jax.lax.cond(
+        (operator * off_diagonal).any(),
+        lambda: cov.sandwich(operator),
+        lambda: diagonal[..., :, None] * cov.dense() * diagonal[..., None, :],
     )
-
-
-def _cholesky(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factorise, with the least that rounding asks for on the diagonal where it has to be.
-
-    With little noise a smooth prior's matrix is singular to rounding at high noise levels, where
-    nothing rests on the digits lost. Returns the factor, and what was added to the diagonal.
-    """
-    cholesky = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
-    factor = cholesky(matrix)
-    failed = jnp.isnan(jnp.diagonal(factor, axis1=-2, axis2=-1)).any(-1)
-    trace = jnp.trace(matrix, axis1=-2, axis2=-1)
-    jitter = jnp.where(failed, jnp.finfo(matrix.dtype).eps * trace, 0)
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    factor = jax.lax.cond(
-        failed.any(),
-        lambda: cholesky(matrix + jitter[..., None, None] * identity),
-        lambda: factor,
-    )
-    return factor, jitter
 
 
 def _cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:

@@ -94,6 +94,11 @@ class Covariance(ABC):
         """Return the total variance, with shape ``(*batch,)``."""
         return self.diagonal().sum(-1)
 
+    def sandwich(self, matrix: jax.Array) -> jax.Array:
+        r"""Return :math:`A \Sigma A^T` for ``matrix`` with shape ``(*batch, m, size)``."""
+        rows = jax.vmap(self.matvec, in_axes=-2, out_axes=-2)
+        return _matmul(rows(matrix), matrix.mT)
+
     def dense(self) -> jax.Array:
         """Return the matrix, with shape ``(*batch, size, size)``."""
         identity = jnp.eye(self.size, dtype=self.diagonal().dtype)
@@ -288,6 +293,11 @@ class Dense(Covariance):
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
         return _matvec(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
+
+    def sandwich(self, matrix: jax.Array) -> jax.Array:
+        # In a loop over noise levels the first product is the same for all, and made once.
+        rotated = _matmul(matrix, self.eigenvectors)
+        return _matmul(rotated * self.eigenvalues[..., None, :], rotated.mT)
 
     def logdet(self) -> jax.Array:
         return jnp.log(self.eigenvalues).sum(-1)

@@ -112,6 +112,7 @@ def measure(cov: Covariance, v: jax.Array) -> dict[str, jax.Array]:
         "matvec": cov.matvec(v),
         "solve": cov.solve(v),
         "root": jax.vmap(cov.sqrt_matvec, out_axes=-1)(jnp.eye(SIZE)),
+        "sandwich": cov.sandwich(v[..., None, :] * jnp.arange(1.0, 3.0)[:, None]),
     }
 
 
@@ -126,6 +127,8 @@ def check(cov: Covariance, matrix: np.ndarray, v: np.ndarray) -> None:
     assert_close(actual["matvec"], np.einsum("...ij,...j->...i", matrix, v))
     assert_close(actual["solve"], np.linalg.solve(matrix, v[..., None])[..., 0])
     assert_close(actual["root"] @ actual["root"].mT, matrix)
+    square = np.einsum("...i,...ij,...j->...", v, matrix, v)[..., None, None]
+    assert_close(actual["sandwich"], square * np.array([[1.0, 2.0], [2.0, 4.0]]))
     largest = np.linalg.eigvalsh(matrix)[..., -1]
     assert actual["max_eigenvalue"].shape == largest.shape
     if isinstance(cov, DiagonalPlusLowRank | Blocks):
