@@ -83,9 +83,14 @@ def make_optimizer(learning_rate):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
 
 
-def train_on_clean(rng_key, data, features, args):
+def anneal(learning_rate, num_steps):
+    """A learning rate that falls to zero over the whole of a training."""
+    return optax.cosine_decay_schedule(learning_rate, num_steps)
+
+
+def train_on_clean(rng_key, data, features, args, round_steps=1000):
     """The upper bound: the same network, trained on the clean digits; the best of its training."""
-    optimizer = make_optimizer(args.learning_rate)
+    optimizer = make_optimizer(anneal(args.learning_rate, args.clean_rounds * round_steps))
     keys = jax.random.split(rng_key, args.clean_rounds + 1)
     denoiser = make_prior(keys[0], args.width, args.dropout).denoiser
     mean, cov = ndp.linalg.empirical_gaussian(data.clean.reshape(len(data.clean), -1))
@@ -95,7 +100,7 @@ def train_on_clean(rng_key, data, features, args):
     for key in keys[1:]:
         key_train, key_judge = jax.random.split(key)
         state, _ = ndp.training.train(
-            key_train, state, data.clean, optimizer, num_steps=1000, batch_size=256
+            key_train, state, data.clean, optimizer, num_steps=round_steps, batch_size=256
         )
         prior = ndp.DiffusionPrior(state.averaged)
         distances.append(judge_prior(key_judge, prior, data, features))
@@ -130,7 +135,7 @@ def learn(rng_key, data, features, args):
     key_net, key_em, key_judge = jax.random.split(rng_key, 3)
     em = ndp.EM(
         model,
-        make_optimizer(args.learning_rate),
+        make_optimizer(anneal(args.learning_rate, args.num_iterations * args.num_sgd_steps)),
         num_sgd_steps=args.num_sgd_steps,
         batch_size=args.batch_size,
         num_particles=args.num_particles,
@@ -251,7 +256,8 @@ def main(args):
         scores, draws[name] = judge_posterior(
             keys[3], prior, data, args.num_judged, args.num_samples
         )
-        table[name] = {"frechet": judge_prior(keys[4], prior, data, features), **scores}
+        distance = judge_prior(keys[4], prior, data, features, num_samples=8192)
+        table[name] = {"frechet": distance, **scores}
     show_restored(draws["learned"], data, output / "digits_restored.png")
     show_samples(keys[5], priors, output / "digits_samples.png")
     print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))

@@ -14,6 +14,7 @@ from numpyro_diffprior.denoisers import (
 )
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM, EMMetrics, EMResult, EMState
+from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
@@ -77,6 +78,7 @@ __all__ = [
     "IsotropicCovariance",
     "Karras",
     "LogBeta",
+    "LogEvidence",
     "LogLinear",
     "LogNormal",
     "LogUniform",
@@ -98,6 +100,7 @@ __all__ = [
     "__version__",
     "fit_denoiser",
     "gaussian_moments",
+    "log_evidence",
     "measure_error",
     "metrics",
     "sample_posterior",

@@ -16,7 +16,7 @@ LAYERS = (
     ("distributions", "smc"),
     ("introspect", "conditional_smc"),
     ("posterior",),
-    ("kernels", "reparam", "em"),
+    ("kernels", "reparam", "em", "evidence"),
     ("arviz_io", "checkpoints"),
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
