@@ -29,7 +29,19 @@ from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.guidance import GuidedDenoiser
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.samplers import Levels, Sampler
-from numpyro_diffprior.smc import Cloud, Draws, Settings, effective, log_mean_exp, propose, take
+from numpyro_diffprior.smc import (
+    Cloud,
+    Draws,
+    Progress,
+    Settings,
+    ancestors,
+    assess,
+    begin,
+    finish,
+    propose,
+    take,
+    watch,
+)
 
 __all__ = ["PathDraw", "diffuse_path", "update_path"]
 
@@ -102,24 +114,16 @@ def update_path(
         ahead,
         jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
     )
-    zeros = jnp.zeros(batch_shape, x_t.dtype)
-    stats = Draws(zeros, zeros, zeros.astype(int), zeros + num_particles, zeros.astype(int), zeros)
-    start = _Progress(
-        Cloud(x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t)),
-        jnp.zeros((num_particles, *batch_shape), x_t.dtype),
-        stats,
-    )
 
     def body(
-        progress: _Progress, inputs: tuple[jax.Array, Levels, _Future]
-    ) -> tuple[_Progress, tuple[jax.Array, jax.Array]]:
+        progress: Progress, inputs: tuple[jax.Array, Levels, _Future]
+    ) -> tuple[Progress, tuple[jax.Array, jax.Array]]:
         key, level, future = inputs
         return _advance(key, posterior, sampler, progress, level, future)
 
     keys = jax.random.split(key_scan, sampler.num_steps - 1)
-    (cloud, log_weight, stats), (clouds, ancestors) = jax.lax.scan(
-        body, start, (keys, levels, futures)
-    )
+    start = begin(x_t, len(denoiser.event_shape))
+    (cloud, log_weight, stats), history = jax.lax.scan(body, start, (keys, levels, futures))
     x = denoiser(cloud.x_t, sigmas[-1])
     log_weight = log_weight + likelihood.log_prob(x)
     chosen = jax.random.categorical(key_last, log_weight, axis=0)
@@ -130,15 +134,11 @@ def update_path(
         x_s, ancestor = inputs
         return take(ancestor, index[None])[0], take(x_s, index[None])[0]
 
-    first, rest = jax.lax.scan(trace_back, chosen, (clouds, ancestors), reverse=True)
+    first, rest = jax.lax.scan(trace_back, chosen, history, reverse=True)
     new_path = jnp.concatenate([take(x_t, first[None]), rest])
     event_axes = tuple(range(-len(denoiser.event_shape), 0))
     updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
-    draws = stats._replace(
-        x=take(x, chosen[None])[0],
-        ess=jnp.minimum(stats.ess, effective(log_weight)),
-        log_evidence=stats.log_evidence + log_mean_exp(log_weight),
-    )
+    draws = finish(stats, x, log_weight, chosen)
     return PathDraw(new_path, draws, updated.astype(x_t.dtype))
 
 
@@ -152,26 +152,17 @@ class _Future(NamedTuple):
     goes_on: jax.Array
 
 
-class _Progress(NamedTuple):
-    """The carry of the scan: ``log_weight`` lacks the twist at the level of ``cloud.x_t``."""
-
-    cloud: Cloud
-    log_weight: jax.Array
-    stats: Draws
-
-
 def _advance(
     rng_key: jax.Array,
     posterior: GuidedDenoiser,
     sampler: Sampler,
-    progress: _Progress,
+    progress: Progress,
     levels: Levels,
     future: _Future,
-) -> tuple[_Progress, tuple[jax.Array, jax.Array]]:
+) -> tuple[Progress, tuple[jax.Array, jax.Array]]:
     """Move all particles one level down, the first along the retained path."""
     previous, untwisted, stats = progress
-    num_particles, event_ndim = len(previous.x_t), len(posterior.event_shape)
-    event_axes = tuple(range(-event_ndim, 0))
+    event_axes = tuple(range(-len(posterior.event_shape), 0))
     key_free, key_past, key_noise = jax.random.split(rng_key, 3)
     guided = posterior.guide(previous.x_t, levels.current)
     proposal = propose(sampler, guided, previous, levels)
@@ -186,14 +177,13 @@ def _advance(
     # Without extrapolation the factor is the same for all pasts.
     log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
 
-    ess = effective(log_weight)
-    degenerate = ess < num_particles / 2
+    degenerate, stats = assess(watch(stats, guided), log_weight)
+    num_free = len(log_weight) - 1
     free = jax.random.categorical(
-        key_free, log_weight, axis=0, shape=(num_particles - 1, *ess.shape)
+        key_free, log_weight, axis=0, shape=(num_free, *degenerate.shape)
     )
     past = jax.random.categorical(key_past, log_past, axis=0)
-    identity = jnp.arange(num_particles).reshape(-1, *(1,) * ess.ndim)
-    index = jnp.where(degenerate, jnp.concatenate([past[None], free]), identity)
+    index = ancestors(degenerate, jnp.concatenate([past[None], free]))
     mean_y, shift, x_hat, x_hat_y, log_twist = jax.tree.map(
         lambda leaf: take(leaf, index),
         (proposal.mean_y, proposal.shift, guided.x_hat, guided.x_hat_y, guided.log_twist),
@@ -202,12 +192,5 @@ def _advance(
     noise = noise.at[0].set((future.x_s - mean_y[0]) / proposal.tau)
     x_s = (mean_y + proposal.tau * noise).at[0].set(future.x_s)
     ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
-    stats = stats._replace(
-        residual=jnp.maximum(stats.residual, guided.residual.max(0)),
-        num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
-        ess=jnp.minimum(stats.ess, ess),
-        num_resamplings=stats.num_resamplings + degenerate,
-        log_evidence=stats.log_evidence + jnp.where(degenerate, log_mean_exp(log_weight), 0),
-    )
     log_weight = jnp.where(degenerate, 0, log_weight) + ratio - log_twist
-    return _Progress(Cloud(x_s, x_hat, x_hat_y), log_weight, stats), (x_s, index)
+    return Progress(Cloud(x_s, x_hat, x_hat_y), log_weight, stats), (x_s, index)

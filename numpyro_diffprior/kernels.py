@@ -79,11 +79,19 @@ _State = Any  # of the concrete kernel
 class _DiffusionKernel(MCMCKernel):
     """What the kernels of a diffusion site share."""
 
-    model: Model
-    num_particles: int
-    sampler: Sampler | None
-    guidance: Guidance | None
-    _sample_fn: Callable[..., _State] | None
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_particles: int = 1,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> None:
+        self.model = model
+        self.num_particles = num_particles
+        self.sampler = sampler
+        self.guidance = guidance
+        self._sample_fn: Callable[..., _State] | None = None
 
     @property
     def sample_field(self) -> str:
@@ -209,20 +217,6 @@ class MMPSKernel(_DiffusionKernel):
         >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        num_particles: int = 1,
-        sampler: Sampler | None = None,
-        guidance: Guidance | None = None,
-    ) -> None:
-        self.model = model
-        self.num_particles = num_particles
-        self.sampler = sampler
-        self.guidance = guidance
-        self._sample_fn = None
-
     def _start(
         self,
         rng_key: jax.Array,
@@ -285,11 +279,7 @@ class ParticleGibbs(_DiffusionKernel):
                 f"ParticleGibbs: expected num_particles >= 2, got {num_particles}: one of them is "
                 "the retained path, which cannot move alone."
             )
-        self.model = model
-        self.num_particles = num_particles
-        self.sampler = sampler
-        self.guidance = guidance
-        self._sample_fn = None
+        super().__init__(model, num_particles=num_particles, sampler=sampler, guidance=guidance)
 
     def _start(
         self,

@@ -192,10 +192,9 @@ class Sampler:
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             return self.step(inputs[0], denoiser, *carry, inputs[1]), None
 
-        # Checkpointed: a gradient keeps x_t at each level, not what is inside of the denoiser.
-        (x_t, _), _ = jax.lax.scan(
-            jax.checkpoint(body), (x_t, jnp.zeros_like(x_t)), (keys, levels)
-        )
+        # A gradient keeps x_t at each level, not what is inside of the denoiser.
+        body = jax.checkpoint(body, prevent_cse=False)  # a scan prevents it anyway
+        (x_t, _), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
         return denoiser(x_t, levels.following[-1])
 
     def sample(
@@ -419,13 +418,23 @@ def flow_noise(
     return jax.vmap(noise_one)(flat).reshape(x.shape)
 
 
+@dataclass(frozen=True, eq=False)
 class _Flow:
     r"""The probability flow in :math:`z = (x - \mu) / \sqrt{s^2 + \sigma^2}`, over log sigma."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.start, self.stop = jnp.log(denoiser.sigma_min), jnp.log(denoiser.sigma_max)
-        self.mean = denoiser.mean.reshape(-1)
+    denoiser: Denoiser
+
+    @property
+    def start(self) -> jax.Array:
+        return jnp.log(self.denoiser.sigma_min)
+
+    @property
+    def stop(self) -> jax.Array:
+        return jnp.log(self.denoiser.sigma_max)
+
+    @property
+    def mean(self) -> jax.Array:
+        return self.denoiser.mean.reshape(-1)
 
     def width(self, time: jax.typing.ArrayLike) -> jax.Array:
         return jnp.sqrt(self.denoiser.scale**2 + jnp.exp(2 * jnp.asarray(time)))

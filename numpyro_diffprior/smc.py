@@ -34,13 +34,17 @@ from numpyro_diffprior.samplers import Levels, Sampler
 __all__ = [
     "Cloud",
     "Draws",
+    "Progress",
     "Proposal",
     "Settings",
+    "ancestors",
+    "assess",
+    "begin",
     "draw_posterior",
-    "effective",
-    "log_mean_exp",
+    "finish",
     "propose",
     "take",
+    "watch",
 ]
 
 
@@ -171,12 +175,56 @@ def propose(sampler: Sampler, guided: Guided, previous: Cloud, levels: Levels) -
     return Proposal(mean, mean_y, tau)
 
 
-class _Progress(NamedTuple):
-    """The carry of the SMC: ``log_weight`` lacks the twist at the level of ``cloud.x_t``."""
+class Progress(NamedTuple):
+    """What a particle sampler carries from level to level.
+
+    Attributes:
+        cloud: The particles.
+        log_weight: Their weights, without the twist at the level of ``cloud.x_t``, with shape
+            ``(num_particles, *batch)``.
+        stats: Draws that lack the event, of shape ``(*batch,)``.
+    """
 
     cloud: Cloud
     log_weight: jax.Array
     stats: Draws
+
+
+def begin(x_t: jax.Array, event_ndim: int) -> Progress:
+    """Return the start of a particle sampler, with ``x_t`` at the first level."""
+    log_weight = jnp.zeros(x_t.shape[: x_t.ndim - event_ndim], x_t.dtype)
+    zeros, zero = jnp.zeros_like(log_weight[0]), jnp.zeros_like(x_t)
+    count = zeros.astype(int)
+    stats = Draws(zeros, zeros, count, zeros + len(x_t), count, zeros)
+    return Progress(Cloud(x_t, zero, zero), log_weight, stats)
+
+
+def watch(stats: Draws, guided: Guided) -> Draws:
+    """Keep the worst of guidance's solves."""
+    return stats._replace(
+        residual=jnp.maximum(stats.residual, guided.residual.max(0)),
+        num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
+    )
+
+
+def assess(stats: Draws, log_weight: jax.Array) -> tuple[jax.Array, Draws]:
+    """Return the systems to resample, of which fewer than half of the particles are effective."""
+    ess = _effective(log_weight)
+    degenerate = ess < len(log_weight) / 2
+    return degenerate, stats._replace(
+        ess=jnp.minimum(stats.ess, ess),
+        num_resamplings=stats.num_resamplings + degenerate,
+        log_evidence=stats.log_evidence + jnp.where(degenerate, _log_mean_exp(log_weight), 0),
+    )
+
+
+def finish(stats: Draws, x: jax.Array, log_weight: jax.Array, chosen: jax.Array) -> Draws:
+    """Return the draws: of each system's last events, weighed exactly, the chosen one."""
+    return stats._replace(
+        x=take(x, chosen[None])[0],
+        ess=jnp.minimum(stats.ess, _effective(log_weight)),
+        log_evidence=stats.log_evidence + _log_mean_exp(log_weight),
+    )
 
 
 def _twisted_smc(
@@ -184,19 +232,15 @@ def _twisted_smc(
 ) -> Draws:
     num_particles = x_t.shape[0]
     event_ndim = len(posterior.event_shape)
-    batch_shape = x_t.shape[1 : x_t.ndim - event_ndim]
     event_axes = tuple(range(-event_ndim, 0))
 
-    def body(progress: _Progress, inputs: tuple[jax.Array, Levels]) -> tuple[_Progress, None]:
+    def body(progress: Progress, inputs: tuple[jax.Array, Levels]) -> tuple[Progress, None]:
         (key, levels), (previous, log_weight, stats) = inputs, progress
         key_resample, key_noise = jax.random.split(key)
         guided = posterior.guide(previous.x_t, levels.current)
         proposal = propose(sampler, guided, previous, levels)
         cloud = Cloud(proposal.mean_y, guided.x_hat, guided.x_hat_y)
-        stats = stats._replace(
-            residual=jnp.maximum(stats.residual, guided.residual.max(0)),
-            num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
-        )
+        stats = watch(stats, guided)
         if num_particles > 1:
             log_twist, shift = guided.log_twist, proposal.shift
             log_weight = log_weight + log_twist
@@ -209,15 +253,9 @@ def _twisted_smc(
             if num_particles > 1:
                 ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
                 log_weight = log_weight + ratio - log_twist
-        return _Progress(cloud, log_weight, stats), None
+        return Progress(cloud, log_weight, stats), None
 
-    zeros = jnp.zeros(batch_shape, x_t.dtype)
-    stats = Draws(zeros, zeros, zeros.astype(int), zeros + num_particles, zeros.astype(int), zeros)
-    start = _Progress(
-        Cloud(x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t)),
-        jnp.zeros((num_particles, *batch_shape), x_t.dtype),
-        stats,
-    )
+    start = begin(x_t, event_ndim)
     levels = sampler.levels(posterior.denoiser)
     keys = jax.random.split(rng_key, sampler.num_steps)
     (cloud, log_weight, stats), _ = jax.lax.scan(body, start, (keys[1:], levels))
@@ -227,33 +265,28 @@ def _twisted_smc(
         return stats._replace(
             x=last.x_hat_y[0],
             residual=jnp.maximum(stats.residual, last.residual[0]),
-            log_evidence=zeros * jnp.nan,
+            log_evidence=stats.log_evidence * jnp.nan,
         )
     x = posterior.denoiser(cloud.x_t, sigma)
     log_weight = log_weight + posterior.likelihood.log_prob(x)
     chosen = jax.random.categorical(keys[0], log_weight, axis=0)
-    return stats._replace(
-        x=take(x, chosen[None])[0],
-        ess=jnp.minimum(stats.ess, effective(log_weight)),
-        log_evidence=stats.log_evidence + log_mean_exp(log_weight),
-    )
+    return finish(stats, x, log_weight, chosen)
 
 
 def _resample(
     rng_key: jax.Array, particles: Any, log_weight: jax.Array, stats: Draws
 ) -> tuple[Any, jax.Array, Draws]:
     """Resample the systems of which fewer than half of the particles are effective."""
-    num_particles, ess = log_weight.shape[0], effective(log_weight)
-    degenerate = ess < num_particles / 2
-    identity = jnp.arange(num_particles).reshape(-1, *(1,) * ess.ndim)
-    index = jnp.where(degenerate, _systematic(rng_key, log_weight), identity)
-    stats = stats._replace(
-        ess=jnp.minimum(stats.ess, ess),
-        num_resamplings=stats.num_resamplings + degenerate,
-        log_evidence=stats.log_evidence + jnp.where(degenerate, log_mean_exp(log_weight), 0),
-    )
+    degenerate, stats = assess(stats, log_weight)
+    index = ancestors(degenerate, _systematic(rng_key, log_weight))
     particles = jax.tree.map(lambda leaf: take(leaf, index), particles)
     return particles, jnp.where(degenerate, 0, log_weight), stats
+
+
+def ancestors(degenerate: jax.Array, resampled: jax.Array) -> jax.Array:
+    """Return each particle's ancestor: itself, in systems that are not resampled."""
+    identity = jnp.arange(len(resampled)).reshape(-1, *(1,) * degenerate.ndim)
+    return jnp.where(degenerate, resampled, identity)
 
 
 def _systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
@@ -263,8 +296,8 @@ def _systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     offset = jax.random.uniform(rng_key, log_weight.shape[1:], log_weight.dtype)
     grid = jnp.arange(num_particles).reshape(-1, *(1,) * offset.ndim)
     positions = (grid + offset) / num_particles
-    ancestors = jax.vmap(lambda position: jnp.sum(cumulative < position, axis=0))(positions)
-    return jnp.minimum(ancestors, num_particles - 1)
+    index = jax.vmap(lambda position: jnp.sum(cumulative < position, axis=0))(positions)
+    return jnp.minimum(index, num_particles - 1)
 
 
 def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
@@ -273,11 +306,11 @@ def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(leaf, index, axis=0)
 
 
-def effective(log_weight: jax.Array) -> jax.Array:
+def _effective(log_weight: jax.Array) -> jax.Array:
     """Return the effective number of particles of each system."""
     return 1 / jnp.sum(jax.nn.softmax(log_weight, axis=0) ** 2, axis=0)
 
 
-def log_mean_exp(log_weight: jax.Array) -> jax.Array:
+def _log_mean_exp(log_weight: jax.Array) -> jax.Array:
     """Return the logarithm of the mean weight of each system."""
     return jax.nn.logsumexp(log_weight, axis=0) - jnp.log(log_weight.shape[0])

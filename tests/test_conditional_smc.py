@@ -65,12 +65,16 @@ def innovations(sampler, path):
 
 
 @pytest.mark.parametrize("guidance", [GUIDANCE, MMPS(IsotropicCovariance())])
-@pytest.mark.parametrize("sampler", [MultistepSDE(8), DDPM(8)])
+@pytest.mark.parametrize(
+    ("sampler", "least_moved"),
+    # At eight steps the weights are coarse and two particles move little, but the memory counts.
+    [(MultistepSDE(12), 0.5), (DDPM(12), 0.5), (MultistepSDE(8), 0.1)],
+)
 @pytest.mark.parametrize("num_particles", [2, 8])
-def test_exact_draws_stay_exact(sampler, num_particles, guidance):
+def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
     """Paths of the prior with data drawn from them are joint draws, before and after updates.
 
-    Eight steps: what stays is the posterior under the chain itself, not under its limit. A poor
+    Few steps: what stays is the posterior under the chain itself, not under its limit. A poor
     guidance resamples more and is as exact.
     """
     num_events = 8192
@@ -92,7 +96,7 @@ def test_exact_draws_stay_exact(sampler, num_particles, guidance):
         )
 
     difference = statistics(moved) - statistics(x)
-    assert np.mean(np.any(moved != x, axis=-1)) > 0.1
+    assert np.mean(np.any(moved != x, axis=-1)) > least_moved
     error = difference.std(0) / np.sqrt(num_events)
     np.testing.assert_array_less(np.abs(difference.mean(0)), 4 * error + 1e-7)
 
