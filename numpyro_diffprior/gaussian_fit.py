@@ -33,10 +33,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.scipy.linalg import solve_triangular
 from jax.typing import DTypeLike
 
 from numpyro_diffprior.likelihoods import Likelihood
-from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank
+from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank, by_matrix
 
 __all__ = ["GaussianFit", "fit_gaussian"]
 
@@ -248,7 +249,7 @@ def _observe(likelihood: Likelihood, elementwise: bool, dtype: DTypeLike) -> _Ob
     constant = jnp.broadcast_to(constant, batch_shape).reshape(num).astype(dtype)
     if not elementwise and residual.shape[-1] > size:
         # More values than elements: only their projections on the columns tell of the event.
-        basis, white = jnp.linalg.qr(white)
+        basis, white = by_matrix(jnp.linalg.qr, white)
         projected = _einsum("nmk,nm->nk", basis, residual)
         rest = residual - _einsum("nmk,nk->nm", basis, projected)
         residual, constant = projected, constant - 0.5 * jnp.square(rest).sum(-1)
@@ -305,7 +306,7 @@ def _posterior(gain: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Arr
     """Return :math:`W`, the means of the white coordinates and the log-evidence."""
     num, m, size = gain.shape
     identity = jnp.broadcast_to(jnp.eye(m, dtype=gain.dtype), (num, m, m))
-    q, r = jnp.linalg.qr(jnp.concatenate([gain.mT, identity], axis=1))
+    q, r = by_matrix(jnp.linalg.qr, jnp.concatenate([gain.mT, identity], axis=1))
     t = _einsum("nij,ni->nj", q[:, size:], residual)
     logdet = 2 * jnp.log(jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))).sum(-1)
     w = q[:, :size].mT
@@ -361,9 +362,9 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     gram = _einsum("ndr,nds->nrs", loading, loading)
     # What rounding may take from the diagonal is put on top.
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=c.dtype), gram.shape)
-    chol = jnp.linalg.cholesky(gram + ridge[:, None, None] * identity)
-    inverse = jax.scipy.linalg.solve_triangular(chol, identity, lower=True)
+    identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
+    chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
+    inverse = by_matrix(partial(solve_triangular, b=identity, lower=True), chol)
     cov_z = _einsum("nri,nrj->nij", inverse, inverse)
     cov_load = _einsum("ndr,nrs->nds", loading, cov_z)
     z = _einsum("ndr,nd->nr", cov_load, rho)

@@ -36,6 +36,7 @@ from numpyro_diffprior.linalg import (
     Covariance,
     Diagonal,
     Isotropic,
+    by_matrix,
     conjugate_gradient,
     truncated_solve,
 )
@@ -380,10 +381,7 @@ def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) ->
     """
 
     def solve(gain: jax.Array) -> tuple[jax.Array, jax.Array]:
-        matrix = gain + local.noise.dense()
-        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-        return _cho_solve(factor, local.residual), logdet
+        return _cholesky_solve(gain + local.noise.dense(), local.residual)
 
     gain = _gain(cov, operator)
     solution, logdet = solve(gain)
@@ -417,15 +415,19 @@ def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
     )
 
 
-def _cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:
-    """Solve with the leading axes of ``b`` that the factor lacks as further columns."""
-    batch_shape = factor.shape[:-2]
-    extra = b.shape[: b.ndim - 1 - len(batch_shape)]
-    batch_shape = jnp.broadcast_shapes(batch_shape, b.shape[len(extra) : -1])
-    factor = jnp.broadcast_to(factor, (*batch_shape, *factor.shape[-2:]))
+def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Solve, and return the log-determinant; leading axes that only ``b`` has share a factor."""
+
+    def solve(matrix: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+        return jax.scipy.linalg.cho_solve((factor, True), columns), logdet
+
+    extra = b.shape[: b.ndim - matrix.ndim + 1]
     columns = jnp.moveaxis(b.reshape(-1, *b.shape[len(extra) :]), 0, -1)
-    solution = jax.scipy.linalg.cho_solve((factor, True), columns)
-    return jnp.moveaxis(solution, -1, 0).reshape(b.shape)
+    matrix = jnp.broadcast_to(matrix, (*columns.shape[:-2], *matrix.shape[-2:]))
+    solution, logdet = by_matrix(solve, matrix, columns)
+    return jnp.moveaxis(solution, -1, 0).reshape(b.shape), logdet
 
 
 def _direct(

@@ -23,8 +23,9 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple, Self
+from functools import partial, reduce
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ __all__ = [
     "DiagonalPlusLowRank",
     "Isotropic",
     "SolveResult",
+    "by_matrix",
     "conjugate_gradient",
     "empirical_gaussian",
     "truncated_solve",
@@ -239,7 +241,7 @@ class DiagonalPlusLowRank(Covariance):
     def max_eigenvalue(self) -> jax.Array:
         """Return the sum of the two parts' largest eigenvalues: exact if ``diag`` is constant."""
         gram = _matmul(self.factor.mT, self.factor)
-        return self.diag.max(-1) + jnp.linalg.eigvalsh(gram).max(-1)
+        return self.diag.max(-1) + by_matrix(jnp.linalg.eigvalsh, gram).max(-1)
 
     def scale(self, c: ArrayLike) -> "DiagonalPlusLowRank":
         root = jnp.sqrt(_column(_column(c)))
@@ -277,7 +279,7 @@ class Dense(Covariance):
         shape = jnp.shape(matrix)
         if len(shape) < 2 or shape[-1] != shape[-2]:
             raise ValueError(f"Expected a matrix of shape (*batch, size, size), got {shape}.")
-        eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
+        eigenvalues, eigenvectors = by_matrix(jnp.linalg.eigh, jnp.asarray(matrix))
         return cls(jnp.maximum(eigenvalues, 0), eigenvectors)
 
     @property
@@ -556,7 +558,7 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
             f"Expected a gain of shape (*batch, {m}, {m}) and a residual of shape (*batch, {m}) "
             f"for noise of size {m}, got {gain.shape} and {residual.shape}."
         )
-    whiten = _inverse_lower(jnp.linalg.cholesky(noise.dense()))
+    whiten = _inverse_lower(by_matrix(jnp.linalg.cholesky, noise.dense()))
     whitened = _matmul(_matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
     eigenvalues, eigenvectors = _eigh(whitened)
     keep = eigenvalues > 0
@@ -570,6 +572,33 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 
+def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
+    """Apply ``f``, which calls LAPACK for one matrix, to each matrix of a batch.
+
+    On CPUs jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
+    others have done the work: two batches at once on two cores never end. Here a batch goes there
+    in chunks that are too small to be spread, which takes no longer.
+
+    Args:
+        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays.
+        operands: the matrices and the further arrays, all with the batch shape of the first.
+    """
+    *batch_shape, rows, columns = operands[0].shape
+    if not batch_shape:
+        return f(*operands)
+
+    # jaxlib spreads from 2e5 operations on, and counts at most 10 per entry and shorter side.
+    chunk = max(1, 20_000 // max(1, rows * columns * min(rows, columns)))
+    num = prod(batch_shape)
+    flat = [x.reshape(num, *x.shape[len(batch_shape) :]) for x in operands]
+    results = jax.lax.platform_dependent(
+        *flat,
+        cpu=lambda *flat: jax.lax.map(lambda x: f(*x), flat, batch_size=min(chunk, num)),
+        default=jax.vmap(f),
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), results)
+
+
 def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return eigenvalues (in no order) and eigenvectors of many small symmetric matrices."""
     if matrix.shape[-1] == 1:
@@ -577,17 +606,7 @@ def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     if matrix.shape[-1] == 2:
         return _eigh_of_two(matrix)
 
-    # JAX's batched LAPACK calls block a thread of XLA's pool until other threads have done the
-    # work. Two such calls at once never end on two cores, so here each matrix is a call.
-    def one_by_one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch_shape, m = matrix.shape[:-2], matrix.shape[-1]
-        eigenvalues, vectors = jax.lax.map(jnp.linalg.eigh, matrix.reshape(-1, m, m))
-        return eigenvalues.reshape(*batch_shape, m), vectors.reshape(*batch_shape, m, m)
-
-    def at_once(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(jnp.linalg.eigh(matrix))
-
-    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=at_once)
+    return tuple(by_matrix(jnp.linalg.eigh, matrix))
 
 
 def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -661,10 +680,11 @@ def _rmatvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
 def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
     gram = _matmul(factor.mT, _column(weights) * factor)
-    return jnp.linalg.cholesky(gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    return by_matrix(jnp.linalg.cholesky, gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
 
 
 def _inverse_lower(chol: jax.Array) -> jax.Array:
     # The inverse itself: unlike a triangular solve, its product broadcasts against any batch.
-    identity = jnp.broadcast_to(jnp.eye(chol.shape[-1], dtype=chol.dtype), chol.shape)
-    return jax.scipy.linalg.solve_triangular(chol, identity, lower=True)
+    identity = jnp.eye(chol.shape[-1], dtype=chol.dtype)
+    invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
+    return by_matrix(invert, chol)

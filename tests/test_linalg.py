@@ -1,5 +1,7 @@
 """Every structured operation against the dense matrix, computed by NumPy in double precision."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +17,7 @@ from numpyro_diffprior.linalg import (
     Diagonal,
     DiagonalPlusLowRank,
     Isotropic,
+    by_matrix,
     conjugate_gradient,
     empirical_gaussian,
     truncated_solve,
@@ -503,3 +506,37 @@ def test_conjugate_gradient_goes_on_where_the_residual_grows():
     np.testing.assert_allclose(
         result.solution[0], vectors @ (vectors.T @ b / values), rtol=0, atol=1e-4
     )
+
+
+class TestByMatrix:
+    @pytest.mark.parametrize("m", [1, 3, 40])
+    @pytest.mark.parametrize("batch", [(), (1,), (50,), (3, 17)])
+    def test_is_the_batched_call(self, batch, m):
+        root, b = normal(0, *batch, m, m), normal(1, *batch, m, 2)
+        matrix = root @ root.mT + m * np.eye(m, dtype=DTYPE)
+        found = by_matrix(jnp.linalg.solve, jnp.asarray(matrix), jnp.asarray(b))
+        assert_close(found, np.linalg.solve(matrix, b))
+
+    def test_returns_trees_and_differentiates(self):
+        root = normal(0, 30, 8, 8)
+        matrix = root @ root.mT + np.eye(8, dtype=DTYPE)
+
+        def logdet(matrix: jax.Array) -> jax.Array:
+            return jnp.log(by_matrix(jnp.linalg.eigh, matrix).eigenvalues).sum()
+
+        assert_close(jax.grad(logdet)(jnp.asarray(matrix)), np.linalg.inv(matrix))
+
+    def test_many_batches_at_once_end(self):
+        program = """
+import jax
+import jax.numpy as jnp
+from numpyro_diffprior.linalg import by_matrix
+
+def step(matrices, _):
+    factors = [by_matrix(jnp.linalg.cholesky, a @ a.mT + 32 * jnp.eye(32)) for a in matrices]
+    return [jnp.tanh(factor) for factor in factors], None
+
+matrices = list(jax.random.normal(jax.random.key(0), (4, 256, 32, 32)))
+jax.block_until_ready(jax.jit(lambda x: jax.lax.scan(step, x, length=200)[0])(matrices))
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
