@@ -130,18 +130,19 @@ def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_pa
     return scores, draws
 
 
-def learn(rng_key, data, features, args):
-    """Run EM, and judge the prior after every iteration."""
+def learn(rng_key, data, features, args, **options):
+    """Run EM, with further options of it, and judge the prior after every iteration."""
     key_net, key_em, key_judge = jax.random.split(rng_key, 3)
-    em = ndp.EM(
-        model,
-        make_optimizer(anneal(args.learning_rate, args.num_iterations * args.num_sgd_steps)),
-        num_sgd_steps=args.num_sgd_steps,
-        batch_size=args.batch_size,
-        num_particles=args.num_particles,
-        num_draws=args.num_draws,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
-    )
+    num_steps = args.num_iterations * args.num_sgd_steps
+    settings = {
+        "optimizer": make_optimizer(anneal(args.learning_rate, num_steps)),
+        "num_sgd_steps": args.num_sgd_steps,
+        "batch_size": args.batch_size,
+        "num_particles": args.num_particles,
+        "num_draws": args.num_draws,
+        "guidance": ndp.MMPS(ndp.CalibratedCovariance()),
+    }
+    em = ndp.EM(model, **(settings | options))
     rows = []
 
     def record(state, metrics):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import e_step, guidance, noise, particles, samplers
+from benchmarks import e_step, guidance, noise, particles, refresh, samplers
 from examples import digits, manifold
 
 pytestmark = pytest.mark.slow
@@ -96,3 +96,14 @@ def test_benchmark_of_guidance(tmp_path):
     rows = guidance.main(args)
     assert [row["num_particles"] for row in rows] == [1, 1, 1, 4]
     assert all(0 < row["rmse"] < 2 and np.isfinite(row["frechet"]) for row in rows)
+
+
+def test_benchmark_of_the_refresh_rate(tmp_path, monkeypatch):
+    runs = {"4 steps": (4, 2, {}), "8 steps, new network": (8, 1, {"warm_start": False})}
+    monkeypatch.setattr(refresh, "RUNS", runs)
+    args = refresh.parse_args(
+        f"--num-steps 8 --num-images 64 --width 16 --output {tmp_path}".split()
+    )
+    results = refresh.main(args)
+    assert [len(result["rows"]) for result in results] == [2, 1]
+    assert all(np.isfinite(result["frechet"]) for result in results)

@@ -1,0 +1,77 @@
+"""How often EM should draw anew, and what an M-step should start from.
+
+The digits of the example, half of their pixels hidden, learned in the same number of SGD steps
+with more or fewer E-steps between them, and with other starts of the M-steps. The learning rate
+is constant, so that no schedule favours a rate of refreshing.
+
+    python benchmarks/refresh.py --output out
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from examples import digits
+
+# The SGD steps between E-steps, the draws per digit, and other options of `EM`.
+RUNS = {
+    "16 steps, one draw": (16, 1, {}),
+    "64 steps, one draw": (64, 1, {}),
+    "64 steps": (64, 4, {}),
+    "256 steps": (256, 4, {}),
+    "1,024 steps": (1024, 4, {}),
+    "256 steps, new optimiser": (256, 4, {"reset_optimizer": True}),
+    "256 steps, E-step without averaging": (256, 4, {"use_average": False}),
+    "256 steps, new network": (256, 4, {"warm_start": False}),
+    "1,024 steps, new network": (1024, 4, {"warm_start": False}),
+}
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    keys = jax.random.split(jax.random.key(args.seed), 3)
+    data, features = (
+        digits.make_data(keys[0], args.hidden, args.num_images),
+        digits.make_features(),
+    )
+    results = []
+    for name, (num_sgd_steps, num_draws, options) in RUNS.items():
+        settings = argparse.Namespace(**vars(args))
+        settings.num_sgd_steps, settings.num_draws = num_sgd_steps, num_draws
+        settings.num_iterations = args.num_steps // num_sgd_steps
+        _, prior, rows = digits.learn(
+            keys[1],
+            data,
+            features,
+            settings,
+            optimizer=digits.make_optimizer(args.learning_rate),
+            **options,
+        )
+        distance = digits.judge_prior(keys[2], prior, data, features, num_samples=8192)
+        results.append({"run": name, "frechet": distance, "rows": rows})
+        (output / "refresh.json").write_text(json.dumps(results, indent=1))
+    print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'E-steps, s':>10s}")
+    for result in results:
+        rows = result["rows"]
+        e_steps = sum(row["e_step_seconds"] for row in rows)
+        print(f"{result['run']:36s} {len(rows):8d} {result['frechet']:8.3f} {e_steps:10.0f}")
+    return results
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="All other options are those of examples/digits.py.",
+    )
+    parser.add_argument("--num-steps", type=int, default=3072, help="of SGD, in each run")
+    args, rest = parser.parse_known_args(argv)
+    return argparse.Namespace(**vars(digits.parse_args(rest)) | vars(args))
+
+
+if __name__ == "__main__":
+    main(parse_args())
