@@ -103,16 +103,16 @@ def train_on_clean(rng_key, data, features, args, round_steps=1000):
             key_train, state, data.clean, optimizer, num_steps=round_steps, batch_size=256
         )
         prior = ndp.DiffusionPrior(state.averaged)
-        distances.append(judge_prior(key_judge, prior, data, features))
+        distances.append(judge_prior(key_judge, prior, data.clean, features))
         if distances[-1] == min(distances):
             best = prior
     return best, distances
 
 
-def judge_prior(rng_key, prior, data, features, num_samples=2048):
-    """Fréchet distance of fresh samples to the clean digits."""
+def judge_prior(rng_key, prior, images, features, num_samples=2048):
+    """Fréchet distance of fresh samples to clean digits."""
     x = prior.sample(rng_key, (num_samples,))
-    return float(frechet_distance(features(x), features(data.clean)))
+    return float(frechet_distance(features(x), features(images)))
 
 
 def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=4):
@@ -147,7 +147,7 @@ def learn(rng_key, data, features, args, **options):
 
     def record(state, metrics):
         row = {name: float(value) for name, value in metrics._asdict().items()}
-        row["frechet"] = judge_prior(key_judge, state.prior, data, features)
+        row["frechet"] = judge_prior(key_judge, state.prior, data.clean, features)
         rows.append(row)
         print(
             f"{len(rows):3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
@@ -257,18 +257,18 @@ def main(args):
         scores, draws[name] = judge_posterior(
             keys[3], prior, data, args.num_judged, args.num_samples
         )
-        distance = judge_prior(keys[4], prior, data, features, num_samples=8192)
-        table[name] = {"frechet": distance, **scores}
+        distances = {
+            name: judge_prior(keys[4], prior, images, features, num_samples=8192)
+            for name, images in {"frechet": data.clean, "held_out": data.test}.items()
+        }
+        table[name] = distances | scores
     show_restored(draws["learned"], data, output / "digits_restored.png")
     show_samples(keys[5], priors, output / "digits_samples.png")
     print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
     print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
-    print(f"{'prior':10s} {'Frechet':>8s} {'RMSE':>6s} {'50 %':>6s} {'90 %':>6s}")
+    print(f"{'prior':10s} {'Frechet':>8s} {'held out':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
     for name, row in table.items():
-        numbers = (
-            f"{row['frechet']:8.2f} {row['rmse']:6.3f} {row['cover50']:6.2f} {row['cover90']:6.2f}"
-        )
-        print(f"{name:10s} {numbers}")
+        print(f"{name:10s} " + " ".join(f"{value:8.3f}" for value in row.values()))
     result = {"iterations": rows, "table": table, "clean": clean_distances, "floor": floor}
     (output / "digits.json").write_text(json.dumps(result, indent=1))
     return result

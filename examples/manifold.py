@@ -36,6 +36,7 @@ DIM = 5
 NOISE = 1e-2
 SAMPLERS = {"ddpm": ndp.DDPM, "multistep": ndp.MultistepSDE, "corrector": ndp.PredictorCorrector}
 COVARIANCES = {"gaussian": ndp.GaussianCovariance, "tweedie": ndp.TweedieCovariance}
+NOISES = {"normal": ndp.LogNormal, "beta": ndp.LogBeta}
 
 # The settings of the paper's published script.
 PAPER = {
@@ -46,6 +47,7 @@ PAPER = {
     "num_particles": 1,
     "num_steps": 4096,
     "sampler": "corrector",
+    "noise": "beta",
     "final_learning_rate": 1e-6,
     "ema_decay": 0.0,
     "reset_optimizer": True,
@@ -123,6 +125,7 @@ def make_em(args):
         num_particles=args.num_particles,
         sampler=SAMPLERS[args.sampler](args.num_steps),
         guidance=ndp.MMPS(COVARIANCES[args.covariance]()),
+        noise=NOISES[args.noise](),
         ema_decay=args.ema_decay,
         reset_optimizer=args.reset_optimizer,
     )
@@ -230,6 +233,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
     parser.add_argument("--covariance", choices=COVARIANCES, default="gaussian")
+    parser.add_argument("--noise", choices=NOISES, default="normal", help="levels to train on")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--final-learning-rate", type=float, default=1e-3)

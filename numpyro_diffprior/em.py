@@ -33,7 +33,7 @@ from numpyro_diffprior.linalg import Covariance, empirical_gaussian
 from numpyro_diffprior.metrics import sliced_wasserstein
 from numpyro_diffprior.posterior import resolve_settings, sample_blocks
 from numpyro_diffprior.samplers import Sampler
-from numpyro_diffprior.schedules import LogBeta, NoiseDistribution
+from numpyro_diffprior.schedules import LogNormal, NoiseDistribution
 from numpyro_diffprior.smc import Draws
 from numpyro_diffprior.training import TrainState, init_training, measure_error, train
 
@@ -137,7 +137,7 @@ class EM:
         num_draws: int = 1,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
-        noise: NoiseDistribution = LogBeta(),
+        noise: NoiseDistribution = LogNormal(),
         ema_decay: float = 0.999,
         use_average: bool = True,
         warm_start: bool = True,

@@ -25,7 +25,7 @@ from flax import nnx
 
 from numpyro_diffprior.denoisers import Denoiser, NetworkDenoiser
 from numpyro_diffprior.linalg import empirical_gaussian
-from numpyro_diffprior.schedules import LogBeta, LogLinear, NoiseDistribution
+from numpyro_diffprior.schedules import LogLinear, LogNormal, NoiseDistribution
 
 __all__ = [
     "FitResult",
@@ -131,7 +131,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
-    noise: NoiseDistribution = LogBeta(),
+    noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
 ) -> tuple[TrainState, jax.Array]:
     r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
@@ -222,7 +222,7 @@ def fit_denoiser(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int = 256,
-    noise: NoiseDistribution = LogBeta(),
+    noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
     rank: int | None = None,
 ) -> FitResult:

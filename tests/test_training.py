@@ -281,7 +281,7 @@ def test_train_compiles_once(monkeypatch):
     assert first >= 1
     state, _ = train(jax.random.key(2), state, 2 * x, optimizer, **options, ema_decay=0.5)
     fresh = init_training(small_denoiser(seed=1), optimizer)
-    train(jax.random.key(3), fresh, x, optimizer, **options, noise=LogBeta())
+    train(jax.random.key(3), fresh, x, optimizer, **options, noise=LogNormal())
     assert len(traces) == first
     train(jax.random.key(3), fresh, x, optimizer, **options, noise=LogUniform())
     assert len(traces) > first
