@@ -1,0 +1,238 @@
+"""Who finds the modes: samplers of a multimodal posterior against its exact draws.
+
+The Gaussian mixture of MCGDiff (Cardoso et al., arXiv 2308.07983): 25 components with means
+(-8 i, -8 j, -8 i, ...), seen through a few noisy projections, so that the posterior is a mixture
+in closed form. The denoiser is exact; all error is the sampler's.
+
+    python benchmarks/mixture.py --dim 8 --output out
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC, NUTS
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.metrics import max_sliced_wasserstein, sliced_wasserstein
+
+SPACING = 8
+
+
+class Problem(NamedTuple):
+    """A prior, what is seen of a draw of it, and the mixture that its posterior is."""
+
+    prior: ndp.DiffusionPrior
+    operator: jax.Array
+    scale: jax.Array
+    y: jax.Array
+    weights: jax.Array
+    means: jax.Array
+    cov: jax.Array
+
+
+def model(prior, operator, scale, y=None):
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(operator @ x, scale).to_event(1), obs=y)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def make_problem(rng_key, dim, num_observed):
+    """Random weights, singular values and noise, as in the paper's published script."""
+    keys = jax.random.split(rng_key, 6)
+    i, j = (x.ravel() for x in jnp.meshgrid(*[jnp.arange(-2, 3)] * 2, indexing="ij"))
+    means = -SPACING * jnp.tile(jnp.stack([i, j], -1), (1, dim // 2)).astype(float)
+    weights = jax.random.normal(keys[0], i.shape) ** 2
+    weights = weights / weights.sum()
+    left = jax.random.orthogonal(keys[1], num_observed)
+    right = jax.random.orthogonal(keys[2], dim)[:num_observed]
+    values = jax.random.uniform(keys[3], (num_observed,))
+    operator = left * values @ right
+    scale = jax.random.uniform(keys[4]) * values.max()
+    key_k, key_x, key_y = jax.random.split(keys[5], 3)
+    x = means[jax.random.categorical(key_k, jnp.log(weights))]
+    y = operator @ (x + jax.random.normal(key_x, x.shape))
+    y = y + scale * jax.random.normal(key_y, y.shape)
+
+    prior = ndp.DiffusionPrior(ndp.MixtureDenoiser(weights, means, Isotropic(jnp.ones(()), dim)))
+    cov_y = operator @ operator.T + scale**2 * jnp.eye(num_observed)
+    gain = jnp.linalg.solve(cov_y, operator).T
+    residual = y - means @ operator.T
+    log_weights = dist.MultivariateNormal(0, cov_y).log_prob(residual) + jnp.log(weights)
+    cov = jnp.eye(dim) - gain @ operator
+    posterior = jax.nn.softmax(log_weights), means + residual @ gain.T, (cov + cov.T) / 2
+    return Problem(prior, operator, scale, y, *posterior)
+
+
+@partial(jax.jit, static_argnums=2)
+def draw_exactly(rng_key, problem, num_samples):
+    key_k, key_x = jax.random.split(rng_key)
+    k = jax.random.categorical(key_k, jnp.log(problem.weights), shape=(num_samples,))
+    noise = jax.random.multivariate_normal(
+        key_x, jnp.zeros(len(problem.cov)), problem.cov, (num_samples,), method="eigh"
+    )
+    return problem.means[k] + noise
+
+
+def arguments(problem):
+    return problem.prior, problem.operator, problem.scale, problem.y
+
+
+def guided(guidance, num_particles=1):
+    """Independent draws by guided sampling or the twisted SMC, and their network evaluations."""
+
+    def draw(rng_key, problem, args):
+        draws = ndp.sample_posterior(
+            rng_key,
+            model,
+            *arguments(problem),
+            num_samples=args.num_samples,
+            num_particles=num_particles,
+            sampler=ndp.MultistepSDE(args.num_steps),
+            guidance=guidance,
+            max_batch_size=args.num_samples,
+        )
+        return draws.samples["x"], int(draws.stats["num_evaluations"])
+
+    return draw
+
+
+def particle_gibbs(rng_key, problem, args, num_chains=50, num_warmup=10, num_particles=16):
+    """Chains of conditional SMC."""
+    kernel = ndp.ParticleGibbs(
+        model,
+        num_particles=num_particles,
+        sampler=ndp.MultistepSDE(args.num_steps),
+        guidance=ndp.MMPS(),
+    )
+    num_samples = args.num_samples // num_chains
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(rng_key, *arguments(problem))
+    updates = (num_warmup + num_samples) / num_samples
+    return mcmc.get_samples()["x"], round((num_particles + 1) * args.num_steps * updates)
+
+
+def nuts(rng_key, problem, args, num_chains=50, num_warmup=100):
+    """Chains of NUTS in the space of the deterministic sampler's noise."""
+    config = {"x": ndp.DiffusionReparam(args.num_steps)}
+    kernel = NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=6)
+    num_samples = args.num_samples // num_chains
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(rng_key, *arguments(problem), extra_fields=("num_steps",))
+    leapfrogs = float(mcmc.get_extra_fields()["num_steps"].mean())
+    updates = (num_warmup + num_samples) / num_samples
+    return mcmc.get_samples()["x"], round(leapfrogs * args.num_steps * updates)
+
+
+METHODS = {
+    "MMPS": guided(ndp.MMPS()),
+    "DPS": guided(ndp.DPS()),
+    "PiGDM": guided(ndp.PiGDM()),
+    "TMPD": guided(ndp.TMPD()),
+    "SMC, K = 4": guided(ndp.MMPS(), 4),
+    "SMC, K = 16": guided(ndp.MMPS(), 16),
+    "SMC, K = 64": guided(ndp.MMPS(), 64),
+    "particle Gibbs": particle_gibbs,
+    "NUTS": nuts,
+}
+
+
+@partial(jax.jit, static_argnums=3)
+def judge(rng_key, problem, x, num_projections):
+    """Distances to exact draws, and the error of the modes' masses (total variation)."""
+    key_exact, key_sliced, key_max = jax.random.split(rng_key, 3)
+    exact = draw_exactly(key_exact, problem, len(x))
+    distance = jnp.square(x[:, None] - problem.means).sum(-1)
+    masses = jax.nn.one_hot(distance.argmin(-1), len(problem.means)).mean(0)
+    return {
+        "sliced": sliced_wasserstein(key_sliced, x, exact, num_projections=num_projections),
+        "max_sliced": max_sliced_wasserstein(key_max, x, exact, num_steps=0),
+        "mass_error": jnp.abs(masses - problem.weights).sum() / 2,
+    }
+
+
+def evaluate(name, problems, args):
+    """Run one method on all problems: its scores, evaluations per draw and seconds."""
+    key_draw, key_judge = jax.random.split(jax.random.key(args.seed + 1))
+    scores, evaluations, seconds = [], [], []
+    for index, problem in enumerate(problems):
+        start = time.perf_counter()
+        key = jax.random.fold_in(key_draw, index)
+        if name == "exact":
+            x, count = draw_exactly(key, problem, args.num_samples), 0
+        else:
+            x, count = METHODS[name](key, problem, args)
+        jax.block_until_ready(x)
+        seconds.append(time.perf_counter() - start)
+        evaluations.append(count)
+        key = jax.random.fold_in(key_judge, index)
+        scores.append(judge(key, problem, x, args.num_projections))
+    table = {name: [float(score[name]) for score in scores] for name in scores[0]}
+    return table | {"evaluations": evaluations, "seconds": seconds}
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for num_observed in args.num_observed:
+        keys = jax.random.split(jax.random.key(args.seed), args.num_seeds)
+        problems = [make_problem(key, args.dim, num_observed) for key in keys]
+        print(f"\nd = {args.dim}, d_y = {num_observed}")
+        print(f"{'':16s} {'sliced W2':>14s} {'max-sliced':>14s} {'masses':>7s} {'NFE':>8s} s")
+        for name in ["exact", *args.methods]:
+            row = evaluate(name, problems, args)
+            row |= {"dim": args.dim, "num_observed": num_observed, "method": name}
+            results.append(row)
+            cells = [
+                f"{np.mean(row[k]):6.3f} +- {1.96 * np.std(row[k]) / len(problems) ** 0.5:4.2f}"
+                for k in ("sliced", "max_sliced")
+            ]
+            print(
+                f"{name:16s} {cells[0]:>14s} {cells[1]:>14s} {np.mean(row['mass_error']):7.3f}"
+                f" {np.mean(row['evaluations']):8.0f} {np.median(row['seconds']):.1f}",
+                flush=True,
+            )
+            (output / f"mixture_{args.dim}.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dim", type=int, default=8, help="even")
+    parser.add_argument("--num-observed", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--num-seeds", type=int, default=20)
+    parser.add_argument("--num-samples", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=100)
+    parser.add_argument("--num-projections", type=int, default=10_000)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
