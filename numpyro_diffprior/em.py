@@ -7,7 +7,8 @@ linear and Gaussian; an untrained `NetworkDenoiser` is exactly that Gaussian.
 
 Draws are renewed often and the network takes few steps between: long M-steps on fixed draws
 over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.posterior`); with one
-particle, an E-step is the paper's.
+particle, an E-step is the paper's. The log-evidence of observations that were kept out tells which
+iteration to keep, without looking at the truth.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -15,7 +16,7 @@ References:
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from tqdm.auto import trange
 
 from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
@@ -73,6 +75,8 @@ class EMMetrics(NamedTuple):
         log_evidence: The mean log-evidence per event (NaN with one particle).
         e_step_seconds: The time of the E-step.
         m_step_seconds: The time of the M-step.
+        heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
+        heldout_standard_error: Its standard error.
     """
 
     loss: jax.Array
@@ -84,20 +88,25 @@ class EMMetrics(NamedTuple):
     log_evidence: jax.Array
     e_step_seconds: jax.Array
     m_step_seconds: jax.Array
+    heldout_log_evidence: jax.Array
+    heldout_standard_error: jax.Array
 
 
 class EMResult(NamedTuple):
     """What `EM.run` returns.
 
     Attributes:
-        prior: The learned prior.
+        prior: The learned prior, of the last iteration.
         state: The last state, to go on from.
         history: The iterations' metrics.
+        best: The prior of the iteration with the largest held-out log-evidence; without held-out
+            events the last.
     """
 
     prior: DiffusionPrior
     state: EMState
     history: EMMetrics
+    best: DiffusionPrior
 
 
 class EM:
@@ -249,6 +258,8 @@ class EM:
             sliced_wasserstein=distance,
             e_step_seconds=jnp.asarray(between - started),
             m_step_seconds=jnp.asarray(time.perf_counter() - between),
+            heldout_log_evidence=jnp.asarray(jnp.nan),
+            heldout_standard_error=jnp.asarray(jnp.nan),
             **stats,
         )
         denoiser = replace(self._choose(training), error_ratios=current.error_ratios)
@@ -265,37 +276,88 @@ class EM:
         progress_bar: bool = True,
         callback: Callable[[EMState, EMMetrics], bool | None] | None = None,
         init_state: EMState | None = None,
+        heldout: tuple[Any, ...] | Mapping[str, Any] | None = None,
+        patience: int | None = None,
         **kwargs: Any,
     ) -> EMResult:
         """Make iterations from the start or from a state.
 
         Args:
-            rng_key: A random key, of a start.
+            rng_key: A random key, of a start and of the held-out log-evidence.
             num_iterations: The number of iterations.
             prior: The prior to start from.
             *args: The model's arguments after the prior.
             progress_bar: Whether to show a progress bar.
             callback: A function of state and metrics, called after every iteration; where it
                 returns True, the run ends.
-            init_state: A state to go on from, in place of ``rng_key`` and ``prior``.
+            init_state: A state to go on from, in place of ``prior``.
+            heldout: The model's arguments for events that were kept out: a tuple of all of those
+                after the prior, or a dict of the keyword arguments that differ. After every
+                iteration `log_evidence` judges the prior on them, with the same random numbers.
+            patience: End the run when so many iterations in a row have not raised the held-out
+                log-evidence.
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: See `init`; or if there are no iterations to make.
+            ValueError: See `init`; if there are no iterations to make; or if there is patience
+                but nothing held out.
         """
         if num_iterations < 1:
             raise ValueError(f"EM.run: expected num_iterations >= 1, got {num_iterations}.")
+        if heldout is None and patience is not None:
+            raise ValueError(
+                f"EM.run: patience={patience} needs `heldout`, the model's arguments for "
+                "observations that EM does not learn from."
+            )
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
-        history = []
+        # `init` has split the key in two.
+        key_heldout = jax.random.fold_in(rng_key, 2)
+        best, best_iteration, history = state.prior, -1, []
         with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
-            for _ in iterations:
+            for iteration in iterations:
                 state, metrics = self.update(state, *args, **kwargs)
+                if heldout is not None:
+                    metrics = self._judge(key_heldout, state, metrics, heldout, args, kwargs)
                 history.append(metrics)
+                evidence = [float(past.heldout_log_evidence) for past in history]
+                if heldout is None or evidence[-1] == max(evidence):
+                    best, best_iteration = state.prior, iteration
                 iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
                 if callback is not None and callback(state, metrics):
                     break
+                if patience is not None and iteration - best_iteration >= patience:
+                    break
         columns = (jnp.stack(column) for column in zip(*history, strict=True))
-        return EMResult(state.prior, state, EMMetrics(*columns))
+        return EMResult(state.prior, state, EMMetrics(*columns), best)
+
+    def _judge(
+        self,
+        rng_key: jax.Array,
+        state: EMState,
+        metrics: EMMetrics,
+        heldout: tuple[Any, ...] | Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> EMMetrics:
+        """Fill in the log-evidence of the held-out events."""
+        if isinstance(heldout, Mapping):
+            kwargs = kwargs | dict(heldout)
+        else:
+            args = heldout
+        evidence = log_evidence(
+            rng_key,
+            self.model,
+            state.prior,
+            *args,
+            num_particles=max(_NUM_HELDOUT_PARTICLES, self.num_particles),
+            sampler=self.sampler,
+            max_batch_size=self.batch_size,
+            **kwargs,
+        )
+        return metrics._replace(
+            heldout_log_evidence=evidence.total,
+            heldout_standard_error=evidence.total_standard_error,
+        )
 
     def _draw(
         self,
@@ -371,6 +433,8 @@ class EM:
             mean, cov = self._summarise(x.reshape(-1, *prior.event_shape))
         return mean, cov
 
+
+_NUM_HELDOUT_PARTICLES = 16
 
 _empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)
 _distance = jax.jit(sliced_wasserstein)

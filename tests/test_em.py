@@ -7,9 +7,11 @@ import optax
 import pytest
 from flax import nnx
 
+from numpyro_diffprior import em as em_module
 from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM
+from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.nets import MLP
 from numpyro_diffprior.samplers import MultistepSDE
 from tests.oracles import spd
@@ -132,6 +134,52 @@ def test_callback_stops():
     assert result.history.loss.shape == (2,)
 
 
+@pytest.mark.parametrize("heldout", [(MASK[:40], Y[:40]), {"y": -Y}], ids=["args", "kwargs"])
+def test_held_out_log_evidence_is_that_of_the_prior(heldout):
+    keyed = isinstance(heldout, dict)
+    args, kwargs = ((MASK,), {"y": Y}) if keyed else ((MASK, Y), {})
+    key = jax.random.key(0)
+    result = make_em().run(
+        key, 2, make_prior(), *args, progress_bar=False, heldout=heldout, **kwargs
+    )
+    expected = log_evidence(
+        jax.random.fold_in(key, 2),
+        model,
+        result.prior,
+        *((MASK, -Y) if keyed else heldout),
+        max_batch_size=128,
+    )
+    history = result.history
+    np.testing.assert_allclose(history.heldout_log_evidence[-1], expected.total, rtol=1e-5)
+    assert np.all(history.heldout_standard_error > 0)
+
+
+@pytest.mark.parametrize(("patience", "num_iterations"), [(None, 6), (2, 4)])
+def test_the_best_prior_is_kept(monkeypatch, patience, num_iterations):
+    values = iter([-3.0, -1.0, -2.0, -2.5, 0.0, -4.0])
+
+    def known(*_, **__):
+        value = jnp.asarray([next(values)])
+        return LogEvidence(value, jnp.ones_like(value))
+
+    monkeypatch.setattr(em_module, "log_evidence", known)
+    priors = []
+    result = make_em().run(
+        jax.random.key(0),
+        6,
+        make_prior(),
+        MASK,
+        Y,
+        progress_bar=False,
+        callback=lambda state, _: priors.append(state.prior),
+        heldout=(MASK, Y),
+        patience=patience,
+    )
+    assert len(priors) == num_iterations
+    assert result.best is priors[1 if patience else 4]
+    assert result.prior is priors[-1]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -193,5 +241,7 @@ def test_errors():
         make_em(not_subsampled).init(jax.random.key(0), make_prior(), MASK, Y)
     with pytest.raises(ValueError, match="num_iterations >= 1, got 0"):
         make_em().run(jax.random.key(0), 0, make_prior(), MASK, Y)
+    with pytest.raises(ValueError, match="patience=3 needs `heldout`"):
+        make_em().run(jax.random.key(0), 1, make_prior(), MASK, Y, patience=3)
     with pytest.raises(ValueError, match="num_particles >= 1"):
         make_em(num_particles=0).init(jax.random.key(0), make_prior(), MASK, Y)

@@ -16,7 +16,8 @@ LAYERS = (
     ("distributions", "smc"),
     ("introspect", "conditional_smc"),
     ("posterior",),
-    ("kernels", "reparam", "em", "evidence"),
+    ("kernels", "reparam", "evidence"),
+    ("em",),
     ("arviz_io", "checkpoints"),
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
