@@ -52,7 +52,7 @@ def main(args):
             optimizer=digits.make_optimizer(args.learning_rate),
             **options,
         )
-        distance = digits.judge_prior(keys[2], prior, data.clean, features, num_samples=8192)
+        distance = digits.judge_prior(keys[2], prior, data.clean, features)
         results.append({"run": name, "frechet": distance, "rows": rows})
         (output / "refresh.json").write_text(json.dumps(results, indent=1))
     print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'E-steps, s':>10s}")

@@ -109,7 +109,7 @@ def train_on_clean(rng_key, data, features, args, round_steps=1000):
     return best, distances
 
 
-def judge_prior(rng_key, prior, images, features, num_samples=2048):
+def judge_prior(rng_key, prior, images, features, num_samples=8192):
     """Fréchet distance of fresh samples to clean digits."""
     x = prior.sample(rng_key, (num_samples,))
     return float(frechet_distance(features(x), features(images)))
@@ -258,7 +258,7 @@ def main(args):
             keys[3], prior, data, args.num_judged, args.num_samples
         )
         distances = {
-            name: judge_prior(keys[4], prior, images, features, num_samples=8192)
+            name: judge_prior(keys[4], prior, images, features)
             for name, images in {"frechet": data.clean, "held_out": data.test}.items()
         }
         table[name] = distances | scores
