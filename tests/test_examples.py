@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import e_step, guidance, noise, particles, refresh, samplers
+from benchmarks import e_step, guidance, mixture, noise, particles, refresh, samplers
 from examples import digits, manifold
 
 pytestmark = pytest.mark.slow
@@ -107,3 +107,15 @@ def test_benchmark_of_the_refresh_rate(tmp_path, monkeypatch):
     results = refresh.main(args)
     assert [len(result["rows"]) for result in results] == [2, 1]
     assert all(np.isfinite(result["frechet"]) for result in results)
+
+
+def test_benchmark_of_the_mixture(tmp_path):
+    args = mixture.parse_args(
+        "--num-seeds 1 --num-observed 2 --num-samples 50 --num-steps 8 --num-projections 64"
+        f" --output {tmp_path}".split()
+    )
+    args.methods = ["MMPS", "SMC, K = 4", "particle Gibbs", "NUTS"]
+    rows = mixture.main(args)
+    assert [row["method"] for row in rows] == ["exact", *args.methods]
+    assert rows[0]["mass_error"][0] < 0.2
+    assert all(np.isfinite(row["sliced"] + row["max_sliced"]).all() for row in rows)
