@@ -269,8 +269,9 @@ class MMPS(Guidance):
             max_steps=self.max_steps,
             floor=floor,
         )
-        # Without S as a matrix its determinant is left out of the twist. Twists may be any
-        # positive function: particle samplers stay exact.
+        # Without S as a matrix its determinant is left out of the twist. With a closed form for V
+        # and a linear mean it is the same for all particles of an event, and would cancel. In
+        # general twists may be any positive function: particle samplers stay exact.
         zeros = jnp.zeros_like(residual)
         return _Solve(solution, zeros, residual, zeros.astype(int), correction)
 

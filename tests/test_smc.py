@@ -70,3 +70,23 @@ def test_statistics_of_particles():
     _, draws = mode_mass(prior, likelihood, 1, 64)
     np.testing.assert_array_equal(draws.ess, 1)
     assert np.all(np.isnan(draws.log_evidence))
+
+
+def test_a_determinant_that_all_particles_share_cancels():
+    """Matrix-free solves have no determinant, and with a closed form for V need none."""
+    prior, likelihood, _ = mixture_problem()
+    draws = [
+        draw_posterior(
+            jax.random.key(0),
+            prior,
+            likelihood,
+            Settings(8, MultistepSDE(32), MMPS(GaussianCovariance(), **options)),
+            64,
+        )
+        for options in ({}, {"max_dense": 0, "rtol": 1e-6})
+    ]
+    dense, free = draws
+    np.testing.assert_array_equal(free.num_resamplings, dense.num_resamplings)
+    np.testing.assert_allclose(free.x, dense.x, atol=1e-3)
+    np.testing.assert_allclose(free.ess, dense.ess, rtol=1e-2)
+    np.testing.assert_allclose(free.log_evidence, dense.log_evidence, atol=1e-3)
