@@ -6,6 +6,7 @@ an ordinary NumPyro model like any other distribution.
 """
 
 from numpyro_diffprior import metrics
+from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import (
     Denoiser,
     GaussianDenoiser,
@@ -60,6 +61,7 @@ __all__ = [
     "MMPS",
     "TMPD",
     "CalibratedCovariance",
+    "Calibration",
     "Covariance",
     "Dense",
     "Denoiser",
@@ -98,6 +100,7 @@ __all__ = [
     "UNet",
     "UnitCovariance",
     "__version__",
+    "calibrate",
     "fit_denoiser",
     "gaussian_moments",
     "log_evidence",

@@ -16,7 +16,7 @@ LAYERS = (
     ("distributions", "smc"),
     ("introspect", "conditional_smc"),
     ("posterior",),
-    ("kernels", "reparam", "evidence"),
+    ("kernels", "reparam", "evidence", "calibration"),
     ("em",),
     ("arviz_io", "checkpoints"),
 )

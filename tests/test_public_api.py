@@ -14,6 +14,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Sorted; a name is added or removed here on purpose, and in docs/api.md.
 PUBLIC = [
     "CalibratedCovariance",
+    "Calibration",
     "Covariance",
     "DDIM",
     "DDPM",
@@ -59,6 +60,7 @@ PUBLIC = [
     "UNet",
     "UnitCovariance",
     "__version__",
+    "calibrate",
     "fit_denoiser",
     "gaussian_moments",
     "log_evidence",
