@@ -44,23 +44,28 @@ def main(args):
         settings = argparse.Namespace(**vars(args))
         settings.num_sgd_steps, settings.num_draws = num_sgd_steps, num_draws
         settings.num_iterations = args.num_steps // num_sgd_steps
-        _, prior, rows = digits.learn(
-            keys[1],
-            data,
-            features,
-            settings,
-            optimizer=digits.make_optimizer(args.learning_rate),
-            **options,
+        optimizer = digits.make_optimizer(args.learning_rate)
+        em = digits.make_em(settings, optimizer=optimizer, **options)
+        prior = digits.make_prior(key_net, args.width)
+        result = em.run(
+            key_em, settings.num_iterations, prior, data.mask, data.y, progress_bar=False
         )
-        distance = digits.judge_prior(keys[2], prior, data.clean, features)
-        results.append({"run": name, "frechet": distance, "rows": rows})
-        (output / "refresh.json").write_text(json.dumps(results, indent=1))
-    print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'E-steps, s':>10s}")
-    for result in results:
-        rows = result["rows"]
-        e_steps = sum(row["e_step_seconds"] for row in rows)
-        print(f"{result['run']:36s} {len(rows):8d} {result['frechet']:8.3f} {e_steps:10.0f}")
-    return results
+        row = {
+            "run": name,
+            "frechet": digits.judge_prior(key_judge, result.prior, data.clean, features),
+            "held_out": digits.judge_prior(key_judge, result.prior, data.test, features),
+            "num_e_steps": settings.num_iterations,
+            "e_step_seconds": float(result.history.e_step_seconds.sum()),
+            "m_step_seconds": float(result.history.m_step_seconds.sum()),
+        }
+        rows.append(row)
+        print(
+            f"{name:36s} {row['num_e_steps']:8d} {row['frechet']:8.3f} {row['held_out']:8.3f}"
+            f" {row['e_step_seconds']:8.0f} {row['m_step_seconds']:8.0f}",
+            flush=True,
+        )
+        (output / "refresh.json").write_text(json.dumps(rows, indent=1))
+    return rows
 
 
 def parse_args(argv=None):
@@ -68,7 +73,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         epilog="All other options are those of examples/digits.py.",
     )
-    parser.add_argument("--num-steps", type=int, default=3072, help="of SGD, in each run")
+    parser.add_argument("--num-steps", type=int, default=2048, help="of SGD, in each run")
     args, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(digits.parse_args(rest)) | vars(args))
 

@@ -130,9 +130,8 @@ def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_pa
     return scores, draws
 
 
-def learn(rng_key, data, features, args, **options):
-    """Run EM, with further options of it, and judge the prior after every iteration."""
-    key_net, key_em, key_judge = jax.random.split(rng_key, 3)
+def make_em(args, **options):
+    """EM as the arguments have it, or with other options."""
     num_steps = args.num_iterations * args.num_sgd_steps
     settings = {
         "optimizer": make_optimizer(anneal(args.learning_rate, num_steps)),
@@ -142,7 +141,13 @@ def learn(rng_key, data, features, args, **options):
         "num_draws": args.num_draws,
         "guidance": ndp.MMPS(ndp.CalibratedCovariance()),
     }
-    em = ndp.EM(model, **(settings | options))
+    return ndp.EM(model, **(settings | options))
+
+
+def learn(rng_key, data, features, args):
+    """Run EM, and judge the prior after every iteration."""
+    key_net, key_em, key_judge = jax.random.split(rng_key, 3)
+    em = make_em(args)
     rows = []
 
     def record(state, metrics):
