@@ -34,12 +34,11 @@ RUNS = {
 def main(args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    keys = jax.random.split(jax.random.key(args.seed), 3)
-    data, features = (
-        digits.make_data(keys[0], args.hidden, args.num_images),
-        digits.make_features(),
-    )
-    results = []
+    key_data, key_net, key_em, key_judge = jax.random.split(jax.random.key(args.seed), 4)
+    data = digits.make_data(key_data, args.hidden, args.num_images)
+    features = digits.make_features()
+    rows = []
+    print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'held out':>8s} {'E, s':>8s} {'M, s':>8s}")
     for name, (num_sgd_steps, num_draws, options) in RUNS.items():
         settings = argparse.Namespace(**vars(args))
         settings.num_sgd_steps, settings.num_draws = num_sgd_steps, num_draws
