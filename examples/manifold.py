@@ -190,7 +190,7 @@ def show_corner(samples, truth, path, num_points=4096):
 
 def show_curves(runs, path):
     """Both scores over the iterations, a line for each run."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for axis, name, label in zip(
         axes, ("divergence", "sliced_w2"), ("divergence", "sliced $W_2$"), strict=True
     ):
@@ -199,7 +199,7 @@ def show_curves(runs, path):
         axis.set(xlabel="iteration of EM", ylabel=f"{label} of the draws", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_yscale("symlog", linthresh=1e-2)  # it may be negative
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -312,20 +312,22 @@ class EM:
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
         # `init` has split the key in two.
         key_heldout = jax.random.fold_in(rng_key, 2)
-        best, best_iteration, history = state.prior, -1, []
+        best, best_evidence, waited, history = state.prior, -jnp.inf, 0, []
         with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
-            for iteration in iterations:
+            for _ in iterations:
                 state, metrics = self.update(state, *args, **kwargs)
                 if heldout is not None:
                     metrics = self._judge(key_heldout, state, metrics, heldout, args, kwargs)
                 history.append(metrics)
-                evidence = [float(past.heldout_log_evidence) for past in history]
-                if heldout is None or evidence[-1] == max(evidence):
-                    best, best_iteration = state.prior, iteration
+                evidence = float(metrics.heldout_log_evidence)
+                if heldout is None or evidence > best_evidence:
+                    best, best_evidence, waited = state.prior, evidence, 0
+                else:
+                    waited += 1
                 iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
                 if callback is not None and callback(state, metrics):
                     break
-                if patience is not None and iteration - best_iteration >= patience:
+                if patience is not None and waited >= patience:
                     break
         columns = (jnp.stack(column) for column in zip(*history, strict=True))
         return EMResult(state.prior, state, EMMetrics(*columns), best)
