@@ -62,7 +62,7 @@ def main(args):
             )
             losses.append(evaluate(key_judge, fit.denoiser, data.test))
             prior = ndp.DiffusionPrior(fit.denoiser)
-            distances.append(digits.judge_prior(key_judge, prior, data.clean, features))
+            distances.append(digits.judge_prior(key_judge, prior, data, features))
         rows.append({"noise": name, "losses": losses, "frechet": distances})
         cells = (f"{np.mean(v):8.3f} +- {np.std(v):.3f}" for v in (losses, distances))
         print(f"{name:28s} " + " ".join(f"{cell:>18s}" for cell in cells), flush=True)

@@ -38,7 +38,7 @@ def main(args):
     data = digits.make_data(key_data, args.hidden, args.num_images)
     features = digits.make_features()
     rows = []
-    print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'held out':>8s} {'E, s':>8s} {'M, s':>8s}")
+    print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'E, s':>8s} {'M, s':>8s}")
     for name, (num_sgd_steps, num_draws, options) in RUNS.items():
         settings = argparse.Namespace(**vars(args))
         settings.num_sgd_steps, settings.num_draws = num_sgd_steps, num_draws
@@ -51,15 +51,14 @@ def main(args):
         )
         row = {
             "run": name,
-            "frechet": digits.judge_prior(key_judge, result.prior, data.clean, features),
-            "held_out": digits.judge_prior(key_judge, result.prior, data.test, features),
+            "frechet": digits.judge_prior(key_judge, result.prior, data, features),
             "num_e_steps": settings.num_iterations,
             "e_step_seconds": float(result.history.e_step_seconds.sum()),
             "m_step_seconds": float(result.history.m_step_seconds.sum()),
         }
         rows.append(row)
         print(
-            f"{name:36s} {row['num_e_steps']:8d} {row['frechet']:8.3f} {row['held_out']:8.3f}"
+            f"{name:36s} {row['num_e_steps']:8d} {row['frechet']:8.3f}"
             f" {row['e_step_seconds']:8.0f} {row['m_step_seconds']:8.0f}",
             flush=True,
         )

@@ -103,16 +103,16 @@ def train_on_clean(rng_key, data, features, args, round_steps=1000):
             key_train, state, data.clean, optimizer, num_steps=round_steps, batch_size=256
         )
         prior = ndp.DiffusionPrior(state.averaged)
-        distances.append(judge_prior(key_judge, prior, data.clean, features))
+        distances.append(judge_prior(key_judge, prior, data, features))
         if distances[-1] == min(distances):
             best = prior
     return best, distances
 
 
-def judge_prior(rng_key, prior, images, features, num_samples=8192):
-    """Fréchet distance of fresh samples to clean digits."""
+def judge_prior(rng_key, prior, data, features, num_samples=8192):
+    """Fréchet distance of fresh samples to the clean digits."""
     x = prior.sample(rng_key, (num_samples,))
-    return float(frechet_distance(features(x), features(images)))
+    return float(frechet_distance(features(x), features(data.clean)))
 
 
 def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=4):
@@ -152,7 +152,7 @@ def learn(rng_key, data, features, args):
 
     def record(state, metrics):
         row = {name: float(value) for name, value in metrics._asdict().items()}
-        row["frechet"] = judge_prior(key_judge, state.prior, data.clean, features)
+        row["frechet"] = judge_prior(key_judge, state.prior, data, features)
         rows.append(row)
         print(
             f"{len(rows):3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
@@ -262,16 +262,12 @@ def main(args):
         scores, draws[name] = judge_posterior(
             keys[3], prior, data, args.num_judged, args.num_samples
         )
-        distances = {
-            name: judge_prior(keys[4], prior, images, features)
-            for name, images in {"frechet": data.clean, "held_out": data.test}.items()
-        }
-        table[name] = distances | scores
+        table[name] = {"frechet": judge_prior(keys[4], prior, data, features), **scores}
     show_restored(draws["learned"], data, output / "digits_restored.png")
     show_samples(keys[5], priors, output / "digits_samples.png")
     print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
     print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
-    print(f"{'prior':10s} {'Frechet':>8s} {'held out':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
+    print(f"{'prior':10s} {'Frechet':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
     for name, row in table.items():
         print(f"{name:10s} " + " ".join(f"{value:8.3f}" for value in row.values()))
     result = {"iterations": rows, "table": table, "clean": clean_distances, "floor": floor}
