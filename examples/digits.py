@@ -145,17 +145,20 @@ def make_em(args, **options):
 
 
 def learn(rng_key, data, features, args):
-    """Run EM, and judge the prior after every iteration."""
+    """Run EM, and judge the prior every so many iterations."""
     key_net, key_em, key_judge = jax.random.split(rng_key, 3)
     em = make_em(args)
     rows = []
 
     def record(state, metrics):
+        if state.num_iterations % args.judge_every:
+            return
         row = {name: float(value) for name, value in metrics._asdict().items()}
+        row["iteration"] = state.num_iterations
         row["frechet"] = judge_prior(key_judge, state.prior, data, features)
         rows.append(row)
         print(
-            f"{len(rows):3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
+            f"{row['iteration']:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
             f"  frechet {row['frechet']:.3f}  log evidence {row['log_evidence']:.2f}"
             f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
             flush=True,
@@ -286,6 +289,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-particles", type=int, default=1, help="per draw of the E-step")
     parser.add_argument("--num-draws", type=int, default=4, help="per digit in the E-step")
+    parser.add_argument("--judge-every", type=int, default=1, help="of so many iterations")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
