@@ -99,9 +99,9 @@ def test_progress_bar_and_resume():
 @pytest.mark.parametrize("name", KERNELS)
 def test_arviz_and_predictive(name):
     mcmc = run(KERNELS[name](model), num_chains=2)
-    idata = az.from_numpyro(mcmc)
-    assert idata.posterior["x"].shape == (2, 20, N, D)
-    assert "y" in idata.log_likelihood
+    idata = az.from_numpyro(mcmc, log_likelihood=True)  # not by default from ArviZ 1.0 on
+    assert idata["posterior"]["x"].shape == (2, 20, N, D)
+    assert "y" in idata["log_likelihood"]
     predictive = Predictive(model, mcmc.get_samples())
     assert predictive(jax.random.key(1), PRIOR)["y"].shape == (40, N, D)
 
