@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 def test_digits(tmp_path):
     args = digits.parse_args(
-        "--num-images 96 --num-iterations 2 --num-sgd-steps 8 --judge-every 1 --width 16"
-        f" --clean-rounds 1 --num-judged 16 --num-samples 20 --output {tmp_path}".split()
+        "--num-images 96 --num-iterations 2 --num-sgd-steps 8 --width 16 --clean-rounds 1"
+        f" --num-judged 16 --num-samples 20 --output {tmp_path}".split()
     )
     result = digits.main(args)
     assert set(result["table"]) == {"Gaussian", "learned", "clean"}
