@@ -106,14 +106,8 @@ def guided(guidance, num_particles=1):
     return draw
 
 
-def particle_gibbs(rng_key, problem, args, num_chains=50, num_warmup=10, num_particles=16):
-    """Chains of conditional SMC."""
-    kernel = ndp.ParticleGibbs(
-        model,
-        num_particles=num_particles,
-        sampler=ndp.MultistepSDE(args.num_steps),
-        guidance=ndp.MMPS(),
-    )
+def run_chains(kernel, rng_key, problem, args, num_warmup, extra_fields=(), num_chains=50):
+    """Run a kernel; its draws, its extra fields and its updates per draw, warm-up included."""
     num_samples = args.num_samples // num_chains
     mcmc = MCMC(
         kernel,
@@ -123,28 +117,30 @@ def particle_gibbs(rng_key, problem, args, num_chains=50, num_warmup=10, num_par
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.run(rng_key, *arguments(problem))
-    updates = (num_warmup + num_samples) / num_samples
-    return mcmc.get_samples()["x"], round((num_particles + 1) * args.num_steps * updates)
+    mcmc.run(rng_key, *arguments(problem), extra_fields=extra_fields)
+    return (
+        mcmc.get_samples()["x"],
+        mcmc.get_extra_fields(),
+        (num_warmup + num_samples) / num_samples,
+    )
 
 
-def nuts(rng_key, problem, args, num_chains=50, num_warmup=100):
+def particle_gibbs(rng_key, problem, args, num_particles=16):
+    """Chains of conditional SMC."""
+    sampler = ndp.MultistepSDE(args.num_steps)
+    kernel = ndp.ParticleGibbs(
+        model, num_particles=num_particles, sampler=sampler, guidance=ndp.MMPS()
+    )
+    x, _, updates = run_chains(kernel, rng_key, problem, args, num_warmup=10)
+    return x, round((num_particles + 1) * args.num_steps * updates)
+
+
+def nuts(rng_key, problem, args):
     """Chains of NUTS in the space of the deterministic sampler's noise."""
     config = {"x": ndp.DiffusionReparam(args.num_steps)}
     kernel = NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=6)
-    num_samples = args.num_samples // num_chains
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(rng_key, *arguments(problem), extra_fields=("num_steps",))
-    leapfrogs = float(mcmc.get_extra_fields()["num_steps"].mean())
-    updates = (num_warmup + num_samples) / num_samples
-    return mcmc.get_samples()["x"], round(leapfrogs * args.num_steps * updates)
+    x, fields, updates = run_chains(kernel, rng_key, problem, args, 100, ("num_steps",))
+    return x, round(float(fields["num_steps"].mean()) * args.num_steps * updates)
 
 
 METHODS = {
