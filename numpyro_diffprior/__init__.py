@@ -23,11 +23,13 @@ from numpyro_diffprior.guidance import (
     CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
+    Piecewise,
     PiGDM,
+    Tempered,
     TweedieCovariance,
     UnitCovariance,
 )
-from numpyro_diffprior.introspect import Moments, gaussian_moments
+from numpyro_diffprior.introspect import mask_priors
 from numpyro_diffprior.kernels import MMPSKernel, MMPSState, ParticleGibbs, ParticleGibbsState
 from numpyro_diffprior.linalg import (
     Covariance,
@@ -36,6 +38,7 @@ from numpyro_diffprior.linalg import (
     DiagonalPlusLowRank,
     Isotropic,
 )
+from numpyro_diffprior.moments import Moments, gaussian_moments
 from numpyro_diffprior.nets import MLP, UNet
 from numpyro_diffprior.posterior import PosteriorSamples, sample_posterior
 from numpyro_diffprior.reparam import DiffusionReparam
@@ -94,8 +97,10 @@ __all__ = [
     "ParticleGibbs",
     "ParticleGibbsState",
     "PiGDM",
+    "Piecewise",
     "PosteriorSamples",
     "PredictorCorrector",
+    "Tempered",
     "TweedieCovariance",
     "UNet",
     "UnitCovariance",
@@ -104,6 +109,7 @@ __all__ = [
     "fit_denoiser",
     "gaussian_moments",
     "log_evidence",
+    "mask_priors",
     "measure_error",
     "metrics",
     "sample_posterior",

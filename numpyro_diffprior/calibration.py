@@ -19,15 +19,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
+import xarray as xr
 from numpyro import handlers
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import Model, bind, fix_plates, read_latent, read_likelihood
+from numpyro_diffprior.introspect import Model, bind, fix_plates, read_latent
 from numpyro_diffprior.metrics import sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.posterior import (
     StaticArguments,
     merge_arguments,
@@ -45,7 +48,7 @@ class Calibration(NamedTuple):
 
     Attributes:
         ranks: The number of draws below the truth, element by element, integers with shape
-            ``(num_simulations, *batch, *event)``.
+            ``(num_simulations, *batch, *event)``; ties are broken at random.
         distance_ranks: The number of draws closer than the truth to the truth of another
             simulation, integers with shape ``(num_simulations, *batch)``.
         num_samples: The number of draws per simulation.
@@ -81,7 +84,26 @@ class Calibration(NamedTuple):
 
     def pit(self) -> dict[str, jax.Array]:
         """Return probability integral transforms, uniform on (0, 1): for plots of their ECDF."""
-        return {name: (rank + 0.5) / (self.num_samples + 1) for name, rank in self.ranks.items()}
+        return {name: self._transform(rank) for name, rank in self.ranks.items()}
+
+    def to_datatree(self) -> xr.DataTree:
+        """Return the group ``prior_sbc`` that ArviZ's ``plot_ecdf_pit`` takes and simuk makes.
+
+        Its values are `pit`, by site, and those of ``{site}_distance``; its dimensions are
+        ``chain`` (one), ``draw`` (the simulations) and a site's own.
+        """
+        data = self.pit() | {
+            f"{name}_distance": self._transform(rank) for name, rank in self.distance_ranks.items()
+        }
+        arrays = {}
+        for name, value in data.items():
+            dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.ndim - 1)))
+            coords = {dim: np.arange(size) for dim, size in zip(dims, (1, *value.shape))}
+            arrays[name] = xr.DataArray(np.asarray(value)[None], coords, dims)
+        return xr.DataTree.from_dict({"prior_sbc": xr.Dataset(arrays)})
+
+    def _transform(self, rank: jax.Array) -> jax.Array:
+        return (rank + 0.5) / (self.num_samples + 1)
 
     def _test(self, ranks: dict[str, jax.Array], num_bins: int) -> dict[str, jax.Array]:
         test = partial(sbc_uniformity_pvalue, num_draws=self.num_samples, num_bins=num_bins)
@@ -91,7 +113,7 @@ class Calibration(NamedTuple):
 def calibrate(
     rng_key: jax.Array,
     model: Model,
-    prior: DiffusionPrior,
+    prior: DiffusionPrior | Mapping[str, DiffusionPrior],
     *args: Any,
     num_simulations: int = 200,
     num_samples: int = 79,
@@ -140,7 +162,7 @@ def calibrate(
         )
     bound = bind(model, (prior, *args), kwargs)
     sites = _read_sites(bound)
-    key_simulate, key_draw = jax.random.split(rng_key)
+    key_simulate, key_draw, key_ties = jax.random.split(rng_key, 3)
     arguments = split_arguments(((prior, *args), kwargs))
     truth, data = _simulate(
         jax.random.split(key_simulate, num_simulations), *arguments, model, sites
@@ -149,7 +171,7 @@ def calibrate(
     if kernel is None:
         latent = read_latent(bound)
         read_likelihood(bound, latent)  # errors before anything is compiled
-        settings = resolve_settings(prior, num_particles, sampler, guidance)
+        settings = resolve_settings(latent.prior, num_particles, sampler, guidance)
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             draws = sample_blocks(
@@ -161,7 +183,7 @@ def calibrate(
                 num_draws=num_samples,
                 batch_size=max(max_batch_size, prod(latent.plate_sizes)),  # whole plates
             )
-            return {latent.name: draws.x}
+            return draws.samples
     else:
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,7 +202,10 @@ def calibrate(
 
     keys = jax.random.split(key_draw, num_simulations)
     samples = _draw(keys, data, *arguments, draw)
-    ranks = {name: sbc_ranks(samples[name], truth[name]) for name in truth}
+    ranks = {
+        name: sbc_ranks(samples[name], truth[name], rng_key=key)
+        for name, key in zip(truth, jax.random.split(key_ties, len(truth)), strict=True)
+    }
     distance_ranks = {
         name: _distance_ranks(samples[name], truth[name], event_dim)
         for name, event_dim in sites.event_dims
@@ -220,9 +245,7 @@ def _read_sites(bound: Callable[[], Any]) -> _Sites:
 def _condition(model: Model) -> Model:
     """Return the model with the values of its observed sites as second argument."""
 
-    def conditioned(
-        prior: DiffusionPrior, data: Mapping[str, jax.Array], *args: Any, **kwargs: Any
-    ) -> Any:
+    def conditioned(prior: Any, data: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
         with handlers.condition(data=dict(data)):
             return model(prior, *args, **kwargs)
 

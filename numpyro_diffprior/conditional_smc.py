@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.guidance import GuidedDenoiser
 from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.proposals import Cloud, propose, take
 from numpyro_diffprior.samplers import Levels, Sampler
 from numpyro_diffprior.smc import (
-    Cloud,
     Draws,
     Progress,
     Settings,
@@ -38,8 +38,6 @@ from numpyro_diffprior.smc import (
     assess,
     begin,
     finish,
-    propose,
-    take,
     watch,
 )
 
@@ -117,28 +115,25 @@ def update_path(
 
     def body(
         progress: Progress, inputs: tuple[jax.Array, Levels, _Future]
-    ) -> tuple[Progress, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[Progress, _Moved]:
         key, level, future = inputs
         return _advance(key, posterior, sampler, progress, level, future)
 
     keys = jax.random.split(key_scan, sampler.num_steps - 1)
     start = begin(x_t, len(denoiser.event_shape))
-    (cloud, log_weight, stats), history = jax.lax.scan(body, start, (keys, levels, futures))
+    (cloud, log_weight, stats), moved = jax.lax.scan(body, start, (keys, levels, futures))
     x = denoiser(cloud.x_t, sigmas[-1])
     log_weight = log_weight + likelihood.log_prob(x)
     chosen = jax.random.categorical(key_last, log_weight, axis=0)
 
-    def trace_back(
-        index: jax.Array, inputs: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        x_s, ancestor = inputs
-        return take(ancestor, index[None])[0], take(x_s, index[None])[0]
+    def trace_back(index: jax.Array, moved: _Moved) -> tuple[jax.Array, jax.Array]:
+        return take(moved.ancestor, index[None])[0], take(moved.x_s, index[None])[0]
 
-    first, rest = jax.lax.scan(trace_back, chosen, history, reverse=True)
+    first, rest = jax.lax.scan(trace_back, chosen, moved, reverse=True)
     new_path = jnp.concatenate([take(x_t, first[None]), rest])
     event_axes = tuple(range(-len(denoiser.event_shape), 0))
     updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
-    draws = finish(stats, x, log_weight, chosen)
+    draws = finish(stats, likelihood, x, log_weight, chosen, moved.ess)
     return PathDraw(new_path, draws, updated.astype(x_t.dtype))
 
 
@@ -152,6 +147,14 @@ class _Future(NamedTuple):
     goes_on: jax.Array
 
 
+class _Moved(NamedTuple):
+    """What a level leaves: the particles there, whence they came, and how many were effective."""
+
+    x_s: jax.Array
+    ancestor: jax.Array
+    ess: jax.Array
+
+
 def _advance(
     rng_key: jax.Array,
     posterior: GuidedDenoiser,
@@ -159,38 +162,34 @@ def _advance(
     progress: Progress,
     levels: Levels,
     future: _Future,
-) -> tuple[Progress, tuple[jax.Array, jax.Array]]:
+) -> tuple[Progress, _Moved]:
     """Move all particles one level down, the first along the retained path."""
     previous, untwisted, stats = progress
     event_axes = tuple(range(-len(posterior.event_shape), 0))
-    key_free, key_past, key_noise = jax.random.split(rng_key, 3)
-    guided = posterior.guide(previous.x_t, levels.current)
-    proposal = propose(sampler, guided, previous, levels)
-    log_weight = untwisted + guided.log_twist
+    key_free, key_past, key_move = jax.random.split(rng_key, 3)
+    step = propose(posterior, sampler, previous, levels)
+    mean, tau = step.proposal.mean, step.proposal.tau
+    log_weight = untwisted + step.proposal.log_twist
 
     def log_transition(x: jax.Array, mean: jax.Array, tau: jax.Array) -> jax.Array:
         return -0.5 * jnp.sum(((x - mean) / tau) ** 2, axis=event_axes)
 
-    x_tilde = sampler.extrapolate(future.x_hat_s, guided.x_hat, future.levels)
+    x_tilde = sampler.extrapolate(future.x_hat_s, step.x_hat, future.levels)
     mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
-    log_past = untwisted + log_transition(future.x_s, proposal.mean, proposal.tau)
+    log_past = untwisted + log_transition(future.x_s, mean, tau)
     # Without extrapolation the factor is the same for all pasts.
     log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
 
-    degenerate, stats = assess(watch(stats, guided), log_weight)
+    degenerate, ess, stats = assess(watch(stats, step), log_weight)
     num_free = len(log_weight) - 1
     free = jax.random.categorical(
         key_free, log_weight, axis=0, shape=(num_free, *degenerate.shape)
     )
     past = jax.random.categorical(key_past, log_past, axis=0)
     index = ancestors(degenerate, jnp.concatenate([past[None], free]))
-    mean_y, shift, x_hat, x_hat_y, log_twist = jax.tree.map(
-        lambda leaf: take(leaf, index),
-        (proposal.mean_y, proposal.shift, guided.x_hat, guided.x_hat_y, guided.log_twist),
-    )
-    noise = jax.random.normal(key_noise, mean_y.shape, mean_y.dtype)
-    noise = noise.at[0].set((future.x_s - mean_y[0]) / proposal.tau)
-    x_s = (mean_y + proposal.tau * noise).at[0].set(future.x_s)
-    ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
-    log_weight = jnp.where(degenerate, 0, log_weight) + ratio - log_twist
-    return Progress(Cloud(x_s, x_hat, x_hat_y), log_weight, stats), (x_s, index)
+    proposal = step.proposal.take(index)
+    x_s = proposal.draw(key_move).at[0].set(future.x_s)
+    log_weight = jnp.where(degenerate, 0, log_weight)
+    log_weight = log_weight + proposal.log_ratio(x_s) - proposal.log_twist
+    cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
+    return Progress(cloud, log_weight, stats), _Moved(x_s, index, ess)

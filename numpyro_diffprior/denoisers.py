@@ -15,26 +15,43 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
-from numpyro_diffprior.linalg import Covariance, Dense, Isotropic
+from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Isotropic, Repeated
 
-__all__ = ["Denoiser", "GaussianDenoiser", "MixtureDenoiser", "Network", "NetworkDenoiser"]
+__all__ = [
+    "ConditionedDenoiser",
+    "Denoiser",
+    "GaussianDenoiser",
+    "MixtureDenoiser",
+    "Network",
+    "NetworkDenoiser",
+    "PlateDenoiser",
+    "ProductDenoiser",
+]
 
 
 class Network(Protocol):
-    """What `NetworkDenoiser` needs of a network; `numpyro_diffprior.nets` has two."""
+    """What `NetworkDenoiser` needs of a network; `numpyro_diffprior.nets` has two.
 
-    event_shape: tuple[int, ...]
+    A network with an attribute ``context_shape`` that is not None is called with contexts as third
+    argument, of shape ``(batch, *context_shape)``.
+    """
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one event."""
+        ...
 
     def __call__(
         self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
@@ -73,6 +90,47 @@ class Denoiser(ABC):
 
     mean: jax.Array
     cov: Covariance
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """The shape of a context that the denoiser waits for (see `condition`), or None."""
+        return None
+
+    def condition(self, context: ArrayLike) -> "ConditionedDenoiser":
+        """Return the denoiser of the prior given a context: a label, a redshift.
+
+        Args:
+            context: Contexts, with shape ``(*batch, *context_shape)``; their batch axes go with
+                the last ones of the events'.
+
+        Raises:
+            ValueError: If the denoiser waits for no context, or one of another shape.
+        """
+        shape = self.context_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a denoiser that waits for a context; give its "
+                "network a `context_shape`, as in MLP((2,), context_shape=(3,), rngs=rngs)."
+            )
+        context = jnp.asarray(context, self.dtype)
+        if context.shape[max(context.ndim - len(shape), 0) :] != shape:
+            raise ValueError(
+                f"{type(self).__name__}: expected contexts of shape {shape} in the last axes, got "
+                f"an array of shape {context.shape}."
+            )
+        return ConditionedDenoiser(self, context)
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return where the prior lies, seen from the highest noise level: ``(*batch, *event)``."""
+        return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
+        """Return the contexts of a batch of events, ``(n, *context_shape)``, or None."""
+        return None
+
+    def at(self, contexts: jax.Array | None) -> "Denoiser":
+        """Return the denoiser at others of its `contexts`."""
+        return self
 
     @abstractmethod
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
@@ -226,6 +284,159 @@ class MixtureDenoiser(Denoiser):
         return x_hat.reshape(x_t.shape)
 
 
+@_register
+@dataclass(frozen=True, eq=False)
+class ProductDenoiser(Denoiser):
+    """The denoiser of independent events as one: the sources of a sum, say.
+
+    Its events are vectors: those of the parts one after the other, flattened, each in units of its
+    own prior's scale, so that the parts share one sequence of noise levels whatever their units.
+
+    Args:
+        parts: The denoisers of the parts.
+    """
+
+    parts: tuple[Denoiser, ...]
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        values = zip(self.parts, self.split(x_t), strict=True)
+        return self.join([part(x, sigma * part.scale) for part, x in values])
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return self.join([part.mean for part in self.parts])
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance, block diagonal."""
+        return Blocks(tuple(part.cov.scale(part.scale**-2) for part in self.parts))
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Average the parts' ratios over the elements; see `Denoiser.error_ratio`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        weighted = [part.event_size * part.error_ratio(sigma * part.scale) for part in self.parts]
+        return sum(weighted[1:], start=weighted[0]) / self.event_size
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the parts' locations, joined."""
+        return self.join([part.location(batch_shape) for part in self.parts])
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Return the parts of events, each with shape ``(*batch, *event)`` and in its units."""
+        ends = np.cumsum([part.event_size for part in self.parts])[:-1]
+        return tuple(
+            part.scale * value.reshape(*x.shape[:-1], *part.event_shape)
+            for part, value in zip(self.parts, jnp.split(x, ends, axis=-1), strict=True)
+        )
+
+    def join(self, values: Sequence[jax.Array]) -> jax.Array:
+        """Undo `split`."""
+        flat = [
+            _flatten(value / part.scale, part.event_shape)
+            for part, value in zip(self.parts, values, strict=True)
+        ]
+        return jnp.concatenate(flat, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PlateDenoiser(Denoiser):
+    """The denoiser of a whole plate as one event, where observations couple its elements.
+
+    Args:
+        part: The denoiser of an element.
+        batch_shape: The shape of the plate.
+    """
+
+    part: Denoiser
+    batch_shape: tuple[int, ...] = field(metadata={"static": True})
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        return self.part(x_t, _align(sigma, self.batch_shape))
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance, block diagonal."""
+        return Repeated(self.part.cov, prod(self.batch_shape))
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Return the elements' ratio; see `Denoiser.error_ratio`."""
+        return self.part.error_ratio(sigma)
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the elements' locations."""
+        return self.part.location((*batch_shape, *self.batch_shape))
+
+
+@_register
+@dataclass(frozen=True, eq=False)
+class ConditionedDenoiser(Denoiser):
+    """The denoiser of a conditional prior at given contexts; see `Denoiser.condition`.
+
+    Mean, covariance and errors are those over all contexts.
+
+    Args:
+        part: The denoiser that waits for a context.
+        context: Contexts, with shape ``(*batch, *context_shape)``.
+    """
+
+    part: Denoiser
+    context: jax.Array
+
+    def __call__(
+        self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
+        part: Any = self.part
+        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
+        return part(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the contexts of a batch of events, ``(n, *context_shape)``."""
+        shape = self.context.shape[len(self.batch_shape) :]
+        return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
+
+    def at(self, contexts: jax.Array | None) -> Denoiser:
+        """Return the denoiser at others of its contexts."""
+        assert contexts is not None
+        return self.part.condition(contexts)
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return self.part.mean
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance."""
+        return self.part.cov
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the means given the contexts, which in so much noise is what the network sees."""
+        means = self(super().location(self.batch_shape), self.sigma_max)
+        return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch of contexts."""
+        ndim = len(self.part.context_shape or ())
+        return self.context.shape[: self.context.ndim - ndim]
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Return the ratio over all contexts; see `Denoiser.error_ratio`."""
+        return self.part.error_ratio(sigma)
+
+
 # Of one size, so that measuring them does not change the shapes of a compiled prior.
 _NUM_RATIOS = 32
 
@@ -290,10 +501,26 @@ class NetworkDenoiser(Denoiser):
         ratios = jnp.ones(_NUM_RATIOS, dtype) if error_ratios is None else error_ratios
         _set(self, net=net, base=base, error_ratios=jnp.asarray(ratios, dtype), **summary)
 
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """The shape of the network's contexts, if it has any."""
+        return getattr(self.net, "context_shape", None)
+
     def __call__(
-        self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
+        self,
+        x_t: jax.Array,
+        sigma: jax.Array | float,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
+        """Return the conditional mean; with ``rngs``, in training mode (dropout).
+
+        Contexts have shape ``(n, *context_shape)``, one for each of the events in their order.
+
+        Raises:
+            ValueError: If the network waits for a context that is not given; see `condition`.
+        """
         batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
         sigma = jnp.asarray(sigma, self.dtype)
         level = _align(sigma, self.event_shape)
@@ -303,8 +530,20 @@ class NetworkDenoiser(Denoiser):
         noise = jnp.log(sigma / scale) / 4
         if noise.ndim:
             noise = jnp.broadcast_to(noise, batch_shape)
-        net_out = self.net(net_in, noise.reshape(-1), rngs=rngs).reshape(x_t.shape)
+        contexts = self._check_context(context)
+        net_out = self.net(net_in, noise.reshape(-1), *contexts, rngs=rngs).reshape(x_t.shape)
         return self.base(x_t, sigma) + c_in * scale * level * net_out
+
+    def _check_context(self, context: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Return what the network is called with beside events and noise levels."""
+        if self.context_shape is None:
+            return ()
+        if context is None:
+            raise ValueError(
+                "NetworkDenoiser: the network waits for a context of shape "
+                f"{self.context_shape}; say which, as in `prior.condition(context)`."
+            )
+        return (context,)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
         """Interpolate the measured ratios; see `Denoiser.error_ratio`."""

@@ -23,7 +23,7 @@ from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
-from numpyro_diffprior.denoisers import Denoiser
+from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
 from numpyro_diffprior.samplers import MultistepSDE, Sampler, flow_log_prob
 from numpyro_diffprior.serialization import load_denoiser, save_denoiser
 
@@ -36,9 +36,10 @@ _NUM_PROBES = 16
 class DiffusionPrior(Distribution):
     r"""The distribution over events that a denoiser defines.
 
-    A prior has no batch shape of its own: plates and ``expand`` repeat it. It is a pytree whose
-    leaves are the denoiser's arrays, so that functions compiled for one prior run with the new
-    weights of another; sampler and limits are static.
+    A prior has no batch shape of its own: plates and ``expand`` repeat it; one that is conditioned
+    (`condition`) has that of its contexts. It is a pytree whose leaves are the denoiser's arrays,
+    so that functions compiled for one prior run with the new weights of another; sampler and
+    limits are static.
 
     `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
     The same key gives the same draws; with another ``max_batch_size`` they are other draws.
@@ -96,7 +97,8 @@ class DiffusionPrior(Distribution):
         self.sampler = sampler
         self.num_probes = num_probes
         self.max_batch_size = max_batch_size
-        super().__init__((), tuple(denoiser.event_shape), validate_args=validate_args)
+        batch_shape = denoiser.batch_shape if isinstance(denoiser, ConditionedDenoiser) else ()
+        super().__init__(batch_shape, denoiser.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -111,16 +113,56 @@ class DiffusionPrior(Distribution):
 
         Exact for analytic denoisers, and as good as the fit for learned ones.
         """
-        return self.denoiser.mean
+        return self._repeat(self.denoiser.mean)
 
     @property
     def variance(self) -> jax.Array:
-        """The variances of the denoiser's Gaussian summary, with the shape of an event."""
-        return self.denoiser.cov.diagonal().reshape(jnp.shape(self.denoiser.mean))
+        """The variances of the denoiser's Gaussian summary."""
+        return self._repeat(self.denoiser.cov.diagonal().reshape(jnp.shape(self.denoiser.mean)))
+
+    def condition(self, context: ArrayLike) -> "DiffusionPrior":
+        """Return the prior given a context, of a denoiser whose network has a ``context_shape``.
+
+        A model says what belongs to an element of a plate, and passes it by `numpyro.subsample`.
+        A context may be another site of the model; a kernel that samples it, NUTS say, then asks
+        for `log_prob` (do not `mask_priors`).
+
+        Args:
+            context: Contexts, with shape ``(*batch, *context_shape)``; ``batch`` is the batch
+                shape of the prior returned.
+
+        Raises:
+            ValueError: If the prior's network has no contexts, or those of another shape.
+
+        Example:
+            >>> import jax.numpy as jnp, numpyro
+            >>> from flax import nnx
+            >>> from numpyro_diffprior import MLP, NetworkDenoiser
+            >>> net = MLP((2,), context_shape=(3,), rngs=nnx.Rngs(0))
+            >>> prior = DiffusionPrior(NetworkDenoiser(net))
+            >>> def model(prior, label):
+            ...     with numpyro.plate("events", len(label)):
+            ...         label = numpyro.subsample(label, event_dim=1)
+            ...         return numpyro.sample("x", prior.condition(label))
+            >>> prior.condition(jnp.eye(3)).batch_shape
+            (3,)
+        """
+        return self.replace_denoiser(self.denoiser.condition(context))
+
+    def replace_denoiser(self, denoiser: Denoiser) -> "DiffusionPrior":
+        """Return a prior with another denoiser, and sampler and limits as they are."""
+        return DiffusionPrior(
+            denoiser,
+            sampler=self.sampler,
+            num_probes=self.num_probes,
+            max_batch_size=self.max_batch_size,
+            validate_args=self._validate_args,
+        )
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        """Draw independent events, with shape ``(*sample_shape, *event)``."""
-        return _sample(key, self.denoiser, self.sampler, tuple(sample_shape), self.max_batch_size)
+        """Draw independent events, with shape ``(*sample_shape, *batch, *event)``."""
+        shape = (*sample_shape, *self.batch_shape)
+        return _sample(key, self.denoiser, self.sampler, shape, self.max_batch_size)
 
     @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
@@ -137,6 +179,8 @@ class DiffusionPrior(Distribution):
             ValueError: If the last axes of ``value`` are not an event's.
         """
         x, size = self._events(value), prod(self.event_shape)
+        batch_shape = jnp.broadcast_shapes(x.shape[: x.ndim - self.event_dim], self.batch_shape)
+        x = jnp.broadcast_to(x, (*batch_shape, *self.event_shape))
         default = size if size <= _MAX_EXACT else _NUM_PROBES
         num_probes = default if self.num_probes is None else self.num_probes
         exact = num_probes >= size
@@ -203,6 +247,10 @@ class DiffusionPrior(Distribution):
             validate_args=validate_args,
         )
 
+    def _repeat(self, x: jax.Array) -> jax.Array:
+        """Repeat for all contexts."""
+        return jnp.broadcast_to(x, (*self.batch_shape, *jnp.shape(x)))
+
     def _events(self, x: ArrayLike) -> jax.Array:
         shape = jnp.shape(x)
         if shape[max(len(shape) - self.event_dim, 0) :] != self.event_shape:
@@ -219,19 +267,24 @@ def _sample(
     rng_key: jax.Array,
     denoiser: Denoiser,
     sampler: Sampler,
-    sample_shape: tuple[int, ...],
+    batch_shape: tuple[int, ...],
     max_batch_size: int,
 ) -> jax.Array:
-    num = prod(sample_shape)
+    num = prod(batch_shape)
     if num == 0:
-        return jnp.zeros((*sample_shape, *denoiser.event_shape), denoiser.dtype)
+        return jnp.zeros((*batch_shape, *denoiser.event_shape), denoiser.dtype)
     num_chunks, size = _chunks(num, max_batch_size)
     if num_chunks == 1:
-        return sampler.sample(rng_key, denoiser, sample_shape)
-    keys = jax.random.split(rng_key, num_chunks)
-    draws = jax.lax.map(lambda key: sampler.sample(key, denoiser, (size,)), keys)
+        return sampler.sample(rng_key, denoiser, batch_shape)
+
+    def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        key, contexts = inputs
+        return sampler.sample(key, denoiser.at(contexts), (size,))
+
+    contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
+    draws = jax.lax.map(chunk, (jax.random.split(rng_key, num_chunks), contexts))
     draws = draws.reshape(num_chunks * size, *denoiser.event_shape)[:num]
-    return draws.reshape(*sample_shape, *denoiser.event_shape)
+    return draws.reshape(*batch_shape, *denoiser.event_shape)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -246,12 +299,16 @@ def _log_prob(
     num_chunks, size = _chunks(num, max_batch_size)
     if num_chunks == 1:
         return flow_log_prob(denoiser, x, num_probes=num_probes)
-    x = x.reshape(num, *event_shape)
-    # The chunks are filled up with events that are there, for these are known to be finite.
-    x = jnp.concatenate([x, x[: num_chunks * size - num]])
+
     # Checkpointed: the gradient keeps the intermediate values of one chunk, not of all.
-    chunk_log_prob = jax.checkpoint(lambda c: flow_log_prob(denoiser, c, num_probes=num_probes))
-    log_probs = jax.lax.map(chunk_log_prob, x.reshape(num_chunks, size, *event_shape))
+    @jax.checkpoint
+    def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        x, contexts = inputs
+        return flow_log_prob(denoiser.at(contexts), x, num_probes=num_probes)
+
+    x = x.reshape(num, *event_shape)
+    contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
+    log_probs = jax.lax.map(chunk, (_cut(x, num_chunks, size), contexts))
     return log_probs.reshape(-1)[:num].reshape(batch_shape)
 
 
@@ -259,6 +316,14 @@ def _chunks(num: int, max_batch_size: int) -> tuple[int, int]:
     """Return number and size of the fewest chunks, as even as can be."""
     num_chunks = -(-num // max_batch_size)
     return num_chunks, -(-num // num_chunks)
+
+
+def _cut(x: jax.Array | None, num_chunks: int, size: int) -> jax.Array | None:
+    """Cut into chunks, filled up with elements that are there, which are known to be finite."""
+    if x is None:
+        return None
+    x = jnp.concatenate([x, x[: num_chunks * size - len(x)]])
+    return x.reshape(num_chunks, size, *x.shape[1:])
 
 
 def _check_denoiser(denoiser: Denoiser) -> None:

@@ -5,6 +5,11 @@ from their posteriors under the current prior; the M-step fits the denoiser to t
 first prior is the Gaussian of greatest marginal likelihood, in closed form where the model is
 linear and Gaussian; an untrained `NetworkDenoiser` is exactly that Gaussian.
 
+A model may have several priors, passed as a dict: of a sum of sources, say. All sites are drawn
+together, and each prior learns from the draws of its sites; priors without a network stay as they
+are. Sites of ``numpyro.param`` (a noise level, a gain) are learned beside the priors: the M-step
+raises the observed sites' expected log-density over them too.
+
 Draws are renewed often and the network takes few steps between: long M-steps on fixed draws
 over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.posterior`); with one
 particle, an E-step is the paper's. The log-evidence of observations that were kept out tells which
@@ -17,62 +22,99 @@ References:
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from tqdm.auto import trange
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import (
+    ConditionedDenoiser,
+    Denoiser,
+    GaussianDenoiser,
+    NetworkDenoiser,
+)
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
-from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
+from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
 from numpyro_diffprior.linalg import Covariance, empirical_gaussian
 from numpyro_diffprior.metrics import sliced_wasserstein
-from numpyro_diffprior.posterior import resolve_settings, sample_blocks
-from numpyro_diffprior.samplers import Sampler
+from numpyro_diffprior.observations import read_likelihood
+from numpyro_diffprior.params import fit_params, init_params, with_params
+from numpyro_diffprior.posterior import (
+    PosteriorSamples,
+    bind_whole_plates,
+    read_whole_plates,
+    resolve_settings,
+    sample_blocks,
+)
+from numpyro_diffprior.samplers import MultistepSDE, Sampler
 from numpyro_diffprior.schedules import LogNormal, NoiseDistribution
-from numpyro_diffprior.smc import Draws
 from numpyro_diffprior.training import TrainState, init_training, measure_error, train
 
-__all__ = ["EM", "EMMetrics", "EMResult", "EMState"]
+__all__ = ["EM", "EMMetrics", "EMResult", "EMState", "Sites"]
 
 
 class EMState(NamedTuple):
     """The state of `EM`, a pytree.
 
+    With a dict of priors, ``prior``, ``training`` and ``initial`` are dicts as well, the latter
+    two of those with a network.
+
     Attributes:
         prior: The current prior, from which the next E-step draws.
         training: The state of the M-step.
         initial: The untrained denoiser, from which cold M-steps start.
-        draws: The last E-step's draws, with shape ``(num_draws, *batch, *event)``.
+        params: The values of the model's ``numpyro.param`` sites, by name.
+        params_opt_state: The state of their optimiser.
+        draws: The last E-step's draws by site, with shape ``(num_draws, *batch, *event)``.
         rng_key: The random key of the next iteration.
         num_iterations: How many iterations were made.
+        sites: Which prior governs which site.
     """
 
-    prior: DiffusionPrior
-    training: TrainState
-    initial: NetworkDenoiser
-    draws: jax.Array
+    prior: Any
+    training: Any
+    initial: Any
+    params: dict[str, jax.Array]
+    params_opt_state: optax.OptState
+    draws: dict[str, jax.Array]
     rng_key: jax.Array
     num_iterations: int
+    sites: "Sites"
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Sites:
+    """The diffusion sites of a model, static.
+
+    Attributes:
+        keys: The priors' names in their dict by site (None for a prior that is not in one).
+    """
+
+    keys: tuple[tuple[str, str | None], ...]
 
 
 class EMMetrics(NamedTuple):
     """What iterations report: scalars of one, or arrays of shape ``(num_iterations,)`` of a run.
 
     Attributes:
-        loss: The mean training loss of the M-step.
-        sliced_wasserstein: The distance between this E-step's draws and the last one's.
+        loss: The mean training loss of the M-step, over the priors.
+        sliced_wasserstein: The distance between this E-step's draws and the last one's, the mean
+            over the sites.
         residual: The mean relative residual of guidance's solves.
         num_truncated: The mean number of directions that guidance left out.
         ess: The mean over the draws of the lowest effective number of particles.
         num_resamplings: The mean number of resamplings per draw.
         log_evidence: The mean log-evidence per event (NaN with one particle).
+        chi_square: The mean squared residual of the draws in deviations of the noise.
         e_step_seconds: The time of the E-step.
         m_step_seconds: The time of the M-step.
         heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
@@ -86,6 +128,7 @@ class EMMetrics(NamedTuple):
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
+    chi_square: jax.Array
     e_step_seconds: jax.Array
     m_step_seconds: jax.Array
     heldout_log_evidence: jax.Array
@@ -101,20 +144,24 @@ class EMResult(NamedTuple):
         history: The iterations' metrics.
         best: The prior of the iteration with the largest held-out log-evidence; without held-out
             events the last.
+        params: The values of the model's ``numpyro.param`` sites, of the last iteration.
+        best_params: Those of the iteration of ``best``.
     """
 
-    prior: DiffusionPrior
+    prior: Any
     state: EMState
     history: EMMetrics
-    best: DiffusionPrior
+    best: Any
+    params: dict[str, jax.Array]
+    best_params: dict[str, jax.Array]
 
 
 class EM:
     """Fit the diffusion prior of a model to the model's observations.
 
     The interface is that of `numpyro.infer.SVI`: `init`, `update`, `run`. The model takes the
-    prior as its first argument and has the prior's site in a plate; what belongs to the plate's
-    elements it passes through `numpyro.subsample`.
+    prior (or a dict of priors) as its first argument and has the prior's site in a plate; what
+    belongs to the plate's elements it passes through `numpyro.subsample`.
 
     Args:
         model: A NumPyro model.
@@ -125,7 +172,7 @@ class EM:
         num_draws: Draws per event of the E-step.
         sampler: The E-step's sampler (default: the prior's).
         guidance: The E-step's guidance (default: `MMPS` with the Gaussian covariance of the
-            current draws, with Tweedie's for one particle).
+            current draws, guided by the network; with Tweedie's covariance for one particle).
         noise: The training distribution of noise levels.
         ema_decay: The decay of the average of the weights.
         use_average: Whether E-steps (and the result) use averaged weights.
@@ -133,6 +180,8 @@ class EM:
         reset_optimizer: Whether an M-step starts with a new state of the optimiser.
         num_gaussian_iterations: The number of iterations of the first, Gaussian fit.
         rank: The rank of Gaussian covariances of large events.
+        params_optimizer: The optimiser of ``numpyro.param`` sites, where they are not constrained.
+        num_params_steps: Its steps at each iteration, on minibatches of ``batch_size`` events.
     """
 
     def __init__(
@@ -153,7 +202,12 @@ class EM:
         reset_optimizer: bool = False,
         num_gaussian_iterations: int = 32,
         rank: int | None = None,
+        params_optimizer: optax.GradientTransformation = optax.adam(0.03),
+        num_params_steps: int = 32,
     ) -> None:
+        if guidance is None and num_particles > 1:
+            # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
+            guidance = MMPS(GaussianCovariance())
         self.model = model
         self.optimizer = optimizer
         self.num_sgd_steps = num_sgd_steps
@@ -169,51 +223,69 @@ class EM:
         self.reset_optimizer = reset_optimizer
         self.num_gaussian_iterations = num_gaussian_iterations
         self.rank = rank
+        self.params_optimizer = params_optimizer
+        self.num_params_steps = num_params_steps
+        self._model = with_params(model)
 
-    def init(
-        self, rng_key: jax.Array, prior: DiffusionPrior, *args: Any, **kwargs: Any
-    ) -> EMState:
+    def init(self, rng_key: jax.Array, prior: Any, *args: Any, **kwargs: Any) -> EMState:
         """Fit the first, Gaussian prior.
 
         Args:
             rng_key: A random key.
             prior: A prior whose denoiser is a `NetworkDenoiser`, trained or not: its network is
-                the start, its Gaussian is fitted anew.
+                the start, its Gaussian is fitted anew. Or several priors in a dict, of which one
+                at least has a network.
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: If the prior has no network, its site is not in a plate, or the model
-                cannot be read.
+            ValueError: If no prior has a network, its site is not in a plate, or the model cannot
+                be read.
         """
-        if not isinstance(prior.denoiser, NetworkDenoiser):
+        if not any(isinstance(p.denoiser, NetworkDenoiser) for p in _values(prior)):
+            found = " and ".join(sorted({type(p.denoiser).__name__ for p in _values(prior)}))
             raise ValueError(
-                "EM: expected a prior with a NetworkDenoiser to train, got "
-                f"{type(prior.denoiser).__name__}; analytic priors have nothing to learn."
+                f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
+                "priors have nothing to learn."
             )
-        resolve_settings(prior, self.num_particles, self.sampler, self.guidance)
+        resolve_settings(_values(prior)[0], self.num_particles, self.sampler, self.guidance)
         bound = bind(self.model, (prior, *args), kwargs)
-        latent = read_latent(bound)
-        if not latent.plates:
+        params, params_opt_state = init_params(bound, self.params_optimizer)
+        arguments = (((prior, params), *args), kwargs)
+        latent, likelihood = read_whole_plates(self._model, *arguments)
+        if not (latent.plates or latent.joined):
             raise ValueError(
-                f"EM: latent site '{latent.name}' is not in a plate; a prior is learned from many "
-                "events, so put the site and its observations in a `numpyro.plate`."
+                f"EM: latent site '{latent.names[0]}' is not in a plate; a prior is learned from "
+                "many events, so put the site and its observations in a `numpyro.plate`."
             )
-        likelihood = read_likelihood(bound, latent)
+        sites = Sites(tuple(zip(latent.names, _keys_of(prior, latent), strict=True)))
         rng_key, key_fit = jax.random.split(rng_key)
-        if likelihood.linear:
-            mean, cov = self._fit_in_closed_form(latent, prior, args, kwargs)
+        if likelihood.linear and len(latent.names) == 1 and latent.plates:
+            gaussian = self._fit_in_closed_form(latent, *arguments)
+            fitted = _each(lambda *_: gaussian, prior)
         else:
-            mean, cov = self._fit_by_sampling(key_fit, prior, args, kwargs)
-        denoiser = prior.denoiser.fit_gaussian(mean, cov)
-        shape = (self.num_draws, *_full_batch_shape(latent), *prior.event_shape)
+            fitted = self._fit_by_sampling(key_fit, prior, params, sites, args, kwargs)
+
+        def fit(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
+            if not isinstance(prior.denoiser, NetworkDenoiser):
+                return prior
+            gaussian = _get(fitted, key)
+            denoiser = prior.denoiser.fit_gaussian(gaussian.mean, gaussian.cov)
+            return prior.replace_denoiser(denoiser)
+
+        prior = _each(fit, prior)
+        initial = _each_trained(lambda p, _: p.denoiser, prior)
+        empty = jnp.zeros((self.num_draws, *latent.shape), latent.prior.denoiser.dtype)
         return EMState(
-            _with_denoiser(prior, denoiser),
-            init_training(denoiser, self.optimizer),
-            denoiser,
-            jnp.full(shape, jnp.nan, prior.denoiser.dtype),
+            prior,
+            _map(lambda denoiser: init_training(denoiser, self.optimizer), initial),
+            initial,
+            params,
+            params_opt_state,
+            jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), latent.values(empty)),
             rng_key,
             0,
+            sites,
         )
 
     def update(self, state: EMState, *args: Any, **kwargs: Any) -> tuple[EMState, EMMetrics]:
@@ -224,37 +296,56 @@ class EM:
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
         """
-        rng_key, *keys = jax.random.split(state.rng_key, 5)
-        key_draw, key_compare, key_measure, key_train = keys
+        rng_key, *keys = jax.random.split(state.rng_key, 6)
+        key_draw, key_compare, key_measure, key_train, key_params = keys
         started = time.perf_counter()
-        draws = self._draw(key_draw, state.prior, args, kwargs, self.guidance, self.num_draws)
-        x = draws.x.reshape(-1, *state.prior.event_shape)
-        distance = _distance(key_compare, x, state.draws.reshape(x.shape))
-        jax.block_until_ready(distance)
+        arguments = (((state.prior, state.params), *args), kwargs)
+        draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
+        distances = []
+        for site, key in state.sites.keys:
+            shape = (-1, *_get(state.prior, key).event_shape)
+            x, previous = (values[site].reshape(shape) for values in (draws.samples, state.draws))
+            distances.append(_distance(key_compare, x, previous))
+        distance = jax.block_until_ready(jnp.stack(distances).mean())
         between = time.perf_counter()
-        mean, cov = self._summarise(x)
-        training = self._restart(state)
-        training = training._replace(
-            denoiser=training.denoiser.summarise(mean, cov),
-            averaged=training.averaged.summarise(mean, cov),
-        )
-        # Of the network that has not yet been trained on these draws, which would flatter it.
-        current = self._choose(state.training).summarise(mean, cov)
-        current = measure_error(key_measure, current, x, batch_size=self.batch_size)
-        training, losses = train(
-            key_train,
-            training,
-            x,
-            self.optimizer,
-            num_steps=self.num_sgd_steps,
-            batch_size=self.batch_size,
-            noise=self.noise,
-            ema_decay=self.ema_decay,
-        )
+        contexts = self._read_contexts(draws.samples, *arguments)
+        names = sorted(state.prior) if isinstance(state.prior, Mapping) else [None]
+
+        def fit(prior: DiffusionPrior, key: str | None) -> _Trained:
+            shape = prior.denoiser.context_shape
+            return self._train(
+                jax.random.fold_in(key_train, names.index(key)),
+                jax.random.fold_in(key_measure, names.index(key)),
+                _get(state.training, key),
+                _get(state.initial, key),
+                _pool(draws.samples, state.sites, key, prior.event_shape),
+                None if shape is None else _pool(contexts, state.sites, key, shape),
+            )
+
+        trained = _each_trained(fit, state.prior)
+        params, params_opt_state = state.params, state.params_opt_state
+        if params:
+            params, params_opt_state = fit_params(
+                key_params,
+                self._model,
+                *arguments,
+                draws.samples,
+                self.params_optimizer,
+                params_opt_state,
+                num_steps=self.num_params_steps,
+                batch_size=self.batch_size,
+            )
+
+        def renew(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
+            if not isinstance(prior.denoiser, NetworkDenoiser):
+                return prior
+            return prior.replace_denoiser(_get(trained, key).denoiser)
+
+        losses = [fit.losses.mean() for fit in _values(trained)]
         jax.block_until_ready(losses)
-        stats = {name: jnp.mean(value) for name, value in draws.stats.items()}
+        stats = {name: jnp.mean(x) for name, x in draws.stats.items() if name != "ess_path"}
         metrics = EMMetrics(
-            loss=losses.mean(),
+            loss=jnp.stack(losses).mean(),
             sliced_wasserstein=distance,
             e_step_seconds=jnp.asarray(between - started),
             m_step_seconds=jnp.asarray(time.perf_counter() - between),
@@ -262,16 +353,59 @@ class EM:
             heldout_standard_error=jnp.asarray(jnp.nan),
             **stats,
         )
+        state = EMState(
+            _each(renew, state.prior),
+            _map(lambda fit: fit.training, trained),
+            state.initial,
+            params,
+            params_opt_state,
+            draws.samples,
+            rng_key,
+            state.num_iterations + 1,
+            state.sites,
+        )
+        return state, metrics
+
+    def _train(
+        self,
+        rng_key: jax.Array,
+        key_measure: jax.Array,
+        training: TrainState,
+        initial: NetworkDenoiser,
+        x: jax.Array,
+        context: jax.Array | None,
+    ) -> "_Trained":
+        """Fit one prior to events and their contexts."""
+        mean, cov = self._summarise(x)
+        restarted = self._restart(training, initial)
+        restarted = restarted._replace(
+            denoiser=restarted.denoiser.summarise(mean, cov),
+            averaged=restarted.averaged.summarise(mean, cov),
+        )
+        # Of the network that has not yet been trained on these draws, which would flatter it.
+        current = self._choose(training).summarise(mean, cov)
+        current = measure_error(
+            key_measure, current, x, context=context, batch_size=self.batch_size
+        )
+        training, losses = train(
+            rng_key,
+            restarted,
+            x,
+            self.optimizer,
+            num_steps=self.num_sgd_steps,
+            batch_size=self.batch_size,
+            context=context,
+            noise=self.noise,
+            ema_decay=self.ema_decay,
+        )
         denoiser = replace(self._choose(training), error_ratios=current.error_ratios)
-        prior = _with_denoiser(state.prior, denoiser)
-        count = state.num_iterations + 1
-        return EMState(prior, training, state.initial, draws.x, rng_key, count), metrics
+        return _Trained(denoiser, training, losses)
 
     def run(
         self,
         rng_key: jax.Array,
         num_iterations: int,
-        prior: DiffusionPrior,
+        prior: Any,
         *args: Any,
         progress_bar: bool = True,
         callback: Callable[[EMState, EMMetrics], bool | None] | None = None,
@@ -285,7 +419,7 @@ class EM:
         Args:
             rng_key: A random key, of a start and of the held-out log-evidence.
             num_iterations: The number of iterations.
-            prior: The prior to start from.
+            prior: The prior to start from, or several in a dict.
             *args: The model's arguments after the prior.
             progress_bar: Whether to show a progress bar.
             callback: A function of state and metrics, called after every iteration; where it
@@ -312,7 +446,7 @@ class EM:
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
         # `init` has split the key in two.
         key_heldout = jax.random.fold_in(rng_key, 2)
-        best, best_evidence, waited, history = state.prior, -jnp.inf, 0, []
+        best, best_evidence, waited, history = state, -jnp.inf, 0, []
         with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
             for _ in iterations:
                 state, metrics = self.update(state, *args, **kwargs)
@@ -321,7 +455,7 @@ class EM:
                 history.append(metrics)
                 evidence = float(metrics.heldout_log_evidence)
                 if heldout is None or evidence > best_evidence:
-                    best, best_evidence, waited = state.prior, evidence, 0
+                    best, best_evidence, waited = state, evidence, 0
                 else:
                     waited += 1
                 iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
@@ -330,7 +464,8 @@ class EM:
                 if patience is not None and waited >= patience:
                     break
         columns = (jnp.stack(column) for column in zip(*history, strict=True))
-        return EMResult(state.prior, state, EMMetrics(*columns), best)
+        metrics = EMMetrics(*columns)
+        return EMResult(state.prior, state, metrics, best.prior, state.params, best.params)
 
     def _judge(
         self,
@@ -346,10 +481,11 @@ class EM:
             kwargs = kwargs | dict(heldout)
         else:
             args = heldout
+        prior: Any = state.prior, state.params
         evidence = log_evidence(
             rng_key,
-            self.model,
-            state.prior,
+            self._model,
+            prior,
             *args,
             num_particles=max(_NUM_HELDOUT_PARTICLES, self.num_particles),
             sampler=self.sampler,
@@ -364,21 +500,35 @@ class EM:
     def _draw(
         self,
         rng_key: jax.Array,
-        prior: DiffusionPrior,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        sampler: Sampler | None,
         guidance: Guidance | None,
         num_draws: int,
-    ) -> Draws:
+    ) -> PosteriorSamples:
+        (prior, _), *_ = args
         return sample_blocks(
             rng_key,
-            self.model,
-            (prior, *args),
+            self._model,
+            args,
             kwargs,
-            resolve_settings(prior, self.num_particles, self.sampler, guidance),
+            resolve_settings(_values(prior)[0], self.num_particles, sampler, guidance),
             num_draws=num_draws,
             batch_size=self.batch_size,
         )
+
+    def _read_contexts(
+        self, draws: dict[str, jax.Array], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the contexts of draws by site (None where the prior has none)."""
+        (prior, _), *_ = args
+        if all(p.denoiser.context_shape is None for p in _values(prior)):
+            return {}
+        latent = read_latent(bind_whole_plates(self._model, args, kwargs))
+        return {
+            site: part.denoiser.contexts(draws[site].shape[: draws[site].ndim - part.event_dim])
+            for site, part in zip(latent.names, latent.parts, strict=True)
+        }
 
     def _summarise(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
         mean, cov = _empirical_gaussian(x.reshape(len(x), -1), self.rank)
@@ -388,52 +538,95 @@ class EM:
         """Return the denoiser to draw with."""
         return training.averaged if self.use_average else training.denoiser
 
-    def _restart(self, state: EMState) -> TrainState:
+    def _restart(self, training: TrainState, initial: NetworkDenoiser) -> TrainState:
         """Return where the M-step starts."""
         if not self.warm_start:
-            return init_training(state.initial, self.optimizer)
+            return init_training(initial, self.optimizer)
         if self.reset_optimizer:
-            opt_state = self.optimizer.init(state.training.denoiser.net)
-            return state.training._replace(opt_state=opt_state)
-        return state.training
+            return training._replace(opt_state=self.optimizer.init(training.denoiser.net))
+        return training
 
     def _fit_in_closed_form(
-        self,
-        latent: LatentSite,
-        prior: DiffusionPrior,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[jax.Array, Covariance]:
+        self, latent: LatentSite, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> GaussianDenoiser:
         def read_block(index: jax.Array) -> Any:
-            bound = bind(self.model, (prior, *args), kwargs, indices={latent.plates[0]: index})
+            bound = bind(self._model, args, kwargs, indices={latent.plates[0]: index})
             return read_likelihood(bound, read_latent(bound))
 
         fit = fit_gaussian(
             read_block,
             latent.plate_sizes[0],
-            event_shape=prior.event_shape,
+            event_shape=latent.prior.event_shape,
             batch_size=self.batch_size,
             num_iterations=self.num_gaussian_iterations,
             rank=self.rank,
-            dtype=prior.denoiser.dtype,
+            dtype=latent.prior.denoiser.dtype,
         )
-        return fit.mean, fit.cov
+        return GaussianDenoiser(fit.mean, fit.cov)
 
     def _fit_by_sampling(
         self,
         rng_key: jax.Array,
-        prior: DiffusionPrior,
+        prior: Any,
+        params: dict[str, jax.Array],
+        sites: Sites,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[jax.Array, Covariance]:
-        """Refit a Gaussian to its own posterior draws, from the prior's own on."""
-        mean, cov = prior.denoiser.mean, prior.denoiser.cov
+    ) -> Any:
+        """Refit Gaussians to their own posterior draws, from the priors' own on; denoisers."""
+
+        def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
+            net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
+            return prior.replace_denoiser(NetworkDenoiser(net, mean, cov))
+
+        def start(prior: DiffusionPrior, _: str | None) -> DiffusionPrior:
+            if not isinstance(prior.denoiser, NetworkDenoiser):
+                return prior
+            return gaussian(prior, prior.denoiser.mean, prior.denoiser.cov)
+
+        def refit(
+            draws: dict[str, jax.Array], prior: DiffusionPrior, key: str | None
+        ) -> DiffusionPrior:
+            if not isinstance(prior.denoiser, NetworkDenoiser):
+                return prior
+            return gaussian(prior, *self._summarise(_pool(draws, sites, key, prior.event_shape)))
+
+        # Of second order: a sampler that shrinks its draws would do so at every refit.
+        sampler = MultistepSDE((self.sampler or _values(prior)[0].sampler).num_steps)
         guidance = MMPS(GaussianCovariance())
+        prior = _each(start, prior)
         for key in jax.random.split(rng_key, self.num_gaussian_iterations):
-            gaussian = _with_denoiser(prior, GaussianDenoiser(mean, cov))
-            x = self._draw(key, gaussian, args, kwargs, guidance, 1).x
-            mean, cov = self._summarise(x.reshape(-1, *prior.event_shape))
-        return mean, cov
+            arguments = (((prior, params), *args), kwargs)
+            draws = self._draw(key, *arguments, sampler, guidance, 1).samples
+            prior = _each(partial(refit, draws), prior)
+        return _each(lambda p, _: p.denoiser, prior)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Nothing:
+    """A network that leaves a denoiser its Gaussian, in every context."""
+
+    event_shape: tuple[int, ...]
+    context_shape: tuple[int, ...] | None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        return jnp.zeros_like(x)
+
+
+class _Trained(NamedTuple):
+    """What an M-step gives of one prior."""
+
+    denoiser: NetworkDenoiser
+    training: TrainState
+    losses: jax.Array
 
 
 _NUM_HELDOUT_PARTICLES = 16
@@ -442,19 +635,62 @@ _empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), 
 _distance = jax.jit(sliced_wasserstein)
 
 
-def _with_denoiser(prior: DiffusionPrior, denoiser: Any) -> DiffusionPrior:
-    """Return the prior with another denoiser, and its sampler and limits as they are."""
-    return DiffusionPrior(
-        denoiser,
-        sampler=prior.sampler,
-        num_probes=prior.num_probes,
-        max_batch_size=prior.max_batch_size,
+def _keys_of(prior: Any, latent: LatentSite) -> list[str | None]:
+    """Return the names under which the sites' priors were passed."""
+    if not isinstance(prior, Mapping):
+        return [None] * len(latent.names)
+    keys = []
+    for site, part in zip(latent.names, latent.parts, strict=True):
+        found = [key for key, value in prior.items() if _is_of(part.denoiser, value)]
+        if not found:
+            raise ValueError(
+                f"EM: latent site '{site}' has a prior that is not among those passed, "
+                f"{sorted(prior)}; take it from the dict as it is."
+            )
+        keys.append(found[0])
+    return keys
+
+
+def _is_of(denoiser: Denoiser, prior: DiffusionPrior) -> bool:
+    """Whether a site's denoiser is a prior's, perhaps at some contexts."""
+    return denoiser is prior.denoiser or (
+        isinstance(denoiser, ConditionedDenoiser) and denoiser.part is prior.denoiser
     )
 
 
-def _full_batch_shape(latent: LatentSite) -> tuple[int, ...]:
-    """Return the batch shape with whole plates, whatever the model subsamples."""
-    shape = list(latent.batch_shape)
-    for size, dim in zip(latent.plate_sizes, latent.plate_dims, strict=True):
-        shape[dim] = size
-    return tuple(shape)
+# One prior, or a dict of them: what is made for each is one thing, or a dict.
+
+
+def _values(tree: Any) -> list[Any]:
+    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
+
+
+def _get(tree: Any, key: str | None) -> Any:
+    return tree if key is None else tree[key]
+
+
+def _map(f: Callable[[Any], Any], tree: Any) -> Any:
+    return {k: f(v) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
+
+
+def _each(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
+    """Apply a function to each prior and its name."""
+    if isinstance(prior, Mapping):
+        return {key: f(value, key) for key, value in prior.items()}
+    return f(prior, None)
+
+
+def _each_trained(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
+    """The same, of the priors with a network."""
+    if isinstance(prior, Mapping):
+        chosen = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
+        return _each(f, chosen)
+    return f(prior, None)
+
+
+def _pool(
+    values: dict[str, jax.Array], sites: Sites, key: str | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """Return what all sites of a prior have, draws or contexts, in one list."""
+    chosen = [values[site] for site, name in sites.keys if name == key]
+    return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])

@@ -51,7 +51,10 @@ __all__ = [
     "Guided",
     "GuidedDenoiser",
     "IsotropicCovariance",
+    "Outlook",
     "PiGDM",
+    "Piecewise",
+    "Tempered",
     "TweedieCovariance",
     "UnitCovariance",
 ]
@@ -79,6 +82,29 @@ class Guided(NamedTuple):
     log_twist: jax.Array
     residual: jax.Array
     num_truncated: jax.Array
+
+
+class Outlook(NamedTuple):
+    r"""What a Gaussian prior would say of the observations from a lower noise level.
+
+    .. math:: y \sim \mathcal{N}\bigl(h(x) + G (x_s - x), S\bigr), \quad
+        G = A V / \sigma_s^2, \quad S = \Sigma_y + A V A^T
+
+    Attributes:
+        residual: :math:`y - h(x)`, with shape ``(*extra, *batch, m)``.
+        matvec: The product with :math:`G`: from ``d`` to ``m`` elements.
+        transpose: The product with its transpose: from ``m`` to ``d``.
+        cov: :math:`S`, with shape ``(*batch, m, m)``.
+        spread: :math:`G G^T`, likewise.
+        event_size: The number ``d`` of an event's elements.
+    """
+
+    residual: jax.Array
+    matvec: Callable[[jax.Array], jax.Array]
+    transpose: Callable[[jax.Array], jax.Array]
+    cov: jax.Array
+    spread: jax.Array
+    event_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +141,15 @@ class GuidedDenoiser(Denoiser):
         """Evaluate prior and posterior at one noise level."""
         return self.guidance.guide(self, x_t, jnp.asarray(sigma, self.dtype))
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `outlook` has an answer."""
+        return self.operator is not None and self.guidance.looks_ahead
+
+    def outlook(self, x: jax.Array, sigma: jax.Array) -> Outlook:
+        """Return the outlook on the observations around ``x`` from noise level ``sigma``."""
+        return self.guidance.outlook(self, x, sigma)
+
 
 class Guidance(ABC):
     """An approximation of the posterior's denoiser."""
@@ -135,6 +170,15 @@ class Guidance(ABC):
     @abstractmethod
     def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level; see `GuidedDenoiser.guide`."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether particles look ahead, by `outlook`."""
+        return False
+
+    def outlook(self, posterior: GuidedDenoiser, x: jax.Array, sigma: jax.Array) -> Outlook:
+        """Return an outlook on the observations; see `GuidedDenoiser.outlook`."""
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 
 class PosteriorCovariance(ABC):
@@ -208,12 +252,19 @@ class MMPS(Guidance):
             solved by conjugate gradients without being built.
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The budget of conjugate gradients (default: twice the observed values).
+        look_ahead: Whether particles look ahead where they can, with a closed form for :math:`V`
+            and dense solves of a linear mean, rather than being guided; see
+            `numpyro_diffprior.proposals`.
+        num_iterations: The number of damped Gauss-Newton steps at each noise level where the mean
+            bends or noise depends on :math:`x`; the paper linearises once.
     """
 
     covariance: PosteriorCovariance | TweedieCovariance = field(default=TweedieCovariance())
     max_dense: int | None = None
     rtol: float = 1e-5
     max_steps: int | None = None
+    look_ahead: bool = False
+    num_iterations: int = 1
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a constant operator built once."""
@@ -226,18 +277,17 @@ class MMPS(Guidance):
 
     def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, local, pull = _linearize(posterior, x_t, sigma)
-        dense = self._is_dense(posterior.likelihood)
-        if isinstance(self.covariance, TweedieCovariance):
-            solve = _solve_tweedie(local, pull) if dense else self._iterate_tweedie(local, pull)
-        elif dense:
-            operator = posterior.operator
-            if operator is None:
-                operator = posterior.likelihood.operator(x_hat)
-            solve = _solve_closed(local, self.covariance(posterior.denoiser, sigma), operator)
-        else:
-            solve = self._iterate_closed(local, self.covariance(posterior.denoiser, sigma))
-        correction = pull(solve.solution) if solve.correction is None else solve.correction
+        x_hat, pull = _denoise(posterior, x_t, sigma)
+        cov = None
+        if not isinstance(self.covariance, TweedieCovariance):
+            cov = self.covariance(posterior.denoiser, sigma)
+        if not posterior.likelihood.linear:
+            return self._guide_by_newton(posterior, x_hat, pull, cov)
+        local = posterior.likelihood.linearize(x_hat)
+        solve = self._solve(posterior, x_hat, local, pull, cov)
+        correction = solve.correction
+        if correction is None:
+            correction = pull(local.transpose(solve.solution))
         return Guided(
             x_hat,
             x_hat + correction.reshape(x_hat.shape),
@@ -246,18 +296,100 @@ class MMPS(Guidance):
             solve.num_truncated,
         )
 
+    def _guide_by_newton(
+        self, posterior: GuidedDenoiser, x_hat: jax.Array, pull: _Pull, cov: Covariance | None
+    ) -> Guided:
+        r"""Guide to the mode of :math:`p(y \mid x) \mathcal{N}(x; \hat x, V)`.
+
+        A mode :math:`\hat x + V b` has :math:`b = \nabla_x \log p(y \mid x)`, and the guidance is
+        :math:`\sigma^2 J^T b`. Damped Gauss-Newton steps look for it.
+        """
+        likelihood = posterior.likelihood
+        dense = self._is_dense(likelihood)
+
+        def step(state: _Newton, _: None) -> tuple[_Newton, None]:
+            x = x_hat + state.shift.reshape(x_hat.shape)
+            local = likelihood.linearize(x)
+            local = local._replace(residual=local.residual + local.matvec(state.shift))
+            solve = self._solve(posterior, x, local, pull, cov)
+            b = local.transpose(solve.solution)
+            shift = solve.correction if cov is None else cov.matvec(b)
+            assert shift is not None
+            moved = _search(likelihood, x_hat, state, shift, b)
+            # Matrix-free solves have no determinant, see `_iterate`.
+            excess = solve.logdet - local.noise.logdet() if dense else 0
+            return _Newton(
+                *moved,
+                moved.log_joint - excess / 2,
+                jnp.maximum(state.residual, solve.residual),
+                jnp.maximum(state.num_truncated, solve.num_truncated),
+            ), None
+
+        zeros = jnp.zeros(x_hat.shape[: x_hat.ndim - len(posterior.event_shape)], x_hat.dtype)
+        origin = jnp.zeros((*zeros.shape, posterior.event_size), x_hat.dtype)
+        start = _Newton(origin, origin, zeros, zeros, zeros, zeros.astype(int))
+        state, _ = jax.lax.scan(step, start, length=self.num_iterations)
+        correction = state.shift if cov is None else pull(state.b)
+        return Guided(
+            x_hat,
+            x_hat + correction.reshape(x_hat.shape),
+            state.log_twist,
+            state.residual,
+            state.num_truncated,
+        )
+
+    def _solve(
+        self,
+        posterior: GuidedDenoiser,
+        x: jax.Array,
+        local: Linearization,
+        pull: _Pull,
+        cov: Covariance | None,
+    ) -> "_Solve":
+        """Solve S w = r at ``x``, with a closed form for V or, without one, with Tweedie's."""
+        dense = self._is_dense(posterior.likelihood)
+        if cov is None:
+
+            def pulled(u: jax.Array) -> jax.Array:
+                return pull(local.transpose(u))
+
+            if dense:
+                return _solve_tweedie(local, pulled)
+            return self._iterate(local, pulled, floor=local.noise.matvec)
+        if dense:
+            operator = posterior.operator
+            if operator is None:
+                operator = posterior.likelihood.operator(x)
+            return _solve_closed(local, cov, operator)
+        solve = self._iterate(local, lambda u: cov.matvec(local.transpose(u)))
+        return solve._replace(correction=None)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether particles are to look ahead, and the covariance has a closed form."""
+        return self.look_ahead and not isinstance(self.covariance, TweedieCovariance)
+
+    def outlook(self, posterior: GuidedDenoiser, x: jax.Array, sigma: jax.Array) -> Outlook:
+        """Return the outlook of a Gaussian prior with the covariance; see `Outlook`."""
+        assert posterior.operator is not None
+        assert not isinstance(self.covariance, TweedieCovariance)
+        local = posterior.likelihood.linearize(x)
+        cov, operator = self.covariance(posterior.denoiser, sigma), posterior.operator
+        variance = sigma**2
+        return Outlook(
+            local.residual,
+            lambda v: local.matvec(cov.matvec(v)) / variance,
+            lambda u: cov.matvec(local.transpose(u)) / variance,
+            _gain(cov, operator) + local.noise.dense(),
+            _spread(cov, operator) / variance**2,
+            posterior.event_size,
+        )
+
     def _is_dense(self, likelihood: Likelihood) -> bool:
         limit = self.max_dense
         if limit is None:
             limit = 16 if isinstance(self.covariance, TweedieCovariance) else 1024
         return likelihood.num_observed <= limit
-
-    def _iterate_tweedie(self, local: Linearization, pull: _Pull) -> "_Solve":
-        return self._iterate(local, pull, floor=local.noise.matvec)
-
-    def _iterate_closed(self, local: Linearization, cov: Covariance) -> "_Solve":
-        solve = self._iterate(local, lambda u: cov.matvec(local.transpose(u)))
-        return solve._replace(correction=None)
 
     def _iterate(self, local: Linearization, pull: _Pull, floor: _Pull | None = None) -> "_Solve":
         """Solve :math:`(N + A P) w = r`, for ``pull`` :math:`= P`."""
@@ -339,6 +471,78 @@ class DPS(Guidance):
         return _direct(x_hat, shift, local, solution, local.noise.logdet())
 
 
+@dataclass(frozen=True)
+class Piecewise(Guidance):
+    """One guidance at high noise levels, another at low ones.
+
+    A Gaussian's covariance is good enough while noise hides what is not Gaussian, and asks for
+    one vector-Jacobian product; Tweedie's matters where modes have come apart.
+
+    Args:
+        high: The guidance above the threshold.
+        low: The guidance below it.
+        threshold: The noise level, in units of the prior's scale.
+    """
+
+    high: Guidance = field(default=MMPS(GaussianCovariance()))
+    low: Guidance = field(default=MMPS())
+    threshold: float = 1.0
+
+    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior, with the operator of either part."""
+        high, low = (part.condition(denoiser, likelihood) for part in (self.high, self.low))
+        operator = low.operator if high.operator is None else high.operator
+        return GuidedDenoiser(denoiser, likelihood, self, operator)
+
+    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Evaluate prior and posterior at one noise level.
+
+        Raises:
+            ValueError: If ``sigma`` is not one level for all events.
+        """
+        if sigma.ndim:
+            raise ValueError(
+                f"Piecewise: expected one noise level, got levels of shape {sigma.shape}; "
+                "evaluate them one by one, with `jax.lax.map`."
+            )
+        return jax.lax.cond(
+            sigma > self.threshold * posterior.denoiser.scale,
+            lambda: self.high.guide(posterior, x_t, sigma),
+            lambda: self.low.guide(posterior, x_t, sigma),
+        )
+
+
+@dataclass(frozen=True)
+class Tempered(Guidance):
+    r"""A guidance whose twist is flatter where noise is high.
+
+    .. math:: \psi_t^{\gamma}, \quad \gamma = 1 - (1 - p) \frac{\sigma^2}{\sigma^2 + s^2}
+
+    with the prior's scale :math:`s`. Particles are guided as before, but resampled less on what a
+    Gaussian approximation says of a posterior that it does not resemble yet. The limit of many
+    particles is exact with any twist.
+
+    Args:
+        guidance: The guidance.
+        power: The power :math:`p` of the twist at high noise levels; one changes nothing.
+    """
+
+    guidance: Guidance = field(default=MMPS())
+    power: float = 0.5
+
+    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior, with the operator of the guidance."""
+        operator = self.guidance.condition(denoiser, likelihood).operator
+        return GuidedDenoiser(denoiser, likelihood, self, operator)
+
+    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Evaluate prior and posterior at one noise level."""
+        guided = self.guidance.guide(posterior, x_t, sigma)
+        share = sigma**2 / (sigma**2 + posterior.denoiser.scale**2)
+        power = 1 - (1 - self.power) * share
+        return guided._replace(log_twist=power * guided.log_twist)
+
+
 class _Solve(NamedTuple):
     """A solution of S w = r, and the correction where the solver has it already."""
 
@@ -349,19 +553,74 @@ class _Solve(NamedTuple):
     correction: jax.Array | None = None
 
 
+class _Newton(NamedTuple):
+    r"""Where the search for the mode :math:`\hat x + V b` is.
+
+    Attributes:
+        shift: :math:`V b`, with shape ``(*batch, d)``.
+        b: As it says, likewise.
+        log_joint: :math:`\log p(y \mid x) - b^T V b / 2`, with shape ``(*batch,)``.
+        log_twist: Laplace's approximation of :math:`\log p(y \mid x_t)`, likewise.
+        residual: The largest relative residual of the solves, likewise.
+        num_truncated: The largest number of truncated directions, likewise.
+    """
+
+    shift: jax.Array
+    b: jax.Array
+    log_joint: jax.Array
+    log_twist: jax.Array
+    residual: jax.Array
+    num_truncated: jax.Array
+
+
+class _Moved(NamedTuple):
+    """The first three of `_Newton`."""
+
+    shift: jax.Array
+    b: jax.Array
+    log_joint: jax.Array
+
+
+def _search(
+    likelihood: Likelihood, x_hat: jax.Array, state: _Newton, shift: jax.Array, b: jax.Array
+) -> _Moved:
+    """Go to where the log-density is largest on the way to the next point."""
+
+    def at(length: jax.Array) -> _Moved:
+        moved = state.shift + length * (shift - state.shift)
+        b_moved = state.b + length * (b - state.b)
+        log_likelihood = likelihood.log_prob(x_hat + moved.reshape(x_hat.shape))
+        log_joint = log_likelihood - 0.5 * jnp.sum(moved * b_moved, axis=-1)
+        return _Moved(moved, b_moved, jnp.nan_to_num(log_joint, nan=-jnp.inf))
+
+    lengths = 0.5 ** jnp.arange(_NUM_LENGTHS)
+    best = jnp.argmax(jax.lax.map(lambda length: at(length).log_joint, lengths), axis=0)
+    return at(lengths[best][..., None])
+
+
+_NUM_LENGTHS = 8
+
+
+def _denoise(
+    posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
+) -> tuple[jax.Array, _Pull]:
+    r"""Return :math:`\hat x` and, on flattened events, :math:`v \mapsto \sigma^2 J^T v`."""
+    x_hat, vjp = jax.vjp(lambda x: posterior.denoiser(x, sigma), x_t)
+    variance = _align(sigma) ** 2
+
+    def pull(v: jax.Array) -> jax.Array:
+        return variance * vjp(v.reshape(x_hat.shape))[0].reshape(v.shape)
+
+    return x_hat, pull
+
+
 def _linearize(
     posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
 ) -> tuple[jax.Array, Linearization, _Pull]:
     r"""Return :math:`\hat x`, the likelihood there, and :math:`u \mapsto \sigma^2 J^T A^T u`."""
-    x_hat, vjp = jax.vjp(lambda x: posterior.denoiser(x, sigma), x_t)
+    x_hat, pull = _denoise(posterior, x_t, sigma)
     local = posterior.likelihood.linearize(x_hat)
-    variance = _align(sigma) ** 2
-
-    def pull(u: jax.Array) -> jax.Array:
-        v = local.transpose(u)
-        return variance * vjp(v.reshape(x_hat.shape))[0].reshape(v.shape)
-
-    return x_hat, local, pull
+    return x_hat, local, lambda u: pull(local.transpose(u))
 
 
 def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
@@ -407,13 +666,36 @@ def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
     """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
     if operator.shape[-2] != operator.shape[-1]:
         return cov.sandwich(operator)
+    return _where_diagonal(operator, cov.dense(), lambda: cov.sandwich(operator))
+
+
+def _spread(cov: Covariance, operator: jax.Array) -> jax.Array:
+    """Return A V V A^T, without products for each matrix where A is diagonal."""
+
+    def product() -> jax.Array:
+        rows = jax.vmap(cov.matvec, in_axes=-2, out_axes=-2)(operator)
+        return _gram(rows)
+
+    if operator.shape[-2] != operator.shape[-1]:
+        return product()
+    return _where_diagonal(operator, _gram(cov.dense()), product)
+
+
+def _where_diagonal(
+    operator: jax.Array, matrix: jax.Array, otherwise: Callable[[], jax.Array]
+) -> jax.Array:
+    """Return A M A^T for a diagonal A by its diagonal, and what else there is for another."""
     diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
     off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
     return jax.lax.cond(
         (operator * off_diagonal).any(),
-        lambda: cov.sandwich(operator),
-        lambda: diagonal[..., :, None] * cov.dense() * diagonal[..., None, :],
+        otherwise,
+        lambda: diagonal[..., :, None] * matrix * diagonal[..., None, :],
     )
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+    return jnp.matmul(rows, rows.mT, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

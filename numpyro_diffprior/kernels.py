@@ -13,8 +13,9 @@ from numpyro.util import identity, is_prng_key
 
 from numpyro_diffprior.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent, read_likelihood
+from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
 from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.posterior import resolve_settings
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.smc import Settings, draw_posterior
@@ -33,6 +34,9 @@ class MMPSState(NamedTuple):
         ess: The lowest effective number of particles along the path, likewise.
         num_resamplings: How often the particles were resampled, likewise.
         log_evidence: The estimate of the log-density of the event's observations, likewise.
+        chi_square: The draw's mean squared residual in deviations of the noise, likewise.
+        ess_path: The effective number of particles at every noise level, with shape
+            ``(*batch, num_steps)``.
     """
 
     z: dict[str, jax.Array]
@@ -42,6 +46,8 @@ class MMPSState(NamedTuple):
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
+    chi_square: jax.Array
+    ess_path: jax.Array
 
 
 class ParticleGibbsState(NamedTuple):
@@ -58,6 +64,9 @@ class ParticleGibbsState(NamedTuple):
         num_resamplings: How often the particles were resampled, likewise.
         log_evidence: An estimate of the log-density of the event's observations, likewise; with a
             retained path among the particles it is not unbiased.
+        chi_square: The draw's mean squared residual in deviations of the noise, likewise.
+        ess_path: The effective number of particles at every noise level, with shape
+            ``(*batch, num_steps)``.
         num_evaluations: The number of network evaluations of the update.
     """
 
@@ -70,6 +79,8 @@ class ParticleGibbsState(NamedTuple):
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
+    chi_square: jax.Array
+    ess_path: jax.Array
     num_evaluations: jax.Array
 
 
@@ -113,7 +124,8 @@ class _DiffusionKernel(MCMCKernel):
         """
         latent, likelihood = self._read(model_args, model_kwargs)
         settings = self._resolve(latent)
-        value = (init_params or {}).get(latent.name)
+        params = init_params or {}
+        value = latent.join(params) if set(latent.names) <= set(params) else None
         self._sample_fn = self._draw
 
         def start(key: jax.Array, value: jax.Array | None) -> _State:
@@ -210,7 +222,7 @@ class MMPSKernel(_DiffusionKernel):
         num_particles: Particles per draw.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle and
-            the Gaussian one for more).
+            the Gaussian one for more, which look ahead).
 
     Example:
         >>> mcmc = MCMC(MMPSKernel(model), num_warmup=0, num_samples=250)  # doctest: +SKIP
@@ -230,7 +242,9 @@ class MMPSKernel(_DiffusionKernel):
             value = jnp.broadcast_to(latent.prior.mean, latent.shape)
         zeros = jnp.zeros(latent.batch_shape, value.dtype)
         count = zeros.astype(int)
-        return MMPSState({latent.name: value}, rng_key, zeros, count, zeros, count, zeros)
+        path = jnp.zeros((*zeros.shape, settings.sampler.num_steps), zeros.dtype)
+        stats = zeros, count, zeros, count, zeros, zeros, path
+        return MMPSState(latent.values(value), rng_key, *stats)
 
     def _draw(
         self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -240,7 +254,7 @@ class MMPSKernel(_DiffusionKernel):
         rng_key, key = jax.random.split(state.rng_key)
         draws = draw_posterior(key, latent.prior.denoiser, likelihood, settings)
         stats = {name: value[0] for name, value in draws.stats.items()}
-        return MMPSState({latent.name: draws.x[0]}, rng_key, **stats)
+        return MMPSState(latent.values(draws.x[0]), rng_key, **stats)
 
 
 class ParticleGibbs(_DiffusionKernel):
@@ -256,7 +270,7 @@ class ParticleGibbs(_DiffusionKernel):
         model: A NumPyro model whose first argument is the prior.
         num_particles: Particles per update, at least two.
         sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS` with the Gaussian covariance).
+        guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
 
     Raises:
         ValueError: If there are fewer than two particles.
@@ -297,10 +311,11 @@ class ParticleGibbs(_DiffusionKernel):
         path = diffuse_path(key_path, denoiser, settings.sampler, value)
         zeros = jnp.zeros(latent.batch_shape, value.dtype)
         count = zeros.astype(int)
-        stats = zeros, zeros, count, zeros, count, zeros
+        ess_path = jnp.zeros((*zeros.shape, settings.sampler.num_steps), zeros.dtype)
+        stats = zeros, zeros, count, zeros, count, zeros, zeros, ess_path
         # The retained path's denoised means are evaluated once more.
         num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
-        return ParticleGibbsState({latent.name: value}, rng_key, path, *stats, num_evaluations)
+        return ParticleGibbsState(latent.values(value), rng_key, path, *stats, num_evaluations)
 
     def _draw(
         self,
@@ -314,5 +329,5 @@ class ParticleGibbs(_DiffusionKernel):
             key, latent.prior.denoiser, likelihood, self._resolve(latent), state.path
         )
         return state._replace(
-            z={latent.name: draws.x}, rng_key=rng_key, path=path, updated=updated, **draws.stats
+            z=latent.values(draws.x), rng_key=rng_key, path=path, updated=updated, **draws.stats
         )

@@ -5,8 +5,10 @@ A likelihood is read at events ``x`` through its first two moments,
 .. math:: y \approx \mathcal{N}(h(x), \Sigma_y(x)), \quad
     h(x + v) \approx h(x) + A v, \quad A = \partial h / \partial x,
 
-for guidance, and through its exact log-density, for weights. Nothing here knows of NumPyro:
-`numpyro_diffprior.introspect` makes a likelihood from a model.
+for guidance, and through its exact log-density, for weights. Where it has no moments,
+:math:`h(x)` are its parameters and :math:`y` what its log-density would have them be: a
+pseudo-observation, with the inverse curvature for noise, made anew at every :math:`x`. Nothing
+here knows of NumPyro: `numpyro_diffprior.introspect` makes a likelihood from a model.
 
 Shapes: ``x`` is ``(*extra, *batch, *event)``, where ``batch`` are the events that are observed (a
 plate) and ``extra`` are draws or particles of each. All observed values of an event form one
@@ -23,7 +25,21 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.linalg import Covariance
 
-__all__ = ["Likelihood", "Linearization", "linear_gaussian"]
+__all__ = ["Likelihood", "Linearization", "Reading", "linear_gaussian"]
+
+
+class Reading(NamedTuple):
+    """What is expected of a batch of events, and what was observed.
+
+    Attributes:
+        y_hat: The expected values, with shape ``(*batch, m)``.
+        noise: The covariance of the observed values given ``x``.
+        y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
+    """
+
+    y_hat: jax.Array
+    noise: Covariance
+    y: jax.Array
 
 
 class Linearization(NamedTuple):
@@ -47,19 +63,22 @@ class Likelihood:
     """The likelihood of a batch of independent events.
 
     Args:
-        y: Observed values, with shape ``(*batch, m)``; zero where masked.
-        moments: Maps ``x`` to the mean of ``y`` and its covariance.
+        y: Observed values, with shape ``(*batch, m)``; zero where masked. (Pseudo-observations
+            are those at the prior's mean.)
+        read: Maps ``x`` to the mean of ``y``, its covariance and ``y``.
         log_prob: Maps ``x`` to its exact log-likelihood, without the event's axes.
         event_shape: The shape of one event.
-        linear: Whether the mean is affine in ``x`` and the covariance does not depend on it.
+        linear: Whether the mean is affine in ``x``, and covariance and ``y`` are the same at all.
             Operator and solves are then shared by all draws and particles of an event.
+        visible: Which values are observed, with shape ``(*batch, m)`` (default: all).
     """
 
     y: jax.Array
-    moments: Callable[[jax.Array], tuple[jax.Array, Covariance]]
+    read: Callable[[jax.Array], Reading]
     log_prob: Callable[[jax.Array], jax.Array]
     event_shape: tuple[int, ...]
     linear: bool = field(default=False)
+    visible: jax.Array | None = field(default=None)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -71,9 +90,38 @@ class Likelihood:
         """The number of observed values of one event, hidden ones included."""
         return self.y.shape[-1]
 
+    @property
+    def num_visible(self) -> jax.Array:
+        """The number of observed values of each event, with shape ``batch``."""
+        if self.visible is None:
+            return jnp.full(self.batch_shape, self.num_observed)
+        return self.visible.sum(-1)
+
+    def chi_square(self, x: jax.Array) -> jax.Array:
+        r"""Return the mean of the squared residuals, in deviations of the noise.
+
+        Where noise is Gaussian, :math:`m` times it is :math:`\chi^2_m` over exact posterior
+        draws for data that the model itself has made: event and data are then a draw of both.
+
+        Args:
+            x: Events, with shape ``(*extra, *batch, *event)``.
+
+        Returns:
+            An array without the event's axes; zero where nothing is observed.
+        """
+        y_hat, noise, y = self.read(x)
+        residual = y - y_hat
+        total = jnp.sum(residual * noise.solve(residual), axis=-1)
+        return total / jnp.maximum(self.num_visible, 1)
+
     def linearize(self, x: jax.Array) -> Linearization:
         """Linearise the mean at ``x``."""
-        y_hat, tangent, noise = jax.linearize(self.moments, x, has_aux=True)
+
+        def split(x: jax.Array) -> tuple[jax.Array, tuple[Covariance, jax.Array]]:
+            y_hat, noise, y = self.read(x)
+            return y_hat, (noise, y)
+
+        y_hat, tangent, (noise, y) = jax.linearize(split, x, has_aux=True)
         transposed = jax.linear_transpose(tangent, x)
         flat_shape = (*x.shape[: x.ndim - len(self.event_shape)], prod(self.event_shape))
 
@@ -83,7 +131,7 @@ class Likelihood:
         def transpose(u: jax.Array) -> jax.Array:
             return transposed(u)[0].reshape(flat_shape)
 
-        return Linearization(self.y - y_hat, matvec, transpose, noise)
+        return Linearization(y - y_hat, matvec, transpose, noise)
 
     def operator(self, x: jax.Array) -> jax.Array:
         """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""
@@ -120,17 +168,17 @@ def linear_gaussian(
             f"{y.shape[-1]}; got {matrix.shape} and {noise.size}."
         )
 
-    def moments(x: jax.Array) -> tuple[jax.Array, Covariance]:
+    def read(x: jax.Array) -> Reading:
         flat = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
         # Full precision: accelerators round the factors of a float32 product otherwise.
         y_hat = jnp.einsum("...md,...d->...m", matrix, flat, precision=jax.lax.Precision.HIGHEST)
-        return y_hat, noise
+        return Reading(y_hat, noise, y)
 
     def log_prob(x: jax.Array) -> jax.Array:
-        residual = y - moments(x)[0]
+        residual = y - read(x).y_hat
         return gaussian_log_density(residual, noise.solve(residual), noise.logdet())
 
-    return Likelihood(y, moments, log_prob, event_shape, linear=True)
+    return Likelihood(y, read, log_prob, event_shape, linear=True)
 
 
 def gaussian_log_density(residual: jax.Array, solution: jax.Array, logdet: jax.Array) -> jax.Array:

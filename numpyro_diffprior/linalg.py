@@ -38,7 +38,9 @@ __all__ = [
     "DenseSolveResult",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "Factor",
     "Isotropic",
+    "Repeated",
     "SolveResult",
     "by_matrix",
     "conjugate_gradient",
@@ -364,6 +366,62 @@ class Blocks(Covariance):
         return list(zip(self.blocks, jnp.split(v, ends, axis=-1), strict=True))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Repeated(Covariance):
+    """Block diagonal with blocks of one size: the elements of a plate, say.
+
+    The last leading axis of the block's parameters is that of the blocks (of length ``num``, or
+    one); a block without leading axes is the same everywhere.
+    """
+
+    block: Covariance
+    num: int = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.num * self.block.size
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self._merge(self.block.matvec(self._split(v)))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return self._merge(self.block.solve(self._split(v)))
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return self._merge(self.block.sqrt_matvec(self._split(z)))
+
+    def logdet(self) -> jax.Array:
+        return self._spread(self.block.logdet()[..., None])[..., 0].sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return self._merge(self._spread(self.block.diagonal()))
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self._spread(self.block.max_eigenvalue()[..., None])[..., 0].max(-1)
+
+    def scale(self, c: ArrayLike) -> "Repeated":
+        return Repeated(self.block.scale(_column(c)), self.num)
+
+    def shift(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.shift(_column(variance)), self.num)
+
+    def harmonic(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.harmonic(_column(variance)), self.num)
+
+    def _split(self, v: jax.Array) -> jax.Array:
+        return v.reshape(*v.shape[:-1], self.num, self.block.size)
+
+    def _merge(self, parts: jax.Array) -> jax.Array:
+        return parts.reshape(*parts.shape[:-2], self.size)
+
+    def _spread(self, parameter: jax.Array) -> jax.Array:
+        """Give a parameter its axis of blocks."""
+        lead = parameter.shape[:-2]
+        return jnp.broadcast_to(parameter, (*lead, self.num, parameter.shape[-1]))
+
+
 def empirical_gaussian(
     x: jax.Array, *, rank: int | None = None, max_dense: int = 512
 ) -> tuple[jax.Array, Covariance]:
@@ -417,6 +475,37 @@ def empirical_gaussian(
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
     return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Factor:
+    r"""The Cholesky factor :math:`L` of matrices and its inverse, each ``(*batch, size, size)``.
+
+    Vectors may have leading axes in front of ``batch``, which share a factor.
+    """
+
+    lower: jax.Array
+    inverse: jax.Array
+
+    @classmethod
+    def of(cls, matrix: jax.Array) -> "Factor":
+        """Factor positive definite matrices."""
+        factor = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+        lower = by_matrix(factor, matrix)
+        return cls(lower, _inverse_lower(lower))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma^{-1} v`."""
+        return _rmatvec(self.inverse, _matvec(self.inverse, v))
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        r"""Return :math:`L z`, with covariance :math:`\Sigma` for standard normal ``z``."""
+        return _matvec(self.lower, z)
+
+    def logdet(self) -> jax.Array:
+        r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
+        return 2 * jnp.log(jnp.diagonal(self.lower, axis1=-2, axis2=-1)).sum(-1)
 
 
 class SolveResult(NamedTuple):
@@ -635,7 +724,11 @@ def _add(a: Covariance, b: Covariance) -> Covariance:
             return Blocks(tuple(block + Diagonal(part) for block, part in a._parts(b.variances)))
         case Blocks(), Blocks() if [x.size for x in a.blocks] == [x.size for x in b.blocks]:
             return Blocks(tuple(x + y for x, y in zip(a.blocks, b.blocks, strict=True)))
-        case (Isotropic(), _) | (Diagonal(), DiagonalPlusLowRank() | Blocks()):
+        case Repeated(), Diagonal():
+            return Repeated(a.block + Diagonal(a._split(b.variances)), a.num)
+        case Repeated(), Repeated() if a.num == b.num:
+            return Repeated(a.block + b.block, a.num)
+        case (Isotropic(), _) | (Diagonal(), DiagonalPlusLowRank() | Blocks() | Repeated()):
             return _add(b, a)
         case _:
             return Dense.from_matrix(a.dense() + b.dense())

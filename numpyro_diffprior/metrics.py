@@ -426,16 +426,20 @@ def coverage(
     return jnp.mean(inside, axis=axes, where=mask, dtype=dtype)
 
 
-def sbc_ranks(samples: jax.Array, truth: jax.Array) -> jax.Array:
+def sbc_ranks(
+    samples: jax.Array, truth: jax.Array, *, rng_key: jax.Array | None = None
+) -> jax.Array:
     """Ranks of the truth among posterior draws, for simulation-based calibration.
 
     Where the truth is drawn from the prior, the data from the likelihood and the draws,
     independently, from the exact posterior, every element's ranks over simulations are uniform on
-    ``0..draws``. Draws equal to the truth count as above it.
+    ``0..draws``. Draws equal to the truth count as above it, or, with a key, a random number of
+    them as below: so that ranks of discrete or constant elements are uniform too.
 
     Args:
         samples: posterior draws with shape ``(simulations, draws, *shape)``.
         truth: what generated the data, with shape ``(simulations, *shape)``.
+        rng_key: a random key, to break ties with.
 
     Returns:
         The numbers of draws below the truth, integers with shape ``(simulations, *shape)``.
@@ -449,7 +453,11 @@ def sbc_ranks(samples: jax.Array, truth: jax.Array) -> jax.Array:
             "expected samples with shape (simulations, draws, *shape) and truth with shape "
             f"(simulations, *shape), got {samples.shape} and {truth.shape}"
         )
-    return jnp.sum(samples < truth[:, None], axis=1, dtype=jnp.int32)
+    ranks = jnp.sum(samples < truth[:, None], axis=1, dtype=jnp.int32)
+    if rng_key is None:
+        return ranks
+    num_ties = jnp.sum(samples == truth[:, None], axis=1, dtype=jnp.int32)
+    return ranks + jax.random.randint(rng_key, ranks.shape, 0, num_ties + 1)
 
 
 def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 10) -> jax.Array:

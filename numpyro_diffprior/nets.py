@@ -9,7 +9,9 @@ for a batch of events: ``x`` has shape ``(batch, *event_shape)``, ``c`` has shap
 The output layer starts at zero, so that a denoiser preconditioned by a Gaussian starts as the
 Gaussian's. A module is a pytree whose leaves are its weights; all else about it is static and
 hashable, so that networks of one architecture share compiled functions. Called with `rngs`, a
-network trains (dropout, from the stream ``"dropout"``); without, it is deterministic.
+network trains (dropout, from the stream ``"dropout"``); without, it is deterministic. With a
+`context_shape`, it is called with a context as well, a label or a redshift of each event, which
+enters beside the noise level.
 
 References:
     Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
@@ -45,6 +47,8 @@ class MLP(nnx.Module):
         event_shape: Shape of one event, of any rank.
         features: Widths of the hidden layers.
         embedding: Width of the embedding of the noise level, an even number.
+        context_shape: Shape of one context, of any rank, or None for a network without; its
+            values should be of order one (labels one-hot).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
         rngs: Random streams that initialise the weights.
@@ -59,6 +63,7 @@ class MLP(nnx.Module):
         *,
         features: Sequence[int] = (256, 256, 256),
         embedding: int = 64,
+        context_shape: Sequence[int] | None = None,
         dropout: float = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -67,12 +72,13 @@ class MLP(nnx.Module):
         self.event_shape = _check_sizes("event_shape", event_shape)
         self.features = _check_sizes("features", features)
         self.embedding = _check_embedding(embedding)
+        self.context_shape = _check_context_shape(context_shape)
         self.dropout = _check_rate(dropout)
         self.param_dtype = _check_dtype(param_dtype)
         size = math.prod(self.event_shape)
         options: dict[str, Any] = {"param_dtype": self.param_dtype, "rngs": rngs}
         widths = self.features
-        self.embed = _NoiseEmbedding(embedding, **options)
+        self.embed = _Embedding(embedding, self.context_shape, **options)
         self.first = _linear(size, widths[0], **options)
         # Added before the first normalisation, which would otherwise hide the magnitude of `x`.
         self.offset = _linear(embedding, widths[0], **options)
@@ -93,18 +99,25 @@ class MLP(nnx.Module):
             "event_shape": list(self.event_shape),
             "features": list(self.features),
             "embedding": self.embedding,
+            "context_shape": None if self.context_shape is None else list(self.context_shape),
             "dropout": self.dropout,
             "param_dtype": self.param_dtype.name,
         }
 
     def __call__(
-        self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Evaluate the network.
 
         Args:
             x: Noisy events, with shape ``(batch, *event_shape)``.
             noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, of a network that has them.
             rngs: Random streams, to train with dropout.
 
         Returns:
@@ -114,7 +127,7 @@ class MLP(nnx.Module):
             ValueError: If a shape is wrong.
         """
         x, noise = _check_inputs(x, noise, self.event_shape, self.param_dtype)
-        embedded = self.embed(noise)
+        embedded = self.embed(noise, context)
         h = self.first(x.reshape(x.shape[0], -1)) + self.offset(embedded)
         for i, norm in enumerate(self.norms):
             update = nnx.silu(norm(h, embedded))
@@ -141,6 +154,8 @@ class UNet(nnx.Module):
             self-attention over positions.
         num_heads: Number of heads of every self-attention.
         embedding: Width of the embedding of the noise level, an even number.
+        context_shape: Shape of one context, of any rank, or None for a network without; its
+            values should be of order one (labels one-hot).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
         rngs: Random streams that initialise the weights.
@@ -158,6 +173,7 @@ class UNet(nnx.Module):
         attention: Sequence[int] = (),
         num_heads: int = 4,
         embedding: int = 64,
+        context_shape: Sequence[int] | None = None,
         dropout: float = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -184,6 +200,7 @@ class UNet(nnx.Module):
                     f"num_heads={self.num_heads} for {self.channels[level]} channels."
                 )
         self.embedding = _check_embedding(embedding)
+        self.context_shape = _check_context_shape(context_shape)
         self.dropout = _check_rate(dropout)
         self.param_dtype = _check_dtype(param_dtype)
         options: dict[str, Any] = {"param_dtype": self.param_dtype, "rngs": rngs}
@@ -200,7 +217,7 @@ class UNet(nnx.Module):
             return nnx.List([_Block(size, width, **shape, **options) for size in sizes])
 
         size = self.event_shape[2] if len(self.event_shape) == 3 else 1
-        self.embed = _NoiseEmbedding(embedding, **options)
+        self.embed = _Embedding(embedding, self.context_shape, **options)
         self.first = _conv(size, self.channels[0], **options)
         self.down = nnx.List([blocks(i, width) for i, width in enumerate(self.channels)])
         self.shrink = nnx.List(
@@ -221,18 +238,25 @@ class UNet(nnx.Module):
             "attention": list(self.attention),
             "num_heads": self.num_heads,
             "embedding": self.embedding,
+            "context_shape": None if self.context_shape is None else list(self.context_shape),
             "dropout": self.dropout,
             "param_dtype": self.param_dtype.name,
         }
 
     def __call__(
-        self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Evaluate the network.
 
         Args:
             x: Noisy events, with shape ``(batch, *event_shape)``.
             noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, of a network that has them.
             rngs: Random streams, to train with dropout.
 
         Returns:
@@ -242,7 +266,7 @@ class UNet(nnx.Module):
             ValueError: If a shape is wrong.
         """
         x, noise = _check_inputs(x, noise, self.event_shape, self.param_dtype)
-        embedded = self.embed(noise)
+        embedded = self.embed(noise, context)
         height, width = self.event_shape[:2]
         h = self.first(x.reshape(x.shape[0], height, width, -1))
         skips = []
@@ -265,21 +289,40 @@ NETWORKS: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 """Networks that a checkpoint can name: ``NETWORKS[name](**net.config, rngs=rngs)``."""
 
 
-class _NoiseEmbedding(nnx.Module):
-    """Sines and cosines of the noise level, through two layers."""
+class _Embedding(nnx.Module):
+    """Sines and cosines of the noise level, and the context, through two layers."""
 
-    def __init__(self, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        features: int,
+        context_shape: tuple[int, ...] | None,
+        *,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.features = features
-        self.first = _linear(features, features, param_dtype=param_dtype, rngs=rngs)
-        self.second = _linear(features, features, param_dtype=param_dtype, rngs=rngs)
+        self.context_shape = context_shape
+        self.first = _linear(features, features, **options)
+        self.second = _linear(features, features, **options)
+        if context_shape is not None:
+            self.context = _linear(math.prod(context_shape), features, **options)
 
-    def __call__(self, noise: jax.Array) -> jax.Array:
+    def __call__(self, noise: jax.Array, context: jax.Array | None) -> jax.Array:
         # The noise levels of a prior span a few units (a factor of e is 1/4): from less than one
         # period over the whole range to several per unit.
         frequencies = jnp.geomspace(0.5, _MAX_FREQUENCY, self.features // 2, dtype=noise.dtype)
         angles = noise[:, None] * frequencies
-        h = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return nnx.silu(self.second(nnx.silu(self.first(h))))
+        h = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
+        if self.context_shape is not None:
+            if context is None or context.shape[1:] != self.context_shape:
+                found = None if context is None else f"shape {context.shape}"
+                raise ValueError(
+                    "Expected contexts with one batch axis before the context_shape "
+                    f"{self.context_shape}, got {found}."
+                )
+            h = h + self.context(context.reshape(len(context), -1).astype(noise.dtype))
+        return nnx.silu(self.second(nnx.silu(h)))
 
 
 class _Modulated(nnx.Module):
@@ -477,6 +520,12 @@ def _check_embedding(embedding: int) -> int:
     if embedding < 2 or embedding % 2:
         raise ValueError(f"embedding must be a positive even number, got {embedding}.")
     return int(embedding)
+
+
+def _check_context_shape(context_shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    if context_shape is None:
+        return None
+    return _check_sizes("context_shape", context_shape) if len(context_shape) else ()  # scalars
 
 
 def _check_rate(dropout: float) -> float:

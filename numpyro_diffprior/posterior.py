@@ -5,6 +5,7 @@ twisted SMC the draws (`numpyro_diffprior.smc`). Plates are swept in compiled bl
 size.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
@@ -13,14 +14,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import gammaincc
 
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
-from numpyro_diffprior.introspect import Model, bind, read_latent, read_likelihood
+from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
+from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.smc import Draws, Settings, draw_posterior
 
-__all__ = ["PosteriorSamples", "resolve_settings", "sample_blocks", "sample_posterior"]
+__all__ = [
+    "PosteriorSamples",
+    "bind_whole_plates",
+    "read_whole_plates",
+    "resolve_settings",
+    "sample_blocks",
+    "sample_posterior",
+]
 
 
 class PosteriorSamples(NamedTuple):
@@ -28,8 +39,9 @@ class PosteriorSamples(NamedTuple):
 
     Attributes:
         samples: Draws by site, each of shape ``(num_samples, *batch, *event)``.
-        stats: The statistics of `Draws` by name, each of shape ``(num_samples, *batch)``, and
-            ``num_evaluations``, the number of network evaluations per draw.
+        stats: The statistics of `Draws` by name, each of shape ``(num_samples, *batch)``
+            (``ess_path`` has an axis more, of noise levels), and ``num_evaluations``, the number
+            of network evaluations per draw.
     """
 
     samples: dict[str, jax.Array]
@@ -41,10 +53,11 @@ def resolve_settings(
     num_particles: int = 1,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
+    independent: bool = True,
 ) -> Settings:
     """Fill in the defaults: the prior's sampler, and `MMPS`.
 
-    MMPS takes Tweedie's covariance for one particle and the Gaussian one for more.
+    MMPS takes Tweedie's covariance for one particle; more look ahead with the Gaussian one.
 
     Raises:
         ValueError: If the number of particles is not positive, or there are several and the
@@ -53,7 +66,7 @@ def resolve_settings(
     if sampler is None:
         sampler = prior.sampler
     if guidance is None:
-        guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance())
+        guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance(), look_ahead=True)
     if num_particles < 1:
         raise ValueError(f"expected num_particles >= 1, got {num_particles}.")
     if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single):
@@ -61,54 +74,90 @@ def resolve_settings(
             f"{num_particles} particles need a stochastic sampler of one evaluation per step, "
             f"such as MultistepSDE() or DDPM(); got {sampler}."
         )
-    return Settings(num_particles, sampler, guidance)
+    return Settings(num_particles, sampler, guidance, independent)
 
 
 def sample_posterior(
     rng_key: jax.Array,
     model: Model,
-    prior: DiffusionPrior,
+    prior: DiffusionPrior | Mapping[str, DiffusionPrior],
     *args: Any,
     num_samples: int = 1,
     num_particles: int = 1,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
+    independent: bool = True,
     max_batch_size: int = 256,
     **kwargs: Any,
 ) -> PosteriorSamples:
-    """Draw from the posterior of a model's diffusion site, for all events of its plate.
+    """Draw from the posterior of a model's diffusion sites, for all events of their plate.
 
     Args:
         rng_key: A random key.
         model: A NumPyro model; its observed sites are the likelihood.
-        prior: The model's first argument.
+        prior: The model's first argument: a prior, or several in a dict. Sites in one plate are
+            drawn together.
         *args: The model's other arguments.
-        num_samples: The number of independent draws per event.
-        num_particles: Particles per draw: one is MMPS, more correct its approximation.
+        num_samples: The number of draws per event.
+        num_particles: Particles of a system: one is MMPS, more correct its approximation.
         sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle and
-            the Gaussian one for more).
+        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle; more
+            look ahead with the Gaussian one).
+        independent: Whether every draw is one of a particle system of its own. Otherwise each
+            system gives as many draws as it has particles, at a fraction of the cost: a thousand
+            draws of one system of a thousand particles, say. They are exact in the limit of many
+            particles, but not independent: an event may be drawn more than once.
         max_batch_size: How many draws are made at once; bounds the memory.
         **kwargs: The model's keyword arguments.
 
     Returns:
-        The draws and their statistics, see `PosteriorSamples`.
+        The draws and their statistics, see `PosteriorSamples`. A warning says where draws do not
+        fit what was observed.
 
     Raises:
         ValueError: If the model cannot be read (see `numpyro_diffprior.introspect`), or particles
             and sampler do not fit.
     """
-    settings = resolve_settings(prior, num_particles, sampler, guidance)
     arguments = ((prior, *args), kwargs)
-    bound = bind(model, *arguments)
-    latent = read_latent(bound)
-    read_likelihood(bound, latent)  # errors before anything is compiled
-    draws = sample_blocks(
+    latent, likelihood = read_whole_plates(model, *arguments)
+    settings = resolve_settings(latent.prior, num_particles, sampler, guidance, independent)
+    samples, stats = sample_blocks(
         rng_key, model, *arguments, settings, num_draws=num_samples, batch_size=max_batch_size
     )
-    stats = dict(draws.stats)
-    stats["num_evaluations"] = jnp.asarray(num_particles * settings.sampler.num_evaluations)
-    return PosteriorSamples({latent.name: draws.x}, stats)
+    _warn_of_misfit(stats["chi_square"], likelihood.num_visible)
+    per_draw = num_particles if independent else 1
+    num_evaluations = jnp.asarray(per_draw * settings.sampler.num_evaluations)
+    return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})
+
+
+def read_whole_plates(
+    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[LatentSite, Likelihood]:
+    """Read a model, so that its errors come before anything is compiled."""
+    bound = bind_whole_plates(model, args, kwargs)
+    latent = read_latent(bound)
+    return latent, read_likelihood(bound, latent)
+
+
+def _warn_of_misfit(chi_square: jax.Array, num_visible: jax.Array) -> None:
+    """Warn where draws are far from what was observed, by size and by significance."""
+    if isinstance(chi_square, jax.core.Tracer):
+        return
+    pvalue = gammaincc(num_visible / 2, num_visible * chi_square / 2)
+    fits = (chi_square < _LARGE_CHI_SQUARE) | (pvalue > _SMALL_PVALUE / chi_square.size)
+    count = int(jnp.sum(~fits))
+    if count:
+        warnings.warn(
+            f"{count} of {chi_square.size} posterior draws do not fit what was observed: their "
+            f"stats['chi_square'] goes up to {float(jnp.max(chi_square)):.3g} and should be near "
+            "1. Either guidance failed (more steps of the sampler, or more particles, may help), "
+            "or the model and its prior cannot explain these data.",
+            stacklevel=3,
+        )
+
+
+_LARGE_CHI_SQUARE = 2.0
+_SMALL_PVALUE = 1e-6
 
 
 def sample_blocks(
@@ -120,7 +169,7 @@ def sample_blocks(
     *,
     num_draws: int,
     batch_size: int,
-) -> Draws:
+) -> PosteriorSamples:
     """Draw for all elements of the latent's plate, ``batch_size`` draws at a time, compiled.
 
     Arrays among the arguments (a prior's weights too) may change without compiling anew.
@@ -135,7 +184,7 @@ def sample_blocks(
         batch_size: How many draws are made at once.
 
     Returns:
-        Draws whose arrays have the leading shape ``(num_draws, *batch)``.
+        Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
     """
     dynamic, static = split_arguments((args, dict(kwargs)))
     return _sweep(rng_key, dynamic, model, static, settings, num_draws, max(1, batch_size))
@@ -150,19 +199,16 @@ def _sweep(
     settings: Settings,
     num_draws: int,
     batch_size: int,
-) -> Draws:
+) -> PosteriorSamples:
     args, kwargs = merge_arguments(dynamic, static)
-    latent = read_latent(bind(model, args, kwargs))
+    bound = bind_whole_plates(model, args, kwargs)
+    latent = read_latent(bound)
     plate = max(range(len(latent.plates)), key=lambda i: latent.plate_sizes[i], default=None)
     if plate is None or latent.plate_sizes[plate] <= batch_size:
-        # Whole plates, even where the model on its own would subsample them.
-        whole = {
-            plate: jnp.arange(size)
-            for plate, size in zip(latent.plates, latent.plate_sizes, strict=True)
-        }
-        bound = bind(model, args, kwargs, indices=whole)
         num_events = max(1, prod(latent.plate_sizes))
-        return _draw_chunks(rng_key, bound, settings, num_draws, max(1, batch_size // num_events))
+        chunk_size = max(1, batch_size // num_events)
+        draws = _draw_chunks(rng_key, bound, settings, num_draws, chunk_size)
+        return PosteriorSamples(latent.values(draws.x), draws.stats)
     name, size, dim = (
         latent.plates[plate],
         latent.plate_sizes[plate],
@@ -186,7 +232,17 @@ def _sweep(
         shape = (*leaf.shape[:axis], num_blocks * block_size, *leaf.shape[axis + 2 :])
         return jax.lax.slice_in_dim(leaf.reshape(shape), 0, size, axis=axis)
 
-    return jax.tree.map(join, blocks)
+    draws = jax.tree.map(join, blocks)
+    return PosteriorSamples(latent.values(draws.x), draws.stats)
+
+
+def bind_whole_plates(
+    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[], Any]:
+    """Bind a model with whole plates, even where on its own it would subsample them."""
+    latent = read_latent(bind(model, args, kwargs))
+    sizes = [*zip(latent.plates, latent.plate_sizes, strict=True), *latent.joined]
+    return bind(model, args, kwargs, indices={plate: jnp.arange(size) for plate, size in sizes})
 
 
 def _draw_chunks(
@@ -199,6 +255,8 @@ def _draw_chunks(
     """Draw for one block of events, so many draws of each at a time."""
     latent = read_latent(bound)
     likelihood = read_likelihood(bound, latent)
+    if not settings.independent:  # whole particle systems
+        chunk_size = max(1, chunk_size // settings.num_particles) * settings.num_particles
     chunk_size = min(chunk_size, num_draws)
     num_chunks = -(-num_draws // chunk_size)
 

@@ -131,7 +131,8 @@ class Sampler:
         r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
         noisy = denoiser.cov.shift(self.sigmas(denoiser)[0] ** 2)
         batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
-        return denoiser.mean + noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
+        deviation = noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
+        return denoiser.location(batch_shape) + deviation
 
     def initial(
         self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...]
@@ -366,24 +367,26 @@ def flow_log_prob(
     else:
         probes = jax.random.rademacher(jax.random.key(0), (num_probes, size), dtype)
         weight = 1.0 / num_probes
-    flow = _Flow(denoiser)
 
-    def field(time: jax.typing.ArrayLike, state: tuple[jax.Array, jax.Array], _: None) -> tuple:
-        value, tangent = jax.linearize(lambda z: flow.drift(time, z), state[0])
-        return value, weight * jnp.sum(probes * jax.vmap(tangent)(probes))
+    def log_prob_one(flat: jax.Array, denoiser: Denoiser) -> jax.Array:
+        flow = _Flow(denoiser)
 
-    def log_prob_one(flat: jax.Array) -> jax.Array:
+        def field(
+            time: jax.typing.ArrayLike, state: tuple[jax.Array, jax.Array], _: None
+        ) -> tuple:
+            value, tangent = jax.linearize(lambda z: flow.drift(time, z), state[0])
+            return value, weight * jnp.sum(probes * jax.vmap(tangent)(probes))
+
         start = flow.to_z(flow.start, flat), jnp.zeros((), dtype)
         (z_last, divergence), solved = flow.solve(field, start, rtol, max_steps)
         noisy = denoiser.cov.shift(denoiser.sigma_max**2)
-        deviation = flow.width(flow.stop) * z_last
+        deviation = flow.deviation(z_last)
         quadratic = jnp.sum(deviation * noisy.solve(deviation))
         gaussian = -0.5 * (quadratic + noisy.logdet() + size * jnp.log(2 * jnp.pi))
         widened = size * jnp.log(flow.width(flow.stop) / flow.width(flow.start))
         return jnp.where(solved, gaussian + divergence + widened, jnp.nan)
 
-    flat = jnp.asarray(x, dtype).reshape(-1, size)
-    return jax.vmap(log_prob_one)(flat).reshape(batch_shape)
+    return _for_each(log_prob_one, denoiser, jnp.asarray(x, dtype)).reshape(batch_shape)
 
 
 def flow_noise(
@@ -403,19 +406,27 @@ def flow_noise(
     Returns:
         The noise :math:`z`, with the shape of ``x``; NaN for events that were given up.
     """
-    flow = _Flow(denoiser)
     noisy = denoiser.cov.shift(denoiser.sigma_max**2)
     # z = L^-1 v = L^T (L L^T)^-1 v
     transpose = jax.linear_transpose(noisy.sqrt_matvec, denoiser.mean.reshape(-1))
 
-    def noise_one(flat: jax.Array) -> jax.Array:
+    def noise_one(flat: jax.Array, denoiser: Denoiser) -> jax.Array:
+        flow = _Flow(denoiser)
         start = flow.to_z(flow.start, flat)
         z_last, solved = flow.solve(lambda time, z, _: flow.drift(time, z), start, rtol, max_steps)
-        (noise,) = transpose(noisy.solve(flow.width(flow.stop) * z_last))
+        (noise,) = transpose(noisy.solve(flow.deviation(z_last)))
         return jnp.where(solved, noise, jnp.nan)
 
-    flat = jnp.asarray(x, denoiser.dtype).reshape(-1, denoiser.event_size)
-    return jax.vmap(noise_one)(flat).reshape(x.shape)
+    return _for_each(noise_one, denoiser, jnp.asarray(x, denoiser.dtype)).reshape(x.shape)
+
+
+def _for_each(
+    f: Callable[[jax.Array, Denoiser], jax.Array], denoiser: Denoiser, x: jax.Array
+) -> jax.Array:
+    """Apply a function to each event, flattened, and its denoiser: that at its own context."""
+    flat = x.reshape(-1, denoiser.event_size)
+    contexts = denoiser.contexts(x.shape[: x.ndim - len(denoiser.event_shape)])
+    return jax.vmap(lambda one, context: f(one, denoiser.at(context)))(flat, contexts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -441,6 +452,11 @@ class _Flow:
 
     def to_z(self, time: jax.typing.ArrayLike, flat: jax.Array) -> jax.Array:
         return (flat - self.mean) / self.width(time)
+
+    def deviation(self, z: jax.Array) -> jax.Array:
+        """Return how far from the start of samplers the flow ends."""
+        shift = self.mean - self.denoiser.location(()).reshape(-1)
+        return self.width(self.stop) * z + shift
 
     def drift(self, time: jax.typing.ArrayLike, z: jax.Array) -> jax.Array:
         width = self.width(time)

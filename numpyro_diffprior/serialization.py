@@ -33,12 +33,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from numpyro_diffprior.denoisers import (
+    ConditionedDenoiser,
     Denoiser,
     GaussianDenoiser,
     MixtureDenoiser,
     NetworkDenoiser,
 )
-from numpyro_diffprior.linalg import Blocks, Dense, Diagonal, DiagonalPlusLowRank, Isotropic
+from numpyro_diffprior.linalg import (
+    Blocks,
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Isotropic,
+    Repeated,
+)
 from numpyro_diffprior.nets import NETWORKS
 
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
@@ -51,11 +59,13 @@ _TYPES: dict[str, Any] = {
         GaussianDenoiser,
         MixtureDenoiser,
         NetworkDenoiser,
+        ConditionedDenoiser,
         Isotropic,
         Diagonal,
         DiagonalPlusLowRank,
         Dense,
         Blocks,
+        Repeated,
     )
 }
 

@@ -1,14 +1,13 @@
 r"""Posterior draws as arrays: guided sampling, and the twisted SMC that corrects it.
 
 One particle is plain guided sampling: a sampler walks on the posterior's denoiser (MMPS of arXiv
-2405.13712). With :math:`K > 1` particles per draw, the guided walk is the proposal of a sequential
-Monte Carlo sampler whose target at each noise level is the prior's chain times a *twist*, the
-moment-matched :math:`\psi_t = \mathcal{N}(y; h(\hat x), S)`. Prior chain and proposal share their
-deviation :math:`\tau` and noise :math:`\varepsilon`, so that a step weighs in closed form,
+2405.13712). With :math:`K > 1` particles per draw there is a sequential Monte Carlo sampler whose
+target at each noise level is the prior's chain times a *twist* :math:`\psi_t`, a moment-matched
+:math:`p(y \mid x_t)`. Its proposal :math:`q` (see `numpyro_diffprior.proposals`) knows of the
+observations, and a step weighs in closed form,
 
 .. math:: \log w_s = \log \frac{\psi_s(x_s)}{\psi_t(x_t)}
-    - \varepsilon \cdot \delta - \tfrac{1}{2} \lVert \delta \rVert^2, \quad
-    \delta = (\mu^{guided}_s - \mu^{prior}_s) / \tau,
+    + \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)},
 
 and the last weight is the exact likelihood of the user's sites. Any positive twist leaves the
 limit of many particles exact; the product of mean weights is an unbiased estimate of the evidence
@@ -21,29 +20,26 @@ References:
     | Rozet et al., NeurIPS 2024, arXiv 2405.13712.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers import Denoiser
-from numpyro_diffprior.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance import Guidance, GuidedDenoiser
 from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.proposals import Cloud, Step, propose, take
 from numpyro_diffprior.samplers import Levels, Sampler
 
 __all__ = [
-    "Cloud",
     "Draws",
     "Progress",
-    "Proposal",
     "Settings",
     "ancestors",
     "assess",
     "begin",
     "draw_posterior",
     "finish",
-    "propose",
-    "take",
     "watch",
 ]
 
@@ -58,6 +54,10 @@ class Draws(NamedTuple):
         ess: The lowest effective number of particles along the path, likewise.
         num_resamplings: How often the particles were resampled, likewise.
         log_evidence: The estimate of the log-density of the event's observations, likewise.
+        chi_square: The mean squared residual of the draw in deviations of the noise, likewise
+            (see `Likelihood.chi_square`): near one where guidance has worked.
+        ess_path: The effective number of particles at every noise level before resampling, the
+            exact weights last, with shape ``(*batch, num_steps)``.
     """
 
     x: jax.Array
@@ -66,6 +66,8 @@ class Draws(NamedTuple):
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
+    chi_square: jax.Array
+    ess_path: jax.Array
 
     @property
     def stats(self) -> dict[str, jax.Array]:
@@ -80,11 +82,14 @@ class Settings(NamedTuple):
         num_particles: Particles per draw; one is plain guided sampling.
         sampler: The sampler.
         guidance: The guidance.
+        independent: Whether every draw has a particle system of its own; otherwise each system
+            gives as many draws as it has particles.
     """
 
     num_particles: int
     sampler: Sampler
     guidance: Guidance
+    independent: bool = True
 
 
 def draw_posterior(
@@ -94,7 +99,7 @@ def draw_posterior(
     settings: Settings,
     num_draws: int = 1,
 ) -> Draws:
-    """Make independent draws for every event of a likelihood; NumPyro-free and traceable.
+    """Make draws for every event of a likelihood; NumPyro-free and traceable.
 
     Args:
         rng_key: A random key.
@@ -107,19 +112,21 @@ def draw_posterior(
         Draws whose arrays have the leading shape ``(num_draws, *batch)``.
     """
     posterior = settings.guidance.condition(denoiser, likelihood)
-    batch_shape = (num_draws, *likelihood.batch_shape)
+    num_systems = num_draws if settings.independent else -(-num_draws // settings.num_particles)
+    batch_shape = (num_systems, *likelihood.batch_shape)
     key_init, key_run = jax.random.split(rng_key)
-    x_t = settings.sampler.initial(key_init, denoiser, (settings.num_particles, *batch_shape))
-    if settings.sampler.eta == 0:
-        x_t = x_t + _initial_shift(posterior, settings.sampler)
-    if settings.sampler.is_single:
-        return _twisted_smc(key_run, posterior, settings.sampler, x_t)
-    x = settings.sampler.run(key_run, posterior, x_t[0])
-    last = posterior.guide(x, settings.sampler.sigmas(denoiser)[-1])
-    ones = jnp.ones(batch_shape, x.dtype)
-    return Draws(
-        x, last.residual, last.num_truncated, ones, jnp.zeros(batch_shape, int), ones * jnp.nan
-    )
+    sampler, num_particles = settings.sampler, settings.num_particles
+    x_t = sampler.initial(key_init, denoiser, (num_particles, *batch_shape))
+    if num_particles > 1:
+        return _twisted_smc(key_run, posterior, settings, x_t, num_draws)
+    x_t = x_t[0]
+    if sampler.eta == 0:
+        x_t = x_t + _initial_shift(posterior, sampler)
+    if sampler.is_single:
+        return _walk(key_run, posterior, sampler, x_t)
+    x = sampler.run(key_run, posterior, x_t)
+    last = posterior.guide(x, sampler.sigmas(denoiser)[-1])
+    return _single_draws(posterior, sampler, x, last.residual, last.num_truncated)
 
 
 def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
@@ -128,51 +135,8 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
     A deterministic sampler never forgets where it started: from the prior's mean, it would end off
     the posterior's by the shift times deviation over ``sigma_max``, however many steps it takes.
     """
-    shape = (*posterior.likelihood.batch_shape, *posterior.event_shape)
-    mean = jnp.broadcast_to(posterior.mean, shape)
-    return posterior(mean, sampler.sigmas(posterior)[0]) - mean
-
-
-class Cloud(NamedTuple):
-    """Particles between two steps, with shape ``(num_particles, *batch, *event)``.
-
-    Attributes:
-        x_t: The particles.
-        x_hat: The prior's means at the level before, the memory of multistep samplers.
-        x_hat_y: The guided means there.
-    """
-
-    x_t: jax.Array
-    x_hat: jax.Array
-    x_hat_y: jax.Array
-
-
-class Proposal(NamedTuple):
-    r"""The next level's Gaussians, of the prior's chain and of the guided one.
-
-    Attributes:
-        mean: The prior's mean, with shape ``(num_particles, *batch, *event)``.
-        mean_y: The guided mean, likewise.
-        tau: The deviation of both, scalar.
-    """
-
-    mean: jax.Array
-    mean_y: jax.Array
-    tau: jax.Array
-
-    @property
-    def shift(self) -> jax.Array:
-        r"""The means' difference :math:`\delta` in deviations, shaped as they are."""
-        return (self.mean_y - self.mean) / self.tau
-
-
-def propose(sampler: Sampler, guided: Guided, previous: Cloud, levels: Levels) -> Proposal:
-    """Return where particles go from ``previous.x_t``, at which guidance found ``guided``."""
-    x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
-    x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
-    mean, _ = sampler.transition(previous.x_t, x_tilde, levels)
-    mean_y, tau = sampler.transition(previous.x_t, x_tilde_y, levels)
-    return Proposal(mean, mean_y, tau)
+    location = posterior.denoiser.location(posterior.likelihood.batch_shape)
+    return posterior(location, sampler.sigmas(posterior)[0]) - location
 
 
 class Progress(NamedTuple):
@@ -182,7 +146,7 @@ class Progress(NamedTuple):
         cloud: The particles.
         log_weight: Their weights, without the twist at the level of ``cloud.x_t``, with shape
             ``(num_particles, *batch)``.
-        stats: Draws that lack the event, of shape ``(*batch,)``.
+        stats: Draws that lack the event and the effective numbers, of shape ``(*batch,)``.
     """
 
     cloud: Cloud
@@ -195,92 +159,153 @@ def begin(x_t: jax.Array, event_ndim: int) -> Progress:
     log_weight = jnp.zeros(x_t.shape[: x_t.ndim - event_ndim], x_t.dtype)
     zeros, zero = jnp.zeros_like(log_weight[0]), jnp.zeros_like(x_t)
     count = zeros.astype(int)
-    stats = Draws(zeros, zeros, count, zeros + len(x_t), count, zeros)
+    stats = Draws(zeros, zeros, count, zeros, count, zeros, zeros, zeros)
     return Progress(Cloud(x_t, zero, zero), log_weight, stats)
 
 
-def watch(stats: Draws, guided: Guided) -> Draws:
+def watch(stats: Draws, step: Step) -> Draws:
     """Keep the worst of guidance's solves."""
     return stats._replace(
-        residual=jnp.maximum(stats.residual, guided.residual.max(0)),
-        num_truncated=jnp.maximum(stats.num_truncated, guided.num_truncated.max(0)),
+        residual=jnp.maximum(stats.residual, step.residual.max(0)),
+        num_truncated=jnp.maximum(stats.num_truncated, step.num_truncated.max(0)),
     )
 
 
-def assess(stats: Draws, log_weight: jax.Array) -> tuple[jax.Array, Draws]:
-    """Return the systems to resample, of which fewer than half of the particles are effective."""
+def assess(stats: Draws, log_weight: jax.Array) -> tuple[jax.Array, jax.Array, Draws]:
+    """Return which systems to resample: those with fewer than half of their particles effective.
+
+    Behind them, the effective number of particles of each system.
+    """
     ess = _effective(log_weight)
     degenerate = ess < len(log_weight) / 2
-    return degenerate, stats._replace(
-        ess=jnp.minimum(stats.ess, ess),
-        num_resamplings=stats.num_resamplings + degenerate,
-        log_evidence=stats.log_evidence + jnp.where(degenerate, _log_mean_exp(log_weight), 0),
+    return (
+        degenerate,
+        ess,
+        stats._replace(
+            num_resamplings=stats.num_resamplings + degenerate,
+            log_evidence=stats.log_evidence + jnp.where(degenerate, _log_mean_exp(log_weight), 0),
+        ),
     )
 
 
-def finish(stats: Draws, x: jax.Array, log_weight: jax.Array, chosen: jax.Array) -> Draws:
-    """Return the draws: of each system's last events, weighed exactly, the chosen one."""
+def finish(
+    stats: Draws,
+    likelihood: Likelihood,
+    x: jax.Array,
+    log_weight: jax.Array,
+    chosen: jax.Array,
+    ess: jax.Array,
+) -> Draws:
+    """Return the draws: of each system's last events, weighed exactly, the chosen one.
+
+    ``ess`` has the effective numbers of particles at the levels before, ``(num_levels, *batch)``.
+    """
+    draw = take(x, chosen[None])[0]
+    ess = jnp.concatenate([ess, _effective(log_weight)[None]])
     return stats._replace(
-        x=take(x, chosen[None])[0],
-        ess=jnp.minimum(stats.ess, _effective(log_weight)),
+        x=draw,
+        chi_square=likelihood.chi_square(draw),
+        ess=ess.min(0),
+        ess_path=jnp.moveaxis(ess, 0, -1),
         log_evidence=stats.log_evidence + _log_mean_exp(log_weight),
     )
 
 
-def _twisted_smc(
+def _walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
-    num_particles = x_t.shape[0]
-    event_ndim = len(posterior.event_shape)
-    event_axes = tuple(range(-event_ndim, 0))
+    """Walk the posterior's chain once per draw, and keep the worst of guidance's solves."""
+    batch_shape = x_t.shape[: x_t.ndim - len(posterior.event_shape)]
+    zeros = jnp.zeros(batch_shape, x_t.dtype)
 
-    def body(progress: Progress, inputs: tuple[jax.Array, Levels]) -> tuple[Progress, None]:
-        (key, levels), (previous, log_weight, stats) = inputs, progress
-        key_resample, key_noise = jax.random.split(key)
-        guided = posterior.guide(previous.x_t, levels.current)
-        proposal = propose(sampler, guided, previous, levels)
-        cloud = Cloud(proposal.mean_y, guided.x_hat, guided.x_hat_y)
-        stats = watch(stats, guided)
-        if num_particles > 1:
-            log_twist, shift = guided.log_twist, proposal.shift
-            log_weight = log_weight + log_twist
-            (cloud, shift, log_twist), log_weight, stats = _resample(
-                key_resample, (cloud, shift, log_twist), log_weight, stats
-            )
+    def body(
+        carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+        inputs: tuple[jax.Array, Levels],
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], None]:
+        (x_t, x_hat_prev, residual, num_truncated), (key, levels) = carry, inputs
+        guided = posterior.guide(x_t, levels.current)
+        x_tilde = sampler.extrapolate(guided.x_hat_y, x_hat_prev, levels)
+        x_s, tau = sampler.transition(x_t, x_tilde, levels)
         if sampler.eta > 0:
-            noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
-            cloud = cloud._replace(x_t=cloud.x_t + proposal.tau * noise)
-            if num_particles > 1:
-                ratio = -jnp.sum(shift * (noise + shift / 2), axis=event_axes)
-                log_weight = log_weight + ratio - log_twist
-        return Progress(cloud, log_weight, stats), None
+            x_s = x_s + tau * jax.random.normal(key, x_t.shape, x_t.dtype)
+        residual = jnp.maximum(residual, guided.residual)
+        num_truncated = jnp.maximum(num_truncated, guided.num_truncated)
+        return (x_s, guided.x_hat_y, residual, num_truncated), None
 
-    start = begin(x_t, event_ndim)
+    levels = sampler.levels(posterior.denoiser)
+    keys = jax.random.split(rng_key, sampler.num_steps - 1)
+    start = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
+    (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, start, (keys, levels))
+    last = posterior.guide(x_t, levels.following[-1])
+    return _single_draws(
+        posterior,
+        sampler,
+        last.x_hat_y,
+        jnp.maximum(residual, last.residual),
+        jnp.maximum(num_truncated, last.num_truncated),
+    )
+
+
+def _single_draws(
+    posterior: GuidedDenoiser,
+    sampler: Sampler,
+    x: jax.Array,
+    residual: jax.Array,
+    num_truncated: jax.Array,
+) -> Draws:
+    """Return draws that were made without particles."""
+    ones = jnp.ones_like(residual)
+    return Draws(
+        x,
+        residual,
+        num_truncated,
+        ones,
+        jnp.zeros_like(num_truncated),
+        ones * jnp.nan,
+        posterior.likelihood.chi_square(x),
+        jnp.ones((*residual.shape, sampler.num_steps), residual.dtype),
+    )
+
+
+def _twisted_smc(
+    rng_key: jax.Array,
+    posterior: GuidedDenoiser,
+    settings: Settings,
+    x_t: jax.Array,
+    num_draws: int,
+) -> Draws:
+    sampler = settings.sampler
+
+    def body(progress: Progress, inputs: tuple[jax.Array, Levels]) -> tuple[Progress, jax.Array]:
+        (key, levels), (previous, log_weight, stats) = inputs, progress
+        key_resample, key_move = jax.random.split(key)
+        step = propose(posterior, sampler, previous, levels)
+        log_weight = log_weight + step.proposal.log_twist
+        degenerate, ess, stats = assess(watch(stats, step), log_weight)
+        index = ancestors(degenerate, _systematic(key_resample, log_weight))
+        proposal = step.proposal.take(index)
+        x_s = proposal.draw(key_move)
+        log_weight = jnp.where(degenerate, 0, log_weight)
+        log_weight = log_weight + proposal.log_ratio(x_s) - proposal.log_twist
+        cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
+        return Progress(cloud, log_weight, stats), ess
+
+    start = begin(x_t, len(posterior.event_shape))
     levels = sampler.levels(posterior.denoiser)
     keys = jax.random.split(rng_key, sampler.num_steps)
-    (cloud, log_weight, stats), _ = jax.lax.scan(body, start, (keys[1:], levels))
-    sigma = levels.following[-1]
-    if num_particles == 1:
-        last = posterior.guide(cloud.x_t, sigma)
-        return stats._replace(
-            x=last.x_hat_y[0],
-            residual=jnp.maximum(stats.residual, last.residual[0]),
-            log_evidence=stats.log_evidence * jnp.nan,
-        )
-    x = posterior.denoiser(cloud.x_t, sigma)
+    (cloud, log_weight, stats), ess = jax.lax.scan(body, start, (keys[1:], levels))
+    x = posterior.denoiser(cloud.x_t, levels.following[-1])
     log_weight = log_weight + posterior.likelihood.log_prob(x)
-    chosen = jax.random.categorical(keys[0], log_weight, axis=0)
-    return finish(stats, x, log_weight, chosen)
 
+    def choose(chosen: jax.Array) -> Draws:
+        return finish(stats, posterior.likelihood, x, log_weight, chosen, ess)
 
-def _resample(
-    rng_key: jax.Array, particles: Any, log_weight: jax.Array, stats: Draws
-) -> tuple[Any, jax.Array, Draws]:
-    """Resample the systems of which fewer than half of the particles are effective."""
-    degenerate, stats = assess(stats, log_weight)
-    index = ancestors(degenerate, _systematic(rng_key, log_weight))
-    particles = jax.tree.map(lambda leaf: take(leaf, index), particles)
-    return particles, jnp.where(degenerate, 0, log_weight), stats
+    if settings.independent:
+        return choose(jax.random.categorical(keys[0], log_weight, axis=0))
+    key_index, key_order = jax.random.split(keys[0])
+    index = jax.random.permutation(key_order, _systematic(key_index, log_weight))
+    draws = jax.vmap(choose)(index)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_draws], draws)
 
 
 def ancestors(degenerate: jax.Array, resampled: jax.Array) -> jax.Array:
@@ -298,12 +323,6 @@ def _systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     positions = (grid + offset) / num_particles
     index = jax.vmap(lambda position: jnp.sum(cumulative < position, axis=0))(positions)
     return jnp.minimum(index, num_particles - 1)
-
-
-def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """Gather along the first axis, with an index of shape ``(n, *batch)``."""
-    index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
-    return jnp.take_along_axis(leaf, index, axis=0)
 
 
 def _effective(log_weight: jax.Array) -> jax.Array:

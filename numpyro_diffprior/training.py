@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from numpyro_diffprior.denoisers import Denoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser, NetworkDenoiser
 from numpyro_diffprior.linalg import empirical_gaussian
 from numpyro_diffprior.schedules import LogLinear, LogNormal, NoiseDistribution
 
@@ -87,7 +87,7 @@ def denoising_loss(
         x: Clean events, with shape ``(*batch, *event_shape)``.
         sigma: Noise levels, broadcastable to ``(*batch,)``.
         rng_key: A key, of the noise.
-        rngs: Random streams of the dropout of a `NetworkDenoiser`, to train; without them there
+        rngs: Random streams of the dropout of a network, to train; without them there
             is no dropout.
 
     Returns:
@@ -97,7 +97,7 @@ def denoising_loss(
     sigma = jnp.expand_dims(jnp.asarray(sigma, x.dtype), event_axes)
     x_t = x + sigma * jax.random.normal(rng_key, x.shape, x.dtype)
     level = sigma.squeeze(event_axes)
-    if isinstance(denoiser, NetworkDenoiser):
+    if isinstance(denoiser, NetworkDenoiser | ConditionedDenoiser):
         x_hat = denoiser(x_t, level, rngs=rngs)
     else:
         x_hat = denoiser(x_t, level)
@@ -131,6 +131,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
+    context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
 ) -> tuple[TrainState, jax.Array]:
@@ -150,6 +151,8 @@ def train(
         optimizer: The optax transformation that `state` was initialised with.
         num_steps: Number of steps.
         batch_size: Number of events per step; it may exceed ``n``.
+        context: The events' contexts, with shape ``(n, *context_shape)``, of a denoiser that
+            waits for them.
         noise: Distribution of the noise levels between the denoiser's `sigma_min` and
             `sigma_max`; the default is the paper's.
         ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
@@ -170,11 +173,17 @@ def train(
         )
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
-    return _train(rng_key, state, x, noise, ema_decay, optimizer, num_steps, batch_size)
+    context = _check_context(context, x, state.denoiser)
+    return _train(rng_key, state, x, context, noise, ema_decay, optimizer, num_steps, batch_size)
 
 
 def measure_error(
-    rng_key: jax.Array, denoiser: NetworkDenoiser, x: jax.Array, *, batch_size: int = 256
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    *,
+    context: jax.Array | None = None,
+    batch_size: int = 256,
 ) -> NetworkDenoiser:
     """Measure a denoiser's error at noise levels from end to end; see `Denoiser.error_ratio`.
 
@@ -184,6 +193,7 @@ def measure_error(
         rng_key: A key.
         denoiser: The denoiser; its mean and covariance should be those of `x`.
         x: Clean events, with shape ``(n, *event_shape)``.
+        context: Their contexts, see `train`.
         batch_size: Number of events, drawn from `x`, per noise level.
 
     Returns:
@@ -192,12 +202,18 @@ def measure_error(
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite.
     """
-    return _measure_error(rng_key, denoiser, _check_events(x, denoiser), batch_size)
+    x = _check_events(x, denoiser)
+    context = _check_context(context, x, denoiser)
+    return _measure_error(rng_key, denoiser, x, context, batch_size)
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(jax.jit, static_argnums=4)
 def _measure_error(
-    rng_key: jax.Array, denoiser: NetworkDenoiser, x: jax.Array, batch_size: int
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    context: jax.Array | None,
+    batch_size: int,
 ) -> NetworkDenoiser:
     num_levels = len(denoiser.error_ratios)
     sigmas = LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
@@ -205,9 +221,10 @@ def _measure_error(
     def ratio(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         (key, sigma) = inputs
         key_batch, key_noise = jax.random.split(key)
-        clean = x[jax.random.randint(key_batch, (batch_size,), 0, len(x))]
+        index = jax.random.randint(key_batch, (batch_size,), 0, len(x))
+        clean, conditioned = x[index], _at(denoiser, context, index)
         x_t = clean + sigma * jax.random.normal(key_noise, clean.shape, clean.dtype)
-        error = jnp.sum((clean - denoiser(x_t, sigma)) ** 2) / batch_size
+        error = jnp.sum((clean - conditioned(x_t, sigma)) ** 2) / batch_size
         return error / denoiser.cov.harmonic(sigma**2).trace()
 
     ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
@@ -222,6 +239,7 @@ def fit_denoiser(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int = 256,
+    context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
     rank: int | None = None,
@@ -236,6 +254,7 @@ def fit_denoiser(
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
+        context: The events' contexts, see `train`.
         noise: Distribution of the noise levels, see `train`.
         ema_decay: Largest decay of the average of the weights, see `train`.
         rank: Rank of the covariance of large events, see `empirical_gaussian`.
@@ -257,10 +276,11 @@ def fit_denoiser(
         optimizer,
         num_steps=num_steps,
         batch_size=batch_size,
+        context=context,
         noise=noise,
         ema_decay=ema_decay,
     )
-    return FitResult(measure_error(key_measure, state.averaged, x), losses)
+    return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
 
 
 @partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size"))
@@ -268,6 +288,7 @@ def _train(
     rng_key: jax.Array,
     state: TrainState,
     x: jax.Array,
+    context: jax.Array | None,
     noise: NoiseDistribution,
     ema_decay: jax.Array,
     optimizer: optax.GradientTransformation,
@@ -276,17 +297,18 @@ def _train(
 ) -> tuple[TrainState, jax.Array]:
     fixed = state.denoiser
 
-    def loss_fn(net: Any, x: jax.Array, rng_key: jax.Array) -> jax.Array:
+    def loss_fn(net: Any, index: jax.Array, rng_key: jax.Array) -> jax.Array:
         key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
         sigma = noise.sample(
             key_sigma,
-            len(x),
+            len(index),
             sigma_min=fixed.sigma_min,
             sigma_max=fixed.sigma_max,
             scale=fixed.scale,
         )
         rngs = nnx.Rngs(dropout=key_dropout)
-        return denoising_loss(replace(fixed, net=net), x, sigma, key_noise, rngs=rngs)
+        denoiser = _at(replace(fixed, net=net), context, index)
+        return denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
@@ -295,7 +317,7 @@ def _train(
         net, averaged, opt_state, count = carry
         key_batch, key_loss = jax.random.split(rng_key)
         index = jax.random.randint(key_batch, (batch_size,), 0, x.shape[0])
-        loss, gradient = jax.value_and_grad(loss_fn)(net, x[index], key_loss)
+        loss, gradient = jax.value_and_grad(loss_fn)(net, index, key_loss)
         update, opt_state = optimizer.update(gradient, opt_state, net)
         net = optax.apply_updates(net, update)
         count = count + 1
@@ -315,6 +337,25 @@ def _train(
         replace(fixed, net=net), replace(state.averaged, net=averaged), opt_state, count
     )
     return state, losses
+
+
+def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) -> Denoiser:
+    """Return the denoiser at the contexts of some events."""
+    return denoiser if context is None else denoiser.condition(context[index])
+
+
+def _check_context(
+    context: jax.Array | None, x: jax.Array, denoiser: NetworkDenoiser
+) -> jax.Array | None:
+    shape = denoiser.context_shape
+    expected = None if shape is None else (len(x), *shape)
+    found = None if context is None else jnp.shape(context)
+    if found != expected:
+        raise ValueError(
+            f"Expected contexts of shape {expected} for these events and their network, got "
+            f"{found}."
+        )
+    return None if context is None else jnp.asarray(context, denoiser.dtype)
 
 
 def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:

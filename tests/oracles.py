@@ -6,9 +6,16 @@ import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.linalg import Blocks, Dense, Diagonal, DiagonalPlusLowRank, Isotropic
+from numpyro_diffprior.linalg import (
+    Blocks,
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Isotropic,
+    Repeated,
+)
 
-COVARIANCES = ("Isotropic", "Diagonal", "DiagonalPlusLowRank", "Dense", "Blocks")
+COVARIANCES = ("Isotropic", "Diagonal", "DiagonalPlusLowRank", "Dense", "Blocks", "Repeated")
 
 
 def tolerance(float32=1e-5, float64=1e-10):
@@ -37,6 +44,10 @@ def covariance(name, rng, size):
         case "Blocks":
             parts = covariance("Dense", rng, size // 2), covariance("Diagonal", rng, -(-size // 2))
             return Blocks(parts if size > 1 else parts[1:])
+        case "Repeated":
+            num = next(n for n in (3, 2, size) if size % n == 0)
+            blocks = [covariance("Dense", rng, size // num) for _ in range(num)]
+            return Repeated(jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks), num)
 
 
 def dense(cov):

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.infer import NUTS
+from scipy.stats import uniform
 
 from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
@@ -147,3 +149,19 @@ def test_errors():
         calibrate(key, factored, GAUSSIAN)
     with pytest.raises(ValueError, match="multiple of num_chains = 2, got 9"):
         calibrate(key, model, GAUSSIAN, Y, num_samples=9, num_chains=2)
+
+
+def test_arviz_plots_the_ranks():
+    ranks = {"x": jnp.arange(40)[:, None] * jnp.ones((1, 2), int)}
+    result = Calibration(ranks, {"x": jnp.arange(40)}, 39)
+    group = result.to_datatree()["prior_sbc"]
+    assert group["x"].dims == ("chain", "draw", "x_dim_0")
+    assert group["x"].shape == (1, 40, 2)
+    np.testing.assert_array_equal(group["x"][0], result.pit()["x"])
+    np.testing.assert_allclose(group["x_distance"][0], (np.arange(40) + 0.5) / 40, rtol=1e-6)
+    if hasattr(az, "plot_ecdf_pit"):  # from version 1 on
+        az.plot_ecdf_pit(result.to_datatree(), backend="none")
+    else:
+        pit = np.array(result.pit()["x"][:, 0])  # a copy, which it sorts in place
+        options = {"eval_points": np.linspace(0, 1, 20), "ci_prob": 0.94, "show": False}
+        az.plot_ecdf(pit, cdf=uniform.cdf, difference=True, confidence_bands=True, **options)

@@ -129,6 +129,7 @@ def test_statistics():
     np.testing.assert_allclose(draws.x[-1], PRIOR(last[-1], sigma), rtol=1e-5, atol=1e-5)
     assert np.all((updated >= 0) & (updated <= 1))
     assert np.all((draws.ess >= 1) & (draws.ess <= 4))
+    np.testing.assert_array_equal(draws.ess_path.min(-1), draws.ess)
     expected = np.mean(np.any(np.asarray(paths[1] != paths[0]), axis=-1), axis=0)
     np.testing.assert_allclose(updated[1], expected)
 

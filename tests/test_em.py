@@ -74,9 +74,9 @@ def test_run_is_updates():
     for _ in range(3):
         state, metrics = em.update(state, MASK, Y)
     result = em.run(jax.random.key(0), 3, make_prior(), MASK, Y, progress_bar=False)
-    np.testing.assert_array_equal(result.state.draws, state.draws)
+    np.testing.assert_array_equal(result.state.draws["x"], state.draws["x"])
     assert result.state.num_iterations == 3
-    assert result.state.draws.shape == (1, N, D)
+    assert result.state.draws["x"].shape == (1, N, D)
     for name, column in result.history._asdict().items():
         assert column.shape == (3,)
         if not name.endswith("seconds"):
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_its_state():
     rest = em.run(
         jax.random.key(9), 2, part.prior, MASK, Y, progress_bar=False, init_state=part.state
     )
-    np.testing.assert_array_equal(rest.state.draws, whole.state.draws)
+    np.testing.assert_array_equal(rest.state.draws["x"], whole.state.draws["x"])
     leaves = zip(jax.tree.leaves(rest.prior), jax.tree.leaves(whole.prior), strict=True)
     assert all(np.array_equal(a, b) for a, b in leaves)
 
@@ -196,7 +196,7 @@ def test_options(options):
     result = make_em(**options).run(
         jax.random.key(0), 2, make_prior(), MASK, Y, progress_bar=False
     )
-    assert result.state.draws.shape == (options.get("num_draws", 1), N, D)
+    assert result.state.draws["x"].shape == (options.get("num_draws", 1), N, D)
     assert np.all(np.isfinite(result.history.loss))
     assert np.all(np.isfinite(result.prior.denoise(jnp.zeros(D), 1.0)))
     assert np.all(np.isnan(result.history.log_evidence)) == (options.get("num_particles") == 1)
@@ -214,10 +214,92 @@ def test_moments_stay_at_the_fixed_point():
         gaussian = DiffusionPrior(
             GaussianDenoiser(prior.mean, prior.denoiser.cov), sampler=MultistepSDE(32)
         )
-        draws = em._draw(key, gaussian, (MASK, Y), {}, None, 64)
-        mean, cov = em._summarise(draws.x.reshape(-1, D))
+        draws = em._draw(key, ((gaussian, {}), MASK, Y), {}, None, None, 64)
+        mean, cov = em._summarise(draws.samples["x"].reshape(-1, D))
         prior = DiffusionPrior(GaussianDenoiser(mean, cov))
     assert abs(float(prior.denoiser.cov.trace()) / fixed - 1) < 0.02
+
+
+def two_sources(priors, operator, y):
+    with numpyro.plate("n", operator.shape[0]):
+        operator = numpyro.subsample(operator, event_dim=2)
+        y = numpyro.subsample(y, event_dim=1)
+        a, b = numpyro.sample("a", priors["first"]), numpyro.sample("b", priors["second"])
+        mean = a + jnp.einsum("nij,nj->ni", operator, b)
+        numpyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
+
+
+def make_two_sources(num=2000):
+    rng = np.random.default_rng(1)
+    operator = rng.normal(size=(num, D, D))
+    a = rng.multivariate_normal([3.0, 0.0], [[1.0, 0.6], [0.6, 1.0]], size=num)
+    b = rng.multivariate_normal([0.0, 1.0], [[0.5, -0.2], [-0.2, 0.3]], size=num)
+    y = a + np.einsum("nij,nj->ni", operator, b) + NOISE * rng.normal(size=(num, D))
+    return a, b, jnp.asarray(operator, "float32"), jnp.asarray(y, "float32")
+
+
+def test_several_priors_are_learned_together():
+    a, b, operator, y = make_two_sources()
+    em = make_em(two_sources, num_sgd_steps=32, batch_size=500, ema_decay=0.9)
+    priors = {"first": make_prior(0), "second": make_prior(1)}
+    result = em.run(jax.random.key(0), 4, priors, operator, y, progress_bar=False)
+    assert set(result.prior) == set(result.state.training) == {"first", "second"}
+    assert set(result.state.draws) == {"a", "b"}
+    for values, name in ((a, "first"), (b, "second")):
+        prior = result.prior[name]
+        error = 5 * values.std(0) / np.sqrt(len(values)) + 0.05
+        assert np.all(np.abs(prior.mean - values.mean(0)) < error)
+        cov = np.asarray(prior.denoiser.cov.dense())
+        np.testing.assert_allclose(cov, np.cov(values.T), atol=0.1)
+
+
+def test_known_priors_stay_as_they_are():
+    a, b, operator, y = make_two_sources(300)
+    known = DiffusionPrior(
+        GaussianDenoiser(jnp.asarray(b.mean(0), "float32"), jnp.asarray(np.cov(b.T), "float32")),
+        sampler=MultistepSDE(16),
+    )
+    priors = {"first": make_prior(), "second": known}
+    result = make_em(two_sources).run(
+        jax.random.key(0), 2, priors, operator, y, progress_bar=False
+    )
+    assert set(result.state.training) == {"first"}
+    np.testing.assert_array_equal(result.prior["second"].mean, known.mean)
+    assert np.all(np.abs(result.prior["first"].mean - a.mean(0)) < 0.3)
+
+
+def test_two_sites_of_one_prior_pool_their_draws():
+    def pair(prior, y):
+        with numpyro.plate("n", N):
+            y = numpyro.subsample(y, event_dim=2)
+            a, b = numpyro.sample("a", prior), numpyro.sample("b", prior)
+            numpyro.sample("y", dist.Normal(jnp.stack([a, b], 1), NOISE).to_event(2), obs=y)
+
+    y = jnp.asarray(X + NOISE * RNG.normal(size=X.shape), "float32").reshape(N // 2, 2, D)
+    y = jnp.concatenate([y, y])
+    result = make_em(pair).run(jax.random.key(0), 2, make_prior(), y, progress_bar=False)
+    assert np.all(np.abs(result.prior.mean - X.mean(0)) < 0.1)
+    assert set(result.state.draws) == {"a", "b"}
+
+
+def test_noise_level_is_learned():
+    """From twice its value, beside the prior: each event is seen three times over."""
+
+    def unknown_noise(prior, y=None):
+        noise = numpyro.param("noise", 2 * NOISE, constraint=dist.constraints.positive)
+        with numpyro.plate("n", N):
+            y = numpyro.subsample(y, event_dim=2)
+            x = numpyro.sample("x", prior)
+            mean = jnp.repeat(x[:, None], 3, axis=1)
+            numpyro.sample("y", dist.Normal(mean, noise).to_event(2), obs=y)
+
+    y = jnp.asarray(X[:, None] + NOISE * RNG.normal(size=(N, 3, D)), "float32")
+    result = make_em(unknown_noise, num_particles=1).run(
+        jax.random.key(0), 16, make_prior(), y, progress_bar=False
+    )
+    expected = np.asarray(y - y.mean(1, keepdims=True)).std() * np.sqrt(1.5)
+    assert abs(result.params["noise"] / expected - 1) < 0.05
+    assert result.best_params is result.params
 
 
 def no_plate(prior, mask, y):

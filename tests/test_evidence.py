@@ -1,5 +1,6 @@
 """Log-evidences against closed forms, and their errors against their spread."""
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +89,21 @@ def test_refuses_what_has_no_error(name):
         ndp.log_evidence(
             jax.random.key(0), model, prior, MATRIX, np.zeros((NUM_EVENTS, 2)), **{name: 1}
         )
+
+
+# ArviZ before 1.0 fills a frame of one type by another.
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:pandas", "ignore::DeprecationWarning:arviz"
+)
+def test_priors_compared_in_arviz():
+    value = RNG.normal(size=(20, 5))
+    difference = 0.5 + 0.2 * RNG.normal(size=(20, 5))
+    better, worse = (
+        ndp.LogEvidence(jnp.asarray(v), jnp.zeros((20, 5))) for v in (value, value - difference)
+    )
+    table = az.compare({"worse": worse.to_elpd(), "better": better.to_elpd()})
+    assert list(table.index) == ["better", "worse"]
+    assert abs(table["elpd_diff"]["worse"]) == pytest.approx(difference.sum(), rel=0.1)
+    assert table["dse"]["worse"] == pytest.approx(10 * difference.std(), rel=0.1)
+    assert table["se"]["better"] == pytest.approx(10 * value.std(), rel=0.1)
+    assert "100 observations" in str(better.to_elpd())

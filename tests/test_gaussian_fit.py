@@ -11,7 +11,7 @@ from oracles import dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.gaussian_fit import fit_gaussian
-from numpyro_diffprior.likelihoods import Likelihood, linear_gaussian
+from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
 from numpyro_diffprior.linalg import (
     Blocks,
     Covariance,
@@ -47,11 +47,11 @@ class Problem(NamedTuple):
             lambda a: jnp.expand_dims(a[index], tuple(range(1, 1 + len(self.axes)))), self.cov
         )
 
-        def moments(x):
+        def read(x):
             flat = x.reshape(*x.shape[: x.ndim - len(self.event_shape)], -1)
-            return jnp.einsum("...md,...d->...m", matrix, flat) + offset, noise
+            return Reading(jnp.einsum("...md,...d->...m", matrix, flat) + offset, noise, y)
 
-        return Likelihood(y, moments, lambda x: x, self.event_shape, linear=True)
+        return Likelihood(y, read, lambda x: x, self.event_shape, linear=True)
 
     def fit(self, **options):
         options = {"batch_size": 8, "num_iterations": 3} | options
@@ -349,7 +349,7 @@ def test_nonlinear_likelihood_is_refused():
     def read(index):
         noise = Isotropic(jnp.asarray(1.0), 3)
         y = jnp.zeros((index.size, 3))
-        return Likelihood(y, lambda x: (x**2, noise), lambda x: x, (3,), linear=False)
+        return Likelihood(y, lambda x: Reading(x**2, noise, y), lambda x: x, (3,), linear=False)
 
     with pytest.raises(ValueError, match="got a non-linear likelihood; give the prior"):
         fit_gaussian(read, 4, event_shape=(3,))

@@ -1,6 +1,6 @@
 """Guidance against closed-form posterior denoisers and densely written formulas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
+from scipy.stats import norm
 
 from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, NetworkDenoiser
 from numpyro_diffprior.guidance import (
@@ -18,11 +19,13 @@ from numpyro_diffprior.guidance import (
     CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
+    Piecewise,
     PiGDM,
+    Tempered,
     TweedieCovariance,
     UnitCovariance,
 )
-from numpyro_diffprior.likelihoods import Likelihood, linear_gaussian
+from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
 from numpyro_diffprior.nets import MLP
 
@@ -269,24 +272,68 @@ def test_dps():
 def test_nonlinear_mean_is_linearised(method):
     case = problem()
 
-    def moments(x):
+    y = case.likelihood.y
+
+    def read(x):
         flat = x.reshape(*x.shape[:-2], 6)
         y_hat = jnp.tanh(jnp.einsum("imd,...id->...im", case.matrix, flat))
-        return y_hat, Diagonal(0.2 + y_hat**2)
+        return Reading(y_hat, Diagonal(0.2 + y_hat**2), y)
 
-    likelihood = Likelihood(case.likelihood.y, moments, lambda x: jnp.zeros(x.shape[:-2]), EVENT)
+    def log_prob(x):
+        y_hat, noise, _ = read(x)
+        return jax.scipy.stats.norm.logpdf(y, y_hat, jnp.sqrt(noise.variances)).sum(-1)
+
+    likelihood = Likelihood(y, read, log_prob, EVENT)
     posterior = EXACT[method].condition(case.denoiser, likelihood)
     guided = jax.jit(posterior.guide)(jnp.asarray(case.x_t), SIGMA)
 
-    def expected(mean, cov, matrix, cov_y, y, x_t, sigma):
+    def search(mean, cov, matrix, cov_y, y, x_t, sigma):
+        """The step as long as makes the joint density largest, and that density."""
         x_hat = oracles.gaussian_denoiser(mean, cov, x_t, sigma)
         y_hat = np.tanh(matrix @ x_hat)
         slope = (1 - y_hat**2)[:, None] * matrix
         cov_x = sigma**2 * cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
         gain = slope @ cov_x @ slope.T + np.diag(0.2 + y_hat**2)
-        return x_hat + cov_x @ slope.T @ np.linalg.solve(gain, y - y_hat)
+        step = cov_x @ slope.T @ np.linalg.solve(gain, y - y_hat)
 
-    np.testing.assert_allclose(guided.x_hat_y, case.flat(expected), atol=20 * TOL)
+        def log_joint(length):
+            at = np.tanh(matrix @ (x_hat + length * step))
+            log_prior = -0.5 * length**2 * step @ np.linalg.solve(cov_x, step)
+            return norm.logpdf(y, at, np.sqrt(0.2 + at**2)).sum() + log_prior
+
+        length = max(0.5 ** np.arange(8), key=log_joint)
+        logdet = np.linalg.slogdet(gain)[1] - np.log(0.2 + y_hat**2).sum()
+        return np.append(x_hat + length * step, log_joint(length) - logdet / 2)
+
+    expected = case.over(search)
+    found = guided.x_hat_y.reshape(3, NUM_EVENTS, 6)
+    np.testing.assert_allclose(found, expected[..., :6], atol=20 * TOL)
+    if "matrix-free" not in method:
+        np.testing.assert_allclose(guided.log_twist, expected[..., 6], rtol=50 * TOL)
+
+
+@pytest.mark.parametrize("method", ["Tweedie, dense", "Gaussian, dense", "Gaussian, matrix-free"])
+def test_gauss_newton_finds_the_mode(method):
+    """At the mode b is the gradient of the log-likelihood, and guidance is sigma^2 J^T b."""
+    case = problem()
+    y = 2 + case.likelihood.y
+
+    def read(x):
+        rate = jnp.exp(jnp.einsum("imd,...id->...im", case.matrix, x.reshape(*x.shape[:-2], 6)))
+        return Reading(rate, Diagonal(rate), y)
+
+    def log_prob(x):
+        rate = read(x).y_hat
+        return (y * jnp.log(rate) - rate).sum(-1)
+
+    likelihood = Likelihood(y, read, log_prob, EVENT)
+    guidance = replace(EXACT[method], num_iterations=20)
+    guided = guidance.condition(case.denoiser, likelihood).guide(jnp.asarray(case.x_t[1]), 1.0)
+    gradient = jax.grad(lambda x: log_prob(x).sum())(guided.x_hat_y).reshape(NUM_EVENTS, 6)
+    cov = case.prior[1]
+    cov_x = cov @ np.linalg.inv(cov + np.eye(6))
+    shift = (guided.x_hat_y - guided.x_hat).reshape(NUM_EVENTS, 6)
+    np.testing.assert_allclose(shift, gradient @ cov_x, atol=oracles.tolerance(1e-3, 1e-6))
 
 
 @pytest.mark.parametrize("covariance", [TweedieCovariance(), GaussianCovariance()])
@@ -393,6 +440,31 @@ def test_nearly_singular_system_stays_finite():
         assert guided.residual < 1e-2  # of the jitter, where there had to be one
         distance = np.abs(guided.x_hat_y - observed[0]).max()
         assert distance < (0.5 if sigma < 0.1 else 0.01)
+
+
+def test_piecewise_is_one_guidance_above_and_the_other_below():
+    case = problem()
+    high, low = MMPS(GaussianCovariance()), TMPD()
+    guidance = Piecewise(high, low, threshold=0.5)
+    scale = float(case.denoiser.scale)
+    for factor, part in ((0.51, high), (0.49, low)):
+        arguments = case.denoiser, case.observed, case.x_t[1], factor * scale
+        found, expected = guide(guidance, *arguments), guide(part, *arguments)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=10 * TOL, atol=10 * TOL)
+    with pytest.raises(ValueError, match="expected one noise level, got levels of shape"):
+        guide(guidance, case.denoiser, case.observed, case.x_t)
+
+
+def test_tempered_twists_are_flat_where_noise_is_high():
+    case = problem()
+    scale = float(case.denoiser.scale)
+    for sigma, power in ((1e4 * scale, 0.2), (scale, 0.6), (1e-4 * scale, 1.0)):
+        arguments = case.denoiser, case.observed, case.x_t[1], sigma
+        found = guide(Tempered(MMPS(GaussianCovariance()), 0.2), *arguments)
+        expected = guide(MMPS(GaussianCovariance()), *arguments)
+        np.testing.assert_allclose(found.log_twist, power * expected.log_twist, rtol=1e-3)
+        np.testing.assert_array_equal(found.x_hat_y, expected.x_hat_y)
 
 
 def test_event_shapes_must_agree():

@@ -5,18 +5,18 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.distributions import transforms
 
 from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.introspect import (
-    Moments,
     bind,
     fix_plates,
-    gaussian_moments,
     read_latent,
-    read_likelihood,
 )
 from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.moments import Moments, gaussian_moments
+from numpyro_diffprior.observations import read_likelihood
 from tests.oracles import tolerance
 
 N, D = 5, 3
@@ -180,11 +180,11 @@ def test_masked_values_do_not_matter():
     hidden = ~(Y > 0) | (np.arange(N) == 2)[:, None]
     np.testing.assert_array_equal(operator[hidden], 0)
     np.testing.assert_array_equal(likelihood.y[hidden], 0)
-    np.testing.assert_array_equal(likelihood.moments(jnp.ones((N, D)))[1].diagonal()[hidden], 1)
+    np.testing.assert_array_equal(likelihood.read(jnp.ones((N, D)))[1].diagonal()[hidden], 1)
 
 
 def test_scale_divides_the_variance():
-    noise = read(scaled, make_prior()).moments(jnp.asarray(X))[1]
+    noise = read(scaled, make_prior()).read(jnp.asarray(X))[1]
     np.testing.assert_allclose(noise.diagonal(), 0.25 / 3, rtol=tolerance())
 
 
@@ -229,7 +229,7 @@ def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
     x = jnp.asarray(X[index])
     expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])
     np.testing.assert_allclose(likelihood.log_prob(x), expected, rtol=tolerance())
-    np.testing.assert_allclose(likelihood.moments(x)[1].diagonal(), 0.25, rtol=tolerance())
+    np.testing.assert_allclose(likelihood.read(x)[1].diagonal(), 0.25, rtol=tolerance())
 
 
 def test_fix_plates_is_a_handler():
@@ -330,16 +330,17 @@ def batch_in_the_event(prior):
 
 ERRORS = [
     (no_prior, "no latent site with a DiffusionPrior"),
-    (two_priors, r"expected one latent site with a DiffusionPrior, got \['x', 'z'\]"),
+    (two_priors, "no observed site depends on the latent site 'x' and 'z'"),
     (nuisance, r"nobody samples the latent sites \['scale'\]"),
     (not_observed, r"nobody samples the latent sites \['y'\]"),
-    (coupled, "observed site 'y'.*couples the events.*in the plates \\['n'\\]"),
-    (factor, "observed site 'penalty': no moments are known for observations from Unit"),
     (
         batch_in_the_event,
         "latent site 'x': expected events of shape .* replace `.to_event` by a plate",
     ),
-    (with_site(lambda x: dist.Cauchy(x.sum(-1), 1.0)), "observed site 'y': no moments.*Cauchy"),
+    (
+        with_site(lambda x: dist.LKJ(2, 3 + x.sum(-1)), obs=np.broadcast_to(np.eye(2), (N, 2, 2))),
+        "observed site 'y': observations from LKJ are not read",
+    ),
     (
         with_site(lambda x: dist.Delta(x.sum(-1))),
         "observed site 'y': a Delta observation has no noise",
@@ -364,6 +365,114 @@ ERRORS = [
 def test_what_cannot_be_read_is_refused(model, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         read(model, make_prior())
+
+
+def test_a_site_outside_of_the_plate_joins_it():
+    bound = bind(coupled, (make_prior(),), {})
+    latent = read_latent(bound)
+    assert (latent.batch_shape, latent.plates, latent.joined) == ((), (), (("n", N),))
+    assert latent.prior.event_shape == (N, D)
+    likelihood = read_likelihood(bound, latent)
+    assert likelihood.linear
+    expected = np.tile(np.eye(D), N)
+    np.testing.assert_allclose(likelihood.operator(jnp.asarray(X)), expected, atol=tolerance())
+    log_prob = dist.Normal(X.sum(0), 1.0).log_prob(Y[0]).sum()
+    np.testing.assert_allclose(likelihood.log_prob(jnp.asarray(X)), log_prob, rtol=tolerance())
+    # A site that does not depend on the latent couples nothing.
+
+    def unrelated(prior):
+        normal(prior)
+        numpyro.sample("z", dist.Normal(0.0, 1.0), obs=1.0)
+
+    assert read_latent(bind(unrelated, (make_prior(),), {})).plates == ("n",)
+
+
+def test_fixed_transformations_are_undone():
+    """A log-normal observation is a normal one of its logarithm, but for the log-density."""
+
+    def logs(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            fn = dist.LogNormal(x, 0.5).mask(Y > 0).to_event(1)
+            numpyro.sample("y", fn, obs=jnp.where(Y > 0, jnp.exp(Y), jnp.nan))
+
+    def base(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 0.5).mask(Y > 0).to_event(1), obs=Y)
+
+    found, expected = read(logs, make_prior()), read(base, make_prior())
+    assert found.linear
+    x = jnp.asarray(X)
+    for a, b in zip(
+        jax.tree.leaves(found.read(x)), jax.tree.leaves(expected.read(x)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=10 * tolerance())
+    jacobian = np.where(Y > 0, Y, 0).sum(-1)
+    log_prob = expected.log_prob(x) - jacobian
+    np.testing.assert_allclose(found.log_prob(x), log_prob, rtol=10 * tolerance())
+
+
+def test_a_transformation_that_holds_the_latent_goes_by_moments():
+    def shifted(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            fn = dist.TransformedDistribution(
+                dist.Gamma(2.0, 1.0), transforms.AffineTransform(x.sum(-1), 3.0)
+            )
+            numpyro.sample("y", fn, obs=Y[:, 0] + 20)
+
+    reading = read(shifted, make_prior()).read(jnp.asarray(X))
+    np.testing.assert_allclose(reading.y_hat[:, 0], X.sum(-1) + 6, rtol=tolerance())
+    np.testing.assert_allclose(reading.noise.diagonal()[:, 0], 18, rtol=tolerance())
+
+
+def test_curvature_of_a_gaussian_factor_is_its_precision():
+    precision = np.linalg.inv(COV)
+
+    def gaussian_factor(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            residual = Y[:, :2] - x @ MATRIX.T
+            log_factor = -0.5 * jnp.einsum("ni,ij,nj->n", residual, precision, residual)
+            numpyro.factor("y", log_factor)
+
+    likelihood = read(gaussian_factor, make_prior())
+    assert not likelihood.linear
+    x = jnp.asarray(X)
+    local = likelihood.linearize(x)
+    gradient = local.transpose(local.noise.solve(local.residual))
+    expected = (Y[:, :2] - X @ MATRIX.T) @ precision @ MATRIX
+    np.testing.assert_allclose(gradient, expected, atol=100 * tolerance())
+    vectors, values = local.noise.eigenvectors, local.noise.eigenvalues
+    curvature = (vectors / values[..., None, :]) @ vectors.mT
+    expected = np.broadcast_to(MATRIX.T @ precision @ MATRIX, (N, D, D))
+    np.testing.assert_allclose(curvature, expected, atol=1e-3)
+    # Of events that are too large the gradient is left, in one row.
+    large = read(factor, make_prior((65,)))
+    assert large.num_observed == 1
+    local = large.linearize(jnp.ones(65))
+    np.testing.assert_allclose(local.transpose(local.residual), -2 * np.ones(65), rtol=1e-5)
+
+
+def test_several_parameters_and_many_elements_go_by_curvature():
+    labels = np.arange(N * 2).reshape(N, 2) % 3
+
+    def classes(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            logits = jnp.stack([x, -x], axis=1)  # two pixels of three classes
+            fn = dist.Categorical(logits=logits).mask(labels != 1).to_event(1)
+            numpyro.sample("y", fn, obs=labels)
+
+    likelihood = read(classes, make_prior())
+    assert likelihood.num_observed == 2 * D
+    x = jnp.asarray(X)
+    local = likelihood.linearize(x)
+    gradient = local.transpose(local.noise.solve(local.residual))
+    expected = jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
+    np.testing.assert_allclose(gradient, expected, atol=100 * tolerance(1e-5, 1e-8))
+    assert np.all(local.residual.reshape(N, 2, D)[labels == 1] == 0)
 
 
 def test_plate_data_that_is_not_subsampled_is_refused():

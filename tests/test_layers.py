@@ -10,13 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "numpyro_diffprior"
 
 LAYERS = (
-    ("linalg", "schedules", "nets", "metrics"),
+    ("linalg", "dependence", "schedules", "nets", "metrics"),
     ("denoisers", "likelihoods"),
     ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
-    ("distributions", "smc"),
-    ("introspect", "conditional_smc"),
+    ("curvature", "distributions", "moments", "proposals"),
+    ("introspect", "smc"),
+    ("observations", "conditional_smc"),
     ("posterior",),
-    ("kernels", "reparam", "evidence", "calibration"),
+    ("kernels", "reparam", "evidence", "calibration", "params"),
     ("em",),
     ("arviz_io", "checkpoints"),
 )

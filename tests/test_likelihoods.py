@@ -7,7 +7,7 @@ import oracles
 import pytest
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.likelihoods import Likelihood, linear_gaussian
+from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
 
 EVENT = (2, 3)
@@ -48,7 +48,7 @@ def test_linear_operator(num_observed, batch, shared, extra):
 def test_linear_log_prob():
     likelihood, matrix, y, rng = linear(3, (4,))
     x = rng.normal(size=(5, 4, *EVENT))
-    noise = np.asarray(likelihood.moments(jnp.asarray(x))[1].dense(), np.float64)
+    noise = np.asarray(likelihood.read(jnp.asarray(x))[1].dense(), np.float64)
     expected = [
         [
             multivariate_normal.logpdf(y[i], matrix[i] @ x[k, i].reshape(-1), noise)
@@ -68,11 +68,11 @@ def test_nonlinear_mean(num_observed):
     def mean_one(x):
         return jnp.sin(weight @ x.reshape(-1)) * jnp.sum(x**2)
 
-    def moments(x):
+    def read(x):
         y_hat = jnp.vectorize(mean_one, signature="(a,b)->(m)")(x)
-        return y_hat, Diagonal(0.1 + y_hat**2)
+        return Reading(y_hat, Diagonal(0.1 + y_hat**2), y)
 
-    likelihood = Likelihood(y, moments, lambda x: jnp.zeros(x.shape[:-2]), EVENT)
+    likelihood = Likelihood(y, read, lambda x: jnp.zeros(x.shape[:-2]), EVENT)
     x = jnp.asarray(rng.normal(size=(2, 3, *EVENT)))
     local = jax.jit(lambda x: likelihood.linearize(x).residual)(x)
     jacobian = jax.vmap(jax.vmap(jax.jacfwd(mean_one)))(x).reshape(2, 3, num_observed, 6)

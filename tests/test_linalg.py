@@ -16,6 +16,7 @@ from numpyro_diffprior.linalg import (
     Dense,
     Diagonal,
     DiagonalPlusLowRank,
+    Factor,
     Isotropic,
     by_matrix,
     conjugate_gradient,
@@ -269,6 +270,17 @@ def test_harmonic_limits(make: Make, variance: float):
     cov, matrix = make()
     limit = variance * np.eye(SIZE) if variance < 1 else matrix
     assert_close(cov.harmonic(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_factor(batch: tuple[int, ...]):
+    matrix = gram(normal(0, *batch, SIZE, SIZE)) + 0.5 * np.eye(SIZE)
+    factor = Factor.of(jnp.asarray(matrix, DTYPE))
+    v = normal(1, 4, *batch, SIZE)  # four vectors share each factor
+    assert_close(factor.solve(v), np.linalg.solve(matrix, v[..., None])[..., 0], 100 * TOL)
+    assert_close(factor.logdet(), np.linalg.slogdet(matrix)[1])
+    lower = np.linalg.cholesky(matrix)
+    assert_close(factor.sqrt_matvec(v), (lower @ v[..., None])[..., 0])
 
 
 class TestEmpiricalGaussian:

@@ -314,6 +314,13 @@ class TestCalibration:
         assert jnp.issubdtype(ranks.dtype, jnp.integer)
         np.testing.assert_array_equal(ranks, [[0, 2]])
 
+    def test_ranks_of_ties_are_uniform(self):
+        samples, truth = jnp.zeros((2000, 9, 2)).at[..., 1].set(1.0), jnp.zeros((2000, 2))
+        np.testing.assert_array_equal(sbc_ranks(samples, truth), 0)
+        ranks = sbc_ranks(samples, truth, rng_key=jax.random.key(0))
+        assert sbc_uniformity_pvalue(ranks[:, 0], 9) > 0.01
+        np.testing.assert_array_equal(ranks[:, 1], 0)
+
     # 30 ranks in 20 bins: the bins' widths differ
     @pytest.mark.parametrize(("num_draws", "num_bins"), [(19, 10), (29, 20), (9, 10)])
     def test_pvalue_matches_scipy(self, num_draws, num_bins):

@@ -1,3 +1,5 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, TweedieCovariance
+from numpyro_diffprior.guidance import DPS, MMPS, GaussianCovariance, TweedieCovariance
 from numpyro_diffprior.posterior import sample_posterior
 from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
 from tests.oracles import gaussian_posterior, spd, tolerance
@@ -78,6 +80,7 @@ def test_gaussian_posterior_moments(sampler, guidance, num_particles):
     assert draws.stats["num_evaluations"] == num_particles * sampler.num_evaluations
 
 
+@pytest.mark.filterwarnings("ignore:.*do not fit what was observed")
 def test_draws_do_not_depend_on_how_the_plate_is_cut():
     """Not the numbers, but their distribution and their order along the plate."""
     size = 7
@@ -99,6 +102,27 @@ def test_draws_do_not_depend_on_how_the_plate_is_cut():
         assert x.shape == (2, size, D)
         assert draws.stats["residual"].shape == (2, size)
         assert np.all(np.diff(x.mean(-1), axis=1) > 0)
+
+
+@pytest.mark.parametrize("max_batch_size", [7, 30, 1000])
+def test_draws_of_one_system(max_batch_size):
+    draws = sample_posterior(
+        jax.random.key(0),
+        model,
+        PRIOR,
+        jnp.asarray(MASK),
+        jnp.asarray(Y),
+        num_samples=500,
+        num_particles=20,
+        independent=False,
+        max_batch_size=max_batch_size,
+        sampler=MultistepSDE(32),
+    )
+    assert draws.samples["x"].shape == (500, N, D)
+    assert draws.stats["num_evaluations"] == 32
+    mean, cov = exact_moments()
+    error = np.abs(draws.samples["x"].mean(0) - mean)
+    assert np.all(error < 0.3 * np.sqrt(np.diagonal(cov, axis1=-2, axis2=-1)))
 
 
 def test_subsampled_models_are_drawn_whole():
@@ -161,10 +185,32 @@ def test_nonlinear_means_are_linearised():
     assert abs(x.std() / deviation - 1) < 4 / np.sqrt(6000) + 0.03
 
 
-def test_dtype_follows_the_prior():
-    x = sample_posterior(jax.random.key(0), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y))
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_dtype_follows_the_prior(num_particles):
+    x = sample_posterior(
+        jax.random.key(0),
+        model,
+        PRIOR,
+        jnp.asarray(MASK),
+        jnp.asarray(Y),
+        num_particles=num_particles,
+    )
     assert x.samples["x"].dtype == PRIOR.denoiser.dtype
     assert tolerance(jnp.float32, jnp.float64) == x.samples["x"].dtype
+
+
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_float32_where_float64_is_the_default(num_particles):
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PRIOR)
+    draws = sample_posterior(
+        jax.random.key(0),
+        model,
+        single,
+        jnp.asarray(MASK),
+        jnp.asarray(Y, jnp.float32),
+        num_particles=num_particles,
+    )
+    assert draws.samples["x"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -186,3 +232,31 @@ def test_particles_and_samplers_that_do_not_fit(num_particles, sampler, message)
             num_particles=num_particles,
             sampler=sampler,
         )
+
+
+def test_chi_square_of_exact_draws():
+    """Over draws of event and data it is chi-square, with as many degrees as are visible."""
+    num, visible = 400, np.array([True, True, False])
+    rng = np.random.default_rng(1)
+    prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(3), jnp.asarray(spd(rng, 3))))
+    mask = jnp.broadcast_to(visible, (num, 3))
+    x = prior.sample(jax.random.key(0), (num,))
+    y = jnp.where(mask, x + NOISE * rng.normal(size=x.shape), jnp.nan)
+    draws = sample_posterior(jax.random.key(1), model, prior, mask, y, num, num_samples=10)
+    found = np.asarray(draws.stats["chi_square"])
+    assert found.shape == (10, num)
+    assert abs(found.mean() - 1) < 4 * np.sqrt(2 / 2 / num)
+    x, y = np.asarray(draws.samples["x"]), np.asarray(y)
+    expected = ((x - y) ** 2)[..., :2].mean(-1) / NOISE**2
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_draws_that_miss_the_data_warn_once():
+    mask, y = jnp.asarray(MASK), jnp.where(MASK, Y, 0)
+    with pytest.warns(UserWarning, match=r"of 12 posterior draws do not fit"):
+        sample_posterior(
+            jax.random.key(0), model, PRIOR, mask, y + 10, num_samples=4, guidance=DPS(0.0)
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample_posterior(jax.random.key(0), model, PRIOR, mask, y, num_samples=4)

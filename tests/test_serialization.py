@@ -93,12 +93,17 @@ def half():
     return NetworkDenoiser(net)
 
 
+def conditional():
+    return perturb(MLP((2,), features=(4,), context_shape=(3,), rngs=nnx.Rngs(8)))
+
+
 def own():
     return NetworkDenoiser(perturb(OwnNet((2,), width=3, rngs=nnx.Rngs(7))))
 
 
 CASES = {name: lambda name=name: gaussian(name) for name in COVARIANCES}
 CASES |= {"mixture": mixture, "mlp": mlp, "unet": unet, "half": half, "own": own}
+CASES |= {"conditioned": lambda: NetworkDenoiser(conditional()).condition(jnp.ones(3))}
 CASES |= {"scalar": lambda: GaussianDenoiser(1.5, Isotropic(2.0, 1))}
 
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import pytest
 
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Piecewise, Tempered
 from numpyro_diffprior.likelihoods import linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
 from numpyro_diffprior.samplers import MultistepSDE
@@ -66,9 +67,16 @@ def test_statistics_of_particles():
     prior, likelihood, _ = mixture_problem()
     _, draws = mode_mass(prior, likelihood, 8, 64)
     assert np.all((draws.ess >= 1) & (draws.ess <= 8))
+    assert draws.ess_path.shape == (64, 48)
+    np.testing.assert_array_equal(draws.ess_path.min(-1), draws.ess)
+    degenerate = np.sum(
+        np.asarray(draws.ess_path[:, :-1]) < 4, axis=-1
+    )  # the last is not resampled
+    np.testing.assert_array_equal(degenerate, draws.num_resamplings)
     assert np.all((draws.num_resamplings >= 0) & (draws.num_resamplings < 48))
     _, draws = mode_mass(prior, likelihood, 1, 64)
     np.testing.assert_array_equal(draws.ess, 1)
+    np.testing.assert_array_equal(draws.ess_path, np.ones((64, 48)))
     assert np.all(np.isnan(draws.log_evidence))
 
 
@@ -90,3 +98,41 @@ def test_a_determinant_that_all_particles_share_cancels():
     np.testing.assert_allclose(free.x, dense.x, atol=1e-3)
     np.testing.assert_allclose(free.ess, dense.ess, rtol=1e-2)
     np.testing.assert_allclose(free.log_evidence, dense.log_evidence, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "guidance", [Tempered(MMPS(), 0.3), Piecewise(threshold=0.5)], ids=["tempered", "piecewise"]
+)
+def test_any_twist_is_exact_in_the_limit(guidance):
+    prior, likelihood, (weights, *_) = mixture_problem()
+    settings = Settings(32, MultistepSDE(48), guidance)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 4096)
+    error = np.mean(draws.x[:, 0] < 0) - weights[0]
+    assert abs(error) < 4 * np.sqrt(weights[0] * weights[1] / 4096) + 0.01
+
+
+def test_all_draws_of_a_system():
+    """Masses over many systems, and the numbers of draws and systems."""
+    prior, likelihood, (weights, *_) = mixture_problem()
+    settings = Settings(64, MultistepSDE(48), MMPS(GaussianCovariance()), independent=False)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 64 * 100)
+    assert draws.x.shape == (64 * 100, 2)
+    by_system = draws.x[:, 0].reshape(64, 100) < 0
+    masses = np.asarray(by_system.mean(0))
+    # One system's mass spreads more than that of independent draws would, but is not off.
+    error = masses.std() / np.sqrt(len(masses))
+    assert abs(masses.mean() - weights[0]) < 4 * error + 0.01
+    assert 4 * error < 0.1
+    # Statistics are those of the system; a draw in two of its orders is as good.
+    np.testing.assert_array_equal(draws.ess.reshape(64, 100), draws.ess[:100] * np.ones((64, 1)))
+    first = by_system[:32].mean() - by_system[32:].mean()
+    assert abs(first) < 0.1
+
+
+def test_part_of_a_system():
+    prior, likelihood, _ = mixture_problem()
+    settings = Settings(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 11)
+    assert draws.x.shape == (11, 2)
+    assert draws.log_evidence.shape == (11,)
+    assert len(np.unique(draws.log_evidence)) == 2

@@ -1,0 +1,160 @@
+r"""Gaussian pseudo-observations: what a log-density says where there are no moments to match.
+
+Around parameters :math:`\theta` a log-density with gradient :math:`g` and curvature :math:`-H`
+is that of a Gaussian observation of :math:`\theta`,
+
+.. math:: \theta + H^{-1} g \sim \mathcal{N}(\theta, H^{-1}),
+
+made anew wherever the latent is. Guidance by it is :math:`(I + V H)^{-1} V g` in the space of
+:math:`\theta`. Where the log-density is not concave, the curvature of a direction :math:`u` is
+:math:`(u^T g)^2`: what is known of it then moves the direction by no more than a unit of its
+log-density. Student's and Cauchy's distributions are taken for scale mixtures of Gaussians at the
+residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from numpyro_diffprior.linalg import by_matrix
+
+__all__ = ["PseudoObservation", "Unwrapped", "from_log_prob", "pseudo_observe", "unwrap"]
+
+
+class PseudoObservation(NamedTuple):
+    """A Gaussian observation of parameters, equivalent up to second order.
+
+    Attributes:
+        theta: The parameters, with shape ``(*batch, p)``.
+        y: What was observed of them, likewise.
+        variances: The variances of the noise, likewise.
+        directions: Its directions, in columns, with shape ``(*batch, p, p)``.
+    """
+
+    theta: jax.Array
+    y: jax.Array
+    variances: jax.Array
+    directions: jax.Array
+
+
+class Unwrapped(NamedTuple):
+    """A distribution without what expands, masks and joins it.
+
+    Attributes:
+        fn: The distribution.
+        batch_shape: The shape of its elements: batch and joined axes of what wrapped it.
+        mask: Which elements were observed, broadcastable to that.
+    """
+
+    fn: dist.Distribution
+    batch_shape: tuple[int, ...]
+    mask: jax.Array | bool
+
+
+def unwrap(fn: dist.Distribution) -> Unwrapped:
+    """Take off what expands, masks and joins a distribution."""
+    match fn:
+        case dist.Independent():
+            return unwrap(fn.base_dist)
+        case dist.ExpandedDistribution():
+            base = unwrap(fn.base_dist)
+            joined = base.batch_shape[len(fn.base_dist.batch_shape) :]
+            return Unwrapped(base.fn, (*fn.batch_shape, *joined), base.mask)
+        case dist.MaskedDistribution():
+            base = unwrap(fn.base_dist)
+            num_joined = len(base.batch_shape) - len(fn.batch_shape)
+            mask = fn._mask  # NumPyro has no public name for it
+            if not isinstance(mask, bool):
+                mask = jnp.asarray(mask).reshape(*jnp.shape(mask), *(1,) * num_joined)
+            return base._replace(mask=jnp.logical_and(base.mask, mask))
+        case _:
+            return Unwrapped(fn, tuple(fn.batch_shape), True)
+
+
+def pseudo_observe(
+    fn: dist.Distribution,
+    batch_shape: tuple[int, ...],
+    value: jax.Array,
+    depends: Sequence[bool],
+) -> PseudoObservation:
+    """Return the pseudo-observation of those parameters that depend on the latent.
+
+    Args:
+        fn: A distribution, unwrapped.
+        batch_shape: The shape of its elements, of which each is observed on its own.
+        value: The observed values, with shape ``batch_shape + fn.event_shape``.
+        depends: Which of the distribution's leaves depend on the latent.
+    """
+    leaves, treedef = jax.tree.flatten(fn)
+    chosen = [i for i, marked in enumerate(depends) if marked]
+    own_shapes = [jnp.shape(leaves[i])[len(fn.batch_shape) :] for i in chosen]
+    parts = [
+        jnp.broadcast_to(leaves[i], (*batch_shape, *own)).reshape(*batch_shape, prod(own))
+        for i, own in zip(chosen, own_shapes, strict=True)
+    ]
+    theta = jnp.concatenate(parts, axis=-1)
+    if isinstance(fn, dist.StudentT | dist.Cauchy) and [leaves[i] is fn.loc for i in chosen] == [
+        True
+    ]:
+        return _scale_mixture(fn, theta, value)
+    ends = [sum(map(prod, own_shapes[: i + 1])) for i in range(len(chosen) - 1)]
+
+    def log_prob(theta: jax.Array) -> jax.Array:
+        replaced = list(leaves)
+        for i, own, part in zip(chosen, own_shapes, jnp.split(theta, ends, -1), strict=True):
+            replaced[i] = part.reshape(*batch_shape, *own)
+        return jax.tree.unflatten(treedef, replaced).log_prob(value)
+
+    return from_log_prob(log_prob, theta)
+
+
+def from_log_prob(
+    log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
+) -> PseudoObservation:
+    """Return the pseudo-observation of parameters by a log-density.
+
+    Args:
+        log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, each on its own.
+        theta: The parameters.
+    """
+    gradient, hessian = _derivatives(log_prob, theta)
+    if theta.shape[-1] == 1:
+        curvature, directions = -hessian[..., 0], jnp.ones_like(hessian)
+    else:
+        curvature, directions = by_matrix(jnp.linalg.eigh, -(hessian + hessian.mT) / 2)
+    along = jnp.einsum("...ij,...i->...j", directions, gradient)
+    eps = jnp.finfo(theta.dtype).eps
+    rounding = eps * theta.shape[-1] * jnp.abs(curvature).max(-1, keepdims=True)
+    curvature = jnp.where(curvature > rounding, curvature, along**2)
+    # What rounding leaves of a direction of which nothing is known would drown the others.
+    known = curvature > rounding
+    along = jnp.where(known, along, 0)
+    curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
+    y = theta + jnp.einsum("...ij,...j->...i", directions, along / curvature)
+    return PseudoObservation(theta, y, 1 / curvature, directions)
+
+
+def _derivatives(
+    log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return gradients, and matrices of second derivatives of each element."""
+    gradient = jax.grad(lambda theta: log_prob(theta).sum())
+    basis = jnp.eye(theta.shape[-1], dtype=theta.dtype)
+
+    def column(e: jax.Array) -> jax.Array:
+        return jax.jvp(gradient, (theta,), (jnp.broadcast_to(e, theta.shape),))[1]
+
+    return gradient(theta), jax.vmap(column, out_axes=-1)(basis)
+
+
+def _scale_mixture(
+    fn: dist.StudentT | dist.Cauchy, theta: jax.Array, value: jax.Array
+) -> PseudoObservation:
+    df = fn.df if isinstance(fn, dist.StudentT) else 1
+    variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
+    directions = jnp.ones((*theta.shape, 1), theta.dtype)
+    return PseudoObservation(theta, value[..., None], variance[..., None], directions)

@@ -1,0 +1,52 @@
+"""Which results of a function may depend on its arguments, by its program."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+
+__all__ = ["depends"]
+
+
+def depends(f: Callable[..., Any], *args: Any, on: Sequence[int] | None = None) -> Any:
+    """Return a tree like that of the results of ``f``: whether each may depend on the arguments.
+
+    Args:
+        f: A function of trees of arrays.
+        *args: Its arguments.
+        on: The positions of the arguments that count (default: all).
+    """
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    marks = [
+        on is None or position in on
+        for position, arg in enumerate(args)
+        for _ in jax.tree.leaves(arg)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), _taint(jaxpr.jaxpr, marks))
+
+
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat",
+    "checkpoint",
+}
+
+
+def _taint(jaxpr: Jaxpr, tainted: list[bool]) -> list[bool]:
+    """Return which outputs of a program may depend on the inputs that are marked."""
+    marked = {var for var, mark in zip(jaxpr.invars, tainted, strict=True) if mark}
+    for eqn in jaxpr.eqns:
+        marks = [isinstance(var, Var) and var in marked for var in eqn.invars]
+        if any(marks):
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            outs = [True] * len(eqn.outvars)
+            if eqn.primitive.name in _CALLS and inner is not None:
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                outs = _taint(inner, marks)
+            marked.update(var for var, mark in zip(eqn.outvars, outs, strict=True) if mark)
+    return [isinstance(var, Var) and var in marked for var in jaxpr.outvars]

@@ -1,0 +1,349 @@
+r"""The first two moments of NumPyro's distributions, for guidance.
+
+Moment matching takes an observation :math:`y \sim p(y \mid \theta)` for a Gaussian one with the
+mean and the variance of :math:`p`, evaluated anew wherever the latent is. For exponential families
+that is Fisher scoring. A distribution without moments, or whose moments say little of its shape,
+enters by the curvature of its log-density instead (`numpyro_diffprior.curvature`).
+"""
+
+from functools import singledispatch
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions.transforms import AffineTransform
+
+__all__ = ["Moments", "gaussian_moments", "handling"]
+
+
+class Moments(NamedTuple):
+    """The first two moments of a distribution of observed values.
+
+    Attributes:
+        mean: The mean, with shape ``batch_shape + event_shape`` (with ``full`` the event, or its
+            last axis, may be flattened).
+        cov: The variances, shaped as the mean, or with ``full`` the covariance matrices over the
+            last axis of the mean, with shape ``mean.shape + mean.shape[-1:]``.
+        full: Whether ``cov`` holds matrices.
+        mask: Which values were observed, broadcastable to the mean.
+    """
+
+    mean: jax.Array
+    cov: jax.Array
+    full: bool = False
+    mask: jax.Array | bool = True
+
+
+@singledispatch
+def gaussian_moments(fn: dist.Distribution) -> Moments | None:
+    """Return mean and covariance of a distribution; register your own distributions here.
+
+    None says that there are no moments to match: guidance then goes by the curvature of the
+    log-density in the distribution's parameters.
+
+    Raises:
+        ValueError: If the distribution's type is not registered.
+    """
+    raise ValueError(
+        f"no moments are known for observations from {type(fn).__name__}; register them with "
+        f"`@gaussian_moments.register({type(fn).__name__})`, a function of the distribution that "
+        "returns `Moments(mean, variance)`, or None to go by the curvature of its log-density."
+    )
+
+
+# What wraps other distributions.
+
+
+@gaussian_moments.register
+def _independent(fn: dist.Independent) -> Moments | None:
+    return gaussian_moments(fn.base_dist)
+
+
+@gaussian_moments.register
+def _expanded(fn: dist.ExpandedDistribution) -> Moments | None:
+    base = gaussian_moments(fn.base_dist)
+    if base is None:
+        return None
+    rank = len(fn.base_dist.batch_shape)
+
+    def expand(array: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(array, (*fn.batch_shape, *array.shape[rank:]))
+
+    mean = expand(base.mean)
+    mask = base.mask if isinstance(base.mask, bool) else jnp.broadcast_to(base.mask, mean.shape)
+    return Moments(mean, expand(base.cov), base.full, mask)
+
+
+@gaussian_moments.register
+def _masked(fn: dist.MaskedDistribution) -> Moments | None:
+    base = gaussian_moments(fn.base_dist)
+    if base is None:
+        return None
+    mask = fn._mask  # NumPyro has no public name for it
+    if not isinstance(mask, bool):
+        event_ndim = base.mean.ndim - len(fn.batch_shape)
+        mask = jnp.asarray(mask).reshape(*jnp.shape(mask), *(1,) * event_ndim)
+    return base._replace(mask=jnp.logical_and(base.mask, mask))
+
+
+@gaussian_moments.register
+def _transformed(fn: dist.TransformedDistribution) -> Moments | None:
+    """Affine maps of a distribution with moments have moments; others go by curvature."""
+    base = gaussian_moments(fn.base_dist)
+    if base is None or base.full or not all(type(t) is AffineTransform for t in fn.transforms):
+        return None
+    mean, variance = base.mean, base.cov
+    for transform in fn.transforms:
+        mean, variance = transform(mean), transform.scale**2 * variance
+    return Moments(jnp.broadcast_to(mean, fn.shape()), jnp.broadcast_to(variance, fn.shape()))
+
+
+# Each value for itself.
+
+
+def _by_element(fn: dist.Distribution) -> Moments:
+    """Return NumPyro's own mean and variance.
+
+    A variance that rounding takes for zero, of a count that is all but certain, is raised to what
+    rounding leaves.
+    """
+    mean, variance = (jnp.broadcast_to(v, fn.shape()) for v in (fn.mean, fn.variance))
+    if fn.is_discrete:
+        mean = mean.astype(jnp.result_type(float, mean))
+        variance = jnp.maximum(variance, jnp.finfo(mean.dtype).eps)
+    return Moments(mean, variance)
+
+
+for _family in (
+    dist.AsymmetricLaplace,
+    dist.AsymmetricLaplaceQuantile,
+    dist.BernoulliLogits,
+    dist.BernoulliProbs,
+    dist.Beta,
+    dist.BetaBinomial,
+    dist.BetaNegativeBinomial,
+    dist.BetaProportion,
+    dist.BinomialLogits,
+    dist.BinomialProbs,
+    dist.Chi2,
+    dist.Dirichlet,
+    dist.DirichletMultinomial,
+    dist.DiscreteUniform,
+    dist.Exponential,
+    dist.Gamma,
+    dist.GammaPoisson,
+    dist.GeometricLogits,
+    dist.GeometricProbs,
+    dist.Gumbel,
+    dist.HalfNormal,
+    dist.Kumaraswamy,
+    dist.Laplace,
+    dist.LogNormal,
+    dist.LogUniform,
+    dist.Logistic,
+    dist.MultinomialLogits,
+    dist.MultinomialProbs,
+    dist.NegativeBinomial2,
+    dist.NegativeBinomialLogits,
+    dist.NegativeBinomialProbs,
+    dist.Normal,
+    dist.Poisson,
+    dist.SoftLaplace,
+    dist.Uniform,
+    dist.Weibull,
+    dist.ZeroInflatedPoisson,
+    # What wraps a distribution with moments: a hurdle, an excess of zeros, a bound, components.
+    dist.HurdleGamma,
+    dist.HurdleLogNormal,
+    dist.HurdleLogits,
+    dist.HurdlePoisson,
+    dist.HurdleProbs,
+    dist.ZeroInflatedLogits,
+    dist.ZeroInflatedProbs,
+    dist.MixtureGeneral,
+    dist.MixtureSameFamily,
+    dist.LeftTruncatedGamma,
+    dist.RightTruncatedGamma,
+    dist.TwoSidedTruncatedGamma,
+):
+    gaussian_moments.register(_family)(_by_element)
+
+
+@gaussian_moments.register(dist.LeftTruncatedDistribution)
+@gaussian_moments.register(dist.RightTruncatedDistribution)
+@gaussian_moments.register(dist.TwoSidedTruncatedDistribution)
+def _truncated(fn: dist.Distribution) -> Moments | None:
+    """NumPyro knows the moments of a truncated normal distribution."""
+    return _by_element(fn) if isinstance(fn.base_dist, dist.Normal) else None
+
+
+# Values that hang together.
+
+
+@gaussian_moments.register(dist.MultivariateNormal)
+@gaussian_moments.register(dist.LowRankMultivariateNormal)
+@gaussian_moments.register(dist.GaussianCopula)
+def _(fn: dist.Distribution) -> Moments:
+    """A copula's covariance is taken for its normal scores' correlation times deviations."""
+    size = fn.event_shape[0]
+    if isinstance(fn, dist.GaussianCopula):
+        deviation = jnp.sqrt(fn.variance)
+        cov = deviation[..., :, None] * fn.base_dist.covariance_matrix * deviation[..., None, :]
+    else:
+        cov = fn.covariance_matrix
+    cov = jnp.broadcast_to(cov, (*fn.batch_shape, size, size))
+    return Moments(jnp.broadcast_to(fn.mean, fn.shape()), cov, full=True)
+
+
+@gaussian_moments.register
+def _(fn: dist.MultivariateStudentT) -> Moments:
+    """The covariance where there is one (more than two degrees of freedom)."""
+    size = fn.event_shape[0]
+    df = jnp.broadcast_to(fn.df, fn.batch_shape)[..., None, None]
+    cov = jnp.where(df > 2, df / (df - 2), jnp.inf) * fn.covariance_matrix
+    cov = jnp.broadcast_to(cov, (*fn.batch_shape, size, size))
+    return Moments(jnp.broadcast_to(fn.loc, fn.shape()), cov, full=True)
+
+
+@gaussian_moments.register
+def _(fn: dist.CAR) -> Moments:
+    size = fn.event_shape[0]
+    cov = jnp.broadcast_to(jnp.linalg.inv(fn.precision_matrix), (*fn.batch_shape, size, size))
+    return Moments(jnp.broadcast_to(fn.mean, fn.shape()), cov, full=True)
+
+
+@gaussian_moments.register
+def _(fn: dist.GaussianRandomWalk) -> Moments:
+    steps = jnp.arange(1, fn.num_steps + 1)
+    scale = jnp.broadcast_to(fn.scale, fn.batch_shape)[..., None, None]
+    cov = scale**2 * jnp.minimum(steps[:, None], steps)
+    return Moments(jnp.zeros(fn.shape(), cov.dtype), cov, full=True)
+
+
+@gaussian_moments.register
+def _(fn: dist.MatrixNormal) -> Moments:
+    row, column = (s @ s.mT for s in (fn.scale_tril_row, fn.scale_tril_column))
+    size = prod(fn.event_shape)
+    cov = jnp.einsum("...ij,...kl->...ikjl", row, column)
+    cov = jnp.broadcast_to(cov, (*fn.batch_shape, *fn.event_shape * 2))
+    cov = cov.reshape(*fn.batch_shape, size, size)
+    mean = jnp.broadcast_to(fn.loc, fn.shape()).reshape(*fn.batch_shape, size)
+    return Moments(mean, cov, full=True)
+
+
+@gaussian_moments.register(dist.CirculantNormal)
+@gaussian_moments.register(dist.GaussianStateSpace)
+@gaussian_moments.register(dist.ZeroSumNormal)
+def _affine(fn: dist.TransformedDistribution) -> Moments:
+    """An affine map of independent Gaussian vectors, whose matrix its derivative gives."""
+    base = gaussian_moments(fn.base_dist)
+    assert base is not None
+    blocks = base.mean.shape[len(fn.batch_shape) :]
+
+    def transform(x: jax.Array) -> jax.Array:
+        for part in fn.transforms:
+            x = part(x)
+        return x.reshape(*fn.batch_shape, -1)
+
+    mean = base.mean.astype(base.cov.dtype)
+    origin = jnp.broadcast_to(mean, (*fn.batch_shape, *blocks))
+    basis = jnp.eye(prod(blocks), dtype=origin.dtype).reshape(-1, *blocks)
+
+    def column(e: jax.Array) -> jax.Array:
+        return jax.jvp(transform, (origin,), (jnp.broadcast_to(e, origin.shape),))[1]
+
+    matrix = jax.vmap(column, out_axes=-1)(basis)
+    if base.full:
+        matrix = matrix.reshape(*matrix.shape[:-1], *blocks)
+        cov = jnp.einsum("...its,...tsu,...jtu->...ij", matrix, base.cov, matrix)
+    else:
+        variance = base.cov.reshape(*base.cov.shape[: -len(blocks)], -1)
+        cov = jnp.einsum("...id,...d,...jd->...ij", matrix, variance, matrix)
+    return Moments(transform(origin), cov, full=True)
+
+
+# What has no moments, or none that tell of its shape.
+
+
+def _no_moments(fn: dist.Distribution) -> None:
+    return None
+
+
+for _family in (
+    dist.CategoricalLogits,
+    dist.CategoricalProbs,
+    dist.Cauchy,
+    dist.Dagum,
+    dist.DoublyTruncatedPowerLaw,
+    dist.FoldedDistribution,
+    dist.Gompertz,
+    dist.HalfCauchy,
+    dist.IntervalCensoredDistribution,
+    dist.InverseGamma,
+    dist.LeftCensoredDistribution,
+    dist.Levy,
+    dist.LowerTruncatedPowerLaw,
+    dist.OrderedLogistic,
+    dist.Pareto,
+    dist.ProjectedNormal,
+    dist.RightCensoredDistribution,
+    dist.SineBivariateVonMises,
+    dist.SineSkewed,
+    dist.StudentT,
+    dist.Unit,
+    dist.VonMises,
+):
+    gaussian_moments.register(_family)(_no_moments)
+
+
+@gaussian_moments.register
+def _refuse_delta(fn: dist.Delta) -> Moments:
+    raise ValueError(
+        "a Delta observation has no noise, and its posterior no density; observe it through a "
+        "Normal with the scale at which it was recorded."
+    )
+
+
+@gaussian_moments.register(dist.ImproperUniform)
+@gaussian_moments.register(dist.EulerMaruyama)
+@gaussian_moments.register(dist.InverseWishart)
+@gaussian_moments.register(dist.InverseWishartCholesky)
+@gaussian_moments.register(dist.LKJ)
+@gaussian_moments.register(dist.LKJCholesky)
+@gaussian_moments.register(dist.TruncatedPolyaGamma)
+@gaussian_moments.register(dist.Wishart)
+@gaussian_moments.register(dist.WishartCholesky)
+def _refuse(fn: dist.Distribution) -> Moments:
+    raise ValueError(
+        f"observations from {type(fn).__name__} are not read; add its log-density to the model by "
+        "`numpyro.factor`, of which guidance takes gradient and curvature."
+    )
+
+
+_LABELS = {
+    gaussian_moments.dispatch(object): "unknown: register it",
+    _refuse: "refused",
+    _refuse_delta: "refused",
+    _independent: "as what it wraps",
+    _expanded: "as what it wraps",
+    _masked: "as what it wraps",
+    _by_element: "moments",
+    _no_moments: "curvature",
+    _truncated: "moments of a truncated normal, curvature of others",
+    _transformed: "moments of an affine map, curvature of others",
+}
+
+
+def handling(family: type[dist.Distribution]) -> str:
+    """Say how observations from a family of distributions are read: a row of the docs' table."""
+    rule = gaussian_moments.dispatch(family)
+    label = _LABELS.get(rule, "mean and covariance")
+    invertible = issubclass(family, dist.TransformedDistribution) and rule in _WHERE_TRANSFORMED
+    if not invertible or issubclass(family, dist.FoldedDistribution):
+        return label
+    return f"transformed back, as its base; {label} where the transformation holds the latent"
+
+
+_WHERE_TRANSFORMED = (_by_element, _no_moments, _transformed)

@@ -1,0 +1,362 @@
+r"""From the observed sites of a NumPyro model to a likelihood.
+
+Every observed site that depends on the latent is read: mean and covariance of the observed values
+for guidance (`gaussian_moments`), or gradient and curvature of the log-density where there are
+none (`numpyro_diffprior.curvature`); the exact log-density for weights; masks; and the factor of
+`numpyro.handlers.scale`. Values that were put through a fixed transformation, as those of a
+`LogNormal`, are transformed back. The trace is made anew inside whatever is compiled, so means may
+be any JAX function of the latent. A subsampled plate's factor does not touch what is local to the
+plate.
+"""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro import handlers
+
+from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
+from numpyro_diffprior.dependence import depends
+from numpyro_diffprior.introspect import LatentSite
+from numpyro_diffprior.likelihoods import Likelihood, Reading
+from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Diagonal, Repeated
+from numpyro_diffprior.moments import gaussian_moments
+
+__all__ = ["observed_log_density", "read_likelihood"]
+
+
+def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
+    """Read what the observed sites of a bound model say about its latent site.
+
+    Raises:
+        ValueError: If no observed site depends on the latent, if one cannot be read, or if
+            concrete data hold NaN outside the masks or noise without variance.
+    """
+    template = jnp.broadcast_to(latent.prior.mean, latent.shape)
+    sites = _observed_sites(bound, latent, template)
+    if not sites:
+        raise ValueError(
+            f"no observed site depends on the latent site {_quote(latent)}; pass the data that "
+            "the model observes."
+        )
+
+    def read_all(x: jax.Array) -> tuple[Reading, jax.Array]:
+        trace = _trace(bound, latent, x)
+        parts = []
+        for site in sites:
+            if site.is_potential:
+                parts.append(_read_potential(bound, site.name, latent, x))
+            else:
+                parts.append(_read_site(site, trace, latent))
+        means, noises, values, masks = zip(*parts, strict=True)
+        noise = noises[0] if len(noises) == 1 else Blocks(noises)
+        mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
+        # All in the events' floating type, whatever type the model's constants bring in.
+        mean, noise, value = jax.tree.map(lambda a: a.astype(x.dtype), (mean, noise, value))
+        return Reading(mean, noise, value), visible
+
+    def log_prob(x: jax.Array) -> jax.Array:
+        trace = _trace(bound, latent, x)
+        parts = [_log_prob_by_event(site.name, trace, latent) for site in sites]
+        return jnp.stack(parts).sum(0).astype(x.dtype)
+
+    (_, noise, y), visible = read_all(template)
+    _check_data([site.name for site in sites], y, noise)
+    linear = _is_linear(lambda x: read_all(x)[0], template)
+
+    def read(x: jax.Array) -> Reading:
+        reading = _over_extra_axes(lambda v: read_all(v)[0], x, latent)
+        return Reading(reading.y_hat, noise, y) if linear else reading
+
+    return Likelihood(
+        y,
+        read,
+        lambda x: _over_extra_axes(log_prob, x, latent),
+        latent.prior.event_shape,
+        linear,
+        visible,
+    )
+
+
+def observed_log_density(bound: Callable[[], Any], values: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the log-density of all observed sites of a bound model, scaled to whole plates."""
+    trace = handlers.trace(handlers.substitute(bound, data=dict(values))).get_trace()
+    total = jnp.zeros(())
+    for site in trace.values():
+        if site["type"] == "sample" and site["is_observed"]:
+            scale = 1.0 if site["scale"] is None else site["scale"]
+            total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
+    return total
+
+
+def _quote(latent: LatentSite) -> str:
+    return " and ".join(f"'{name}'" for name in latent.names)
+
+
+def _trace(bound: Callable[[], Any], latent: LatentSite, x: jax.Array) -> dict[str, Any]:
+    return handlers.trace(handlers.substitute(bound, data=latent.values(x))).get_trace()
+
+
+class _ObservedSite(NamedTuple):
+    """How an observed site is read; static.
+
+    Attributes:
+        name: Its name.
+        is_peeled: Whether its values are transformed back to those of its base distribution.
+        has_moments: Whether there are moments to match.
+        depends: Which leaves of its distribution, unwrapped, depend on the latent.
+        is_potential: Whether it is a factor, read by its curvature in the event itself.
+    """
+
+    name: str
+    is_peeled: bool
+    has_moments: bool
+    depends: tuple[bool, ...]
+    is_potential: bool
+
+
+# Up to this size of an event, a factor's matrix of second derivatives is made.
+_MAX_POTENTIAL = 64
+
+
+def _observed_sites(
+    bound: Callable[[], Any], latent: LatentSite, template: jax.Array
+) -> list[_ObservedSite]:
+    """Return the observed sites whose density depends on the latent."""
+
+    def observed(x: jax.Array) -> dict[str, Any]:
+        trace = _trace(bound, latent, x)
+        sites = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+        for name, site in sites.items():
+            fn, value = site["fn"], site["value"]
+            if jnp.shape(value) != fn.shape() and not isinstance(fn, dist.Unit):
+                raise ValueError(
+                    f"observed site '{name}': expected values of shape {fn.shape()}, got "
+                    f"{jnp.shape(value)}; what belongs to a plate's elements must pass "
+                    "through `numpyro.subsample` inside of the plate."
+                )
+        return sites
+
+    def parts(x: jax.Array) -> dict[str, Any]:
+        found = {}
+        for name, site in observed(x).items():
+            fn, value = site["fn"], site["value"]
+            leaves = [
+                [jnp.asarray(leaf) for leaf in jax.tree.leaves(unwrap(f).fn)]
+                for f in (fn, _peel(fn, value)[0])
+            ]
+            found[name] = {
+                "log_prob": fn.log_prob(value),
+                "leaves": leaves,
+                "transforms": [jnp.asarray(t) for t in jax.tree.leaves(_transforms(fn))],
+            }
+        return found
+
+    marks = depends(parts, template)
+    sites = []
+    for name, site in observed(template).items():
+        marked = marks[name]
+        if not marked["log_prob"]:
+            continue
+        fn = site["fn"]
+        is_peeled = bool(_transforms(fn)) and not any(marked["transforms"])
+        is_potential = (
+            isinstance(unwrap(fn).fn, dist.Unit)
+            and latent.prior.denoiser.event_size <= _MAX_POTENTIAL
+        )
+        try:
+            moments = gaussian_moments(_peel(fn, site["value"])[0] if is_peeled else fn)
+        except ValueError as error:
+            raise ValueError(f"observed site '{name}': {error}") from None
+        leaves = tuple(marked["leaves"][int(is_peeled)])
+        if moments is None and not is_potential and not any(leaves):
+            raise ValueError(
+                f"observed site '{name}': {type(unwrap(fn).fn).__name__} has no moments, and "
+                "none of its parameters depends on the latent; add its log-density by "
+                "`numpyro.factor` instead."
+            )
+        sites.append(_ObservedSite(name, is_peeled, moments is not None, leaves, is_potential))
+    return sites
+
+
+def _transforms(fn: dist.Distribution) -> list[Any]:
+    """Return the transformations that `_peel` takes off: of each value for itself."""
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+        fn = fn.base_dist
+    if not isinstance(fn, dist.TransformedDistribution) or isinstance(fn, dist.FoldedDistribution):
+        return []
+    if any(t.domain.event_dim or t.codomain.event_dim for t in fn.transforms):
+        return []
+    return [*fn.transforms, *_transforms(fn.base_dist)]
+
+
+def _peel(fn: dist.Distribution, value: jax.Array) -> tuple[dist.Distribution, jax.Array]:
+    """Transform values back to those of the base distribution."""
+    match fn:
+        case dist.Independent():
+            base, value = _peel(fn.base_dist, value)
+            return base.to_event(fn.reinterpreted_batch_ndims), value
+        case dist.ExpandedDistribution():
+            base, value = _peel(fn.base_dist, value)
+            return base.expand(fn.batch_shape), value
+        case dist.MaskedDistribution():
+            base, value = _peel(fn.base_dist, value)
+            return base.mask(fn._mask), value
+        case dist.TransformedDistribution() if _transforms(fn):
+            for transform in reversed(fn.transforms):
+                value = transform.inv(value)
+            return _peel(fn.base_dist.expand(fn.batch_shape), value)
+        case _:
+            return fn, value
+
+
+_SiteReading = tuple[jax.Array, Covariance, jax.Array, jax.Array]
+
+
+def _read_site(
+    observed: _ObservedSite, trace: Mapping[str, Any], latent: LatentSite
+) -> _SiteReading:
+    """Return a site's mean, noise and value without hidden entries, and which are visible."""
+    site = trace[observed.name]
+    fn, value = site["fn"], jnp.asarray(site["value"])
+    if observed.is_peeled:
+        fn, value = _peel(fn, value)
+    scale = _local_scale(site, trace, latent)
+    directions = None
+    if observed.has_moments:
+        moments = gaussian_moments(fn)
+        assert moments is not None
+        mean, cov, mask = moments.mean, moments.cov, moments.mask
+        if moments.full:
+            directions = cov
+        value = value.reshape(mean.shape)
+    else:
+        base = unwrap(fn)
+        mean, value, cov, directions = pseudo_observe(
+            base.fn, base.batch_shape, value, observed.depends
+        )
+        mask = base.mask if isinstance(base.mask, bool) else base.mask[..., None]
+        if mean.shape[-1] == 1:
+            directions = None
+    mask = jnp.broadcast_to(mask, mean.shape)
+
+    def by_event(array: jax.Array) -> jax.Array:
+        return _by_event(array, fn.batch_shape, latent)
+
+    def flat(array: jax.Array) -> jax.Array:
+        return by_event(array).reshape(*latent.batch_shape, -1)
+
+    def scaled(array: jax.Array) -> jax.Array:
+        if isinstance(scale, float):
+            return array / scale
+        own = jnp.broadcast_to(scale, fn.batch_shape)
+        return array / own.reshape(*fn.batch_shape, *(1,) * (array.ndim - len(fn.batch_shape)))
+
+    seen = flat(jnp.where(mask, mean, 0)), flat(jnp.where(mask, value, 0)), flat(mask)
+    if directions is None:
+        return seen[0], Diagonal(flat(jnp.where(mask, scaled(cov), 1))), seen[1], seen[2]
+    size = mean.shape[-1]
+    identity = jnp.eye(size, dtype=mean.dtype)
+    if observed.has_moments:
+        pairs = mask[..., :, None] & mask[..., None, :]
+        matrix = by_event(jnp.where(pairs, scaled(cov), identity))
+        block = Dense.from_matrix(matrix.reshape(*latent.batch_shape, -1, size, size))
+    else:
+        variances = by_event(jnp.where(mask, scaled(cov), 1))
+        directions = by_event(jnp.where(mask[..., None], directions, identity))
+        block = Dense(
+            variances.reshape(*latent.batch_shape, -1, size),
+            directions.reshape(*latent.batch_shape, -1, size, size),
+        )
+    return seen[0], Repeated(block, block.eigenvalues.shape[-2]), seen[1], seen[2]
+
+
+def _read_potential(
+    bound: Callable[[], Any], name: str, latent: LatentSite, x: jax.Array
+) -> _SiteReading:
+    """Read a factor as an observation of the event itself."""
+    theta = x.reshape(*latent.batch_shape, -1)
+
+    def log_prob(theta: jax.Array) -> jax.Array:
+        trace = _trace(bound, latent, theta.reshape(x.shape))
+        return _log_prob_by_event(name, trace, latent)
+
+    pseudo = from_log_prob(log_prob, theta)
+    visible = jnp.ones(theta.shape, bool)
+    return theta, Dense(pseudo.variances, pseudo.directions), pseudo.y, visible
+
+
+def _log_prob_by_event(name: str, trace: Mapping[str, Any], latent: LatentSite) -> jax.Array:
+    site = trace[name]
+    fn = site["fn"]
+    log_prob = _local_scale(site, trace, latent) * fn.log_prob(site["value"])
+    by_event = _by_event(log_prob, fn.batch_shape, latent)
+    return by_event.reshape(*latent.batch_shape, -1).sum(-1)
+
+
+def _local_scale(
+    site: Mapping[str, Any], trace: Mapping[str, Any], latent: LatentSite
+) -> jax.Array | float:
+    """Return a site's scale without the factors of the latent's own subsampled plates."""
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if frame.name in latent.plates:
+            scale = scale * frame.size / trace[frame.name]["args"][0]
+    return scale
+
+
+def _by_event(array: jax.Array, batch_shape: tuple[int, ...], latent: LatentSite) -> jax.Array:
+    """Move an observed site's own axes behind those of the latent's batch.
+
+    Batch axes align from the right. Where the latent has an axis of one, the site's own axis
+    there (a further plate) belongs to the event as well.
+    """
+    rank = len(latent.batch_shape)
+    array = array.reshape((1,) * max(rank - len(batch_shape), 0) + array.shape)
+    own = max(len(batch_shape) - rank, 0)
+    array = jnp.moveaxis(array, range(own), range(rank, rank + own))
+    for axis, size in enumerate(latent.batch_shape):
+        if size == 1 and array.shape[axis] != 1:
+            array = jnp.expand_dims(jnp.moveaxis(array, axis, rank - 1), axis)
+    return array
+
+
+def _over_extra_axes(f: Callable[[jax.Array], Any], x: jax.Array, latent: LatentSite) -> Any:
+    """Apply a function of the site's value to draws or particles of it."""
+    extra = x.shape[: x.ndim - len(latent.shape)]
+    if not extra:
+        return f(x)
+    out = jax.vmap(f)(x.reshape(prod(extra), *latent.shape))
+    return jax.tree.map(lambda leaf: leaf.reshape(*extra, *leaf.shape[1:]), out)
+
+
+def _is_linear(read: Callable[[jax.Array], Reading], x: jax.Array) -> bool:
+    """Whether the mean's derivative, noise and values do not depend on ``x``."""
+
+    def derivative(x: jax.Array, v: jax.Array) -> tuple[jax.Array, Covariance, jax.Array]:
+        _, tangent = jax.jvp(lambda x: read(x).y_hat, (x,), (v,))
+        _, noise, y = read(x)
+        return tangent, noise, y
+
+    return not any(jax.tree.leaves(depends(derivative, x, x, on=[0])))
+
+
+def _check_data(names: list[str], y: jax.Array, noise: Covariance) -> None:
+    """Refuse NaN and singular noise where the values are there to be looked at."""
+    if isinstance(y, jax.core.Tracer):
+        return
+    variance = noise.diagonal()
+    if isinstance(variance, jax.core.Tracer):
+        return
+    if not bool(jnp.all(jnp.isfinite(y))):
+        raise ValueError(
+            f"the observed values of {names} hold NaN or infinities where they are not masked; "
+            "mask them with `.mask(...)` on the site's distribution."
+        )
+    if not bool(jnp.all(variance > 0)):
+        raise ValueError(
+            f"the noise of {names} has no variance somewhere; expected a positive scale."
+        )

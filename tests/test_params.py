@@ -1,0 +1,77 @@
+"""Parameters of the likelihood, from fixed draws, against their most likely values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+from numpyro_diffprior.denoisers import GaussianDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.introspect import bind
+from numpyro_diffprior.params import fit_params, init_params, with_params
+
+N, M, D = 40, 3, 2
+PRIOR = DiffusionPrior(GaussianDenoiser(jnp.zeros(D), jnp.eye(D)))
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(5, M, N, D)))
+Y = jnp.asarray(np.asarray(X[0]) + 0.3 * RNG.normal(size=(M, N, D)))
+LABELS = jnp.asarray(RNG.choice(3, p=[0.5, 0.3, 0.2], size=(M, N)))
+
+
+def model(prior, y, labels, subsample_size=None):
+    noise = numpyro.param("noise", 1.0, constraint=dist.constraints.positive)
+    shares = numpyro.param("shares", jnp.ones(3) / 3, constraint=dist.constraints.simplex)
+    rows = numpyro.plate("rows", M, subsample_size=subsample_size, dim=-2)
+    with rows, numpyro.plate("n", N, dim=-1):
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+        labels = numpyro.subsample(labels, event_dim=0)
+        numpyro.sample("labels", dist.Categorical(shares), obs=labels)
+
+
+def fit(num_steps, batch_size, *args, learning_rate=0.05):
+    optimizer = optax.adam(learning_rate)
+    params, opt_state = init_params(bind(model, (PRIOR, *args), {}), optimizer)
+    params, _ = fit_params(
+        jax.random.key(0),
+        with_params(model),
+        ((PRIOR, params), *args),
+        {},
+        {"x": X},
+        optimizer,
+        opt_state,
+        num_steps=num_steps,
+        batch_size=batch_size,
+    )
+    return params
+
+
+NOISE = np.sqrt(np.mean((np.asarray(Y) - np.asarray(X)) ** 2))
+SHARES = np.bincount(np.asarray(LABELS).ravel(), minlength=3) / LABELS.size
+
+
+def test_whole_plates():
+    """Constraints are those of the sites: a simplex has one number less where it is free."""
+    params = fit(400, N, Y, LABELS)
+    np.testing.assert_allclose(params["noise"], NOISE, rtol=1e-3)
+    np.testing.assert_allclose(params["shares"], SHARES, rtol=1e-3)
+
+
+@pytest.mark.parametrize("subsample_size", [None, 2])
+def test_minibatches(subsample_size):
+    """Of one plate; the other is whole, even where the model would subsample it."""
+    params = fit(1000, 2, Y, LABELS, subsample_size, learning_rate=0.005)
+    assert abs(params["noise"] / NOISE - 1) < 0.05
+    np.testing.assert_allclose(params["shares"], SHARES, atol=0.05)
+
+
+def test_values_stand_beside_the_prior():
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(with_params(model), 0)).get_trace(
+        (PRIOR, {"noise": jnp.asarray(0.2)}), Y, LABELS
+    )
+    assert trace["noise"]["value"] == jnp.asarray(0.2)
+    np.testing.assert_allclose(trace["shares"]["value"], 1 / 3, rtol=1e-6)

@@ -1,0 +1,128 @@
+"""Proposals against the dense Gaussians that they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal
+
+from numpyro_diffprior.denoisers import GaussianDenoiser
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance
+from numpyro_diffprior.likelihoods import linear_gaussian
+from numpyro_diffprior.linalg import Diagonal
+from numpyro_diffprior.proposals import Cloud, propose
+from numpyro_diffprior.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.smc import Settings, draw_posterior
+from tests.oracles import gaussian_posterior, spd, tolerance
+
+LOOKING = MMPS(GaussianCovariance(), look_ahead=True)
+D, M, NUM_EVENTS, NUM_PARTICLES = 3, 2, 2, 4
+RNG = np.random.default_rng(0)
+MEAN, COV = RNG.normal(size=D), spd(RNG, D)
+NOISE = np.array([0.04, 0.3])
+Y = RNG.normal(size=(NUM_EVENTS, M))
+DENOISER = GaussianDenoiser(jnp.asarray(MEAN), jnp.asarray(COV))
+X_T, X_HAT = (RNG.normal(size=(NUM_PARTICLES, NUM_EVENTS, D)) for _ in range(2))
+X_HAT_Y = X_HAT + 0.1 * RNG.normal(size=X_HAT.shape)
+OPERATORS = {
+    "dense": RNG.normal(size=(M, D)),
+    "by event": RNG.normal(size=(NUM_EVENTS, M, D)),
+    "mask": np.stack([np.diag([1.0, 0.0, 1.0]), np.diag([0.0, 1.0, 0.0])]),
+}
+
+
+def make_step(guidance, operator, sampler=MultistepSDE(12), index=5):
+    matrix = OPERATORS[operator]
+    num_observed = matrix.shape[-2]
+    y = np.pad(Y, ((0, 0), (0, num_observed - M)))
+    noise = np.pad(NOISE, (0, num_observed - M), constant_values=0.5)
+    likelihood = linear_gaussian(
+        jnp.asarray(y), jnp.asarray(matrix), Diagonal(jnp.asarray(noise)), (D,)
+    )
+    posterior = guidance.condition(DENOISER, likelihood)
+    levels = jax.tree.map(lambda leaf: leaf[index], sampler.levels(DENOISER))
+    previous = Cloud(*(jnp.asarray(x) for x in (X_T, X_HAT, X_HAT_Y)))
+    matrices = np.broadcast_to(matrix, (NUM_EVENTS, *matrix.shape[-2:]))
+    return propose(posterior, sampler, previous, levels), levels, matrices, y, np.diag(noise)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_looking_ahead_is_the_product_of_two_gaussians(operator):
+    step, levels, matrices, y, cov_y = make_step(LOOKING, operator)
+    proposal = step.proposal
+    variance, tau = float(levels.following) ** 2, float(proposal.tau)
+    cov = np.linalg.inv(np.linalg.inv(COV) + np.eye(D) / variance)
+    x_s = jnp.asarray(RNG.normal(size=X_T.shape))
+    ratio = proposal.log_ratio(x_s)
+    draws = jax.vmap(proposal.draw)(jax.random.split(jax.random.key(0), 4000))
+    for k in range(NUM_PARTICLES):
+        for n in range(NUM_EVENTS):
+            a, mean = matrices[n], np.asarray(proposal.mean[k, n], float)
+            gain, residual = a @ cov / variance, y[n] - a @ np.asarray(step.x_hat[k, n])
+            ahead = cov_y + a @ cov @ a.T
+            before = ahead + tau**2 * gain @ gain.T
+            chain = tau**2 * np.eye(D)
+            expected = multivariate_normal.logpdf(residual, cov=before)
+            np.testing.assert_allclose(
+                proposal.log_twist[k, n], expected, rtol=tolerance(1e-4, 1e-5)
+            )
+            center, spread = gaussian_posterior(mean, chain, gain, ahead, residual + gain @ mean)
+            expected = multivariate_normal.logpdf(x_s[k, n], mean, chain)
+            expected -= multivariate_normal.logpdf(x_s[k, n], center, spread)
+            np.testing.assert_allclose(ratio[k, n], expected, rtol=1e-3, atol=1e-3)
+            found = np.asarray(draws[:, k, n])
+            deviation = np.sqrt(np.diagonal(spread))
+            assert np.all(np.abs(found.mean(0) - center) < 5 * deviation / np.sqrt(4000))
+            scaled = (np.cov(found.T) - spread) / np.outer(deviation, deviation)
+            assert np.all(np.abs(scaled) < 5 * np.sqrt(2 / 4000))
+
+
+@pytest.mark.parametrize("guidance", [MMPS(), MMPS(GaussianCovariance()), LOOKING])
+@pytest.mark.parametrize("sampler", [MultistepSDE(60), DDPM(60)])
+def test_ratio_turns_the_chain_into_the_proposal(sampler, guidance):
+    """Over the chain the mean of q / p is one, and weighs it to the proposal's moments."""
+    step, *_ = make_step(guidance, "by event", sampler, index=18)
+    proposal, num = step.proposal, 100_000
+    noise = RNG.normal(size=(num, *X_T.shape))
+    chain = proposal.mean + proposal.tau * noise
+    weights = np.exp(-np.asarray(jax.vmap(proposal.log_ratio)(chain), float))
+    drawn = np.asarray(jax.vmap(proposal.draw)(jax.random.split(jax.random.key(1), num)))
+    drawn = (drawn - np.asarray(proposal.mean)) / float(proposal.tau)
+    # Where chain and proposal have little in common, no number of draws would do.
+    near = np.abs(drawn.mean(0)).max(-1) < 2
+    assert near.sum() >= 1
+    for power in (0, 1, 2):
+        values = weights[..., None] * noise**power
+        found, expected = values.mean(0), (drawn**power).mean(0)
+        variance = (values.var(0) + (drawn**power).var(0)) / num
+        assert np.all(np.abs(found - expected)[near] < 5 * np.sqrt(variance)[near] + 1e-6)
+
+
+@pytest.mark.parametrize("guidance", [MMPS(), MMPS(GaussianCovariance()), LOOKING])
+def test_take_follows_the_particles(guidance):
+    proposal = make_step(guidance, "dense")[0].proposal
+    index = jnp.asarray([[1, 0], [1, 3], [2, 2], [0, 1]])
+    taken = proposal.take(index)
+    x_s = jnp.asarray(RNG.normal(size=X_T.shape))
+    for n in range(NUM_EVENTS):
+        np.testing.assert_array_equal(taken.mean[:, n], proposal.mean[index[:, n], n])
+        np.testing.assert_array_equal(taken.log_twist[:, n], proposal.log_twist[index[:, n], n])
+        # The ratio at the same place is that of the particle taken.
+        x_all = jnp.zeros_like(x_s).at[index[:, n], n].set(x_s[index[:, n], n])
+        found = taken.log_ratio(x_all.at[:, n].set(x_s[index[:, n], n]))[:, n]
+        expected = proposal.log_ratio(x_all)[index[:, n], n]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_stay_equal_on_a_gaussian():
+    """Nearly: what is left is the steps' own error. The guided proposal's spread more."""
+    likelihood = linear_gaussian(
+        jnp.asarray(Y), jnp.asarray(OPERATORS["dense"]), Diagonal(jnp.asarray(NOISE)), (D,)
+    )
+    ess = []
+    for guidance in (LOOKING, MMPS(GaussianCovariance())):
+        settings = Settings(16, MultistepSDE(32), guidance)
+        draws = draw_posterior(jax.random.key(0), DENOISER, likelihood, settings, 100)
+        ess.append(float(draws.ess.mean()))
+    assert ess[0] > 11
+    assert ess[0] > ess[1] + 3
