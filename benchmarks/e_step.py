@@ -56,10 +56,13 @@ def our_functions(rng_key, args):
     key_data, key_net, key_em, key_draw = jax.random.split(rng_key, 4)
     data = digits.make_data(key_data, 0.5, args.num_images)
     optimizer = digits.make_optimizer(1e-3)
-    em = ndp.EM(digits.model, optimizer, batch_size=args.batch_size)
+    em = ndp.EM(
+        digits.model, optimizer, batch_size=args.batch_size, num_particles=args.num_particles
+    )
     state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)
     prior, mask, y = state.prior, data.mask, data.y
-    e_step = resolve_settings(prior, args.num_particles, ndp.MultistepSDE(args.num_steps))
+    sampler = ndp.MultistepSDE(args.num_steps)
+    e_step = resolve_settings(prior, em.num_particles, sampler, em.guidance)
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
     plain = resolve_settings(prior, 1, ndp.DDPM(args.num_steps), one_step)
 
@@ -67,7 +70,7 @@ def our_functions(rng_key, args):
         return sample_blocks(
             key_draw, digits.model, (prior, mask, y), {}, settings,
             num_draws=1, batch_size=args.batch_size,
-        ).x  # fmt: skip
+        ).samples["x"]  # fmt: skip
 
     x = jnp.zeros((args.num_particles * args.batch_size, 8, 8))
     jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)

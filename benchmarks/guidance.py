@@ -35,6 +35,7 @@ class Case(NamedTuple):
 
 GAUSSIAN = ndp.MMPS(ndp.GaussianCovariance())
 CALIBRATED = ndp.MMPS(ndp.CalibratedCovariance())
+LOOKING_AHEAD = ndp.MMPS(ndp.GaussianCovariance(), look_ahead=True)
 CASES = (
     Case("Tweedie", ndp.MMPS()),
     Case("Tweedie, one step of the solver", ndp.MMPS(max_steps=1)),
@@ -44,6 +45,9 @@ CASES = (
     Case("Gaussian", GAUSSIAN, 4),
     Case("Gaussian", GAUSSIAN, 4, 64),
     Case("Gaussian", GAUSSIAN, 16),
+    Case("Gaussian, looking ahead", LOOKING_AHEAD, 4),
+    Case("Gaussian, looking ahead", LOOKING_AHEAD, 4, 64),
+    Case("Gaussian, looking ahead", LOOKING_AHEAD, 16),
     Case("Gaussian", GAUSSIAN, 16, 128),
 )
 
@@ -67,6 +71,7 @@ def judge(rng_key, case, prior, data, features):
         "rmse": float(jnp.sqrt(jnp.mean((x - data.clean) ** 2, where=~data.mask))),
         "residual": float(jnp.mean((x - data.y) ** 2, where=data.mask) / digits.NOISE**2),
         "ess": float(draws.stats["ess"].mean()),
+        "log_evidence": float(draws.stats["log_evidence"].mean()),
         "seconds": time.perf_counter() - start,
     }
 
@@ -85,7 +90,8 @@ def main(args):
     prior = ndp.DiffusionPrior(fit.denoiser)
     ratios = ", ".join(f"{ratio:.2f}" for ratio in fit.denoiser.error_ratios)
     print(f"the network's error over a Gaussian's, from low to high noise: {ratios}")
-    print(f"{'covariance':32s} {'K':>3s} {'steps':>5s}  Frechet  RMSE  residual  ESS  seconds")
+    columns = "Frechet  RMSE  residual  ESS  evidence  seconds"
+    print(f"{'covariance':32s} {'K':>3s} {'steps':>5s}  {columns}")
     rows = []
     for case in CASES[: args.num_cases]:
         row = judge(key_draw, case, prior, data, features)
@@ -96,7 +102,7 @@ def main(args):
         print(
             f"{case.name:32s} {case.num_particles:3d} {case.num_steps:5d}"
             f"  {row['frechet']:7.3f} {row['rmse']:5.3f} {row['residual']:9.2f}"
-            f" {row['ess']:4.1f} {row['seconds']:8.1f}",
+            f" {row['ess']:4.1f} {row['log_evidence']:9.2f} {row['seconds']:8.1f}",
             flush=True,
         )
     output = Path(args.output)

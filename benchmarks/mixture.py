@@ -2,7 +2,8 @@
 
 The Gaussian mixture of MCGDiff (Cardoso et al., arXiv 2308.07983): 25 components with means
 (-8 i, -8 j, -8 i, ...), seen through a few noisy projections, so that the posterior is a mixture
-in closed form. The denoiser is exact; all error is the sampler's.
+in closed form. The denoiser is exact, and all error is the sampler's; or, with `--learned`, a
+network trained on draws of the mixture, whose error comes on top.
 
     python benchmarks/mixture.py --dim 8 --output out
 """
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
+from flax import nnx
 from numpyro.infer import MCMC, NUTS
 
 import numpyro_diffprior as ndp
@@ -26,6 +29,8 @@ from numpyro_diffprior.linalg import Isotropic
 from numpyro_diffprior.metrics import max_sliced_wasserstein, sliced_wasserstein
 
 SPACING = 8
+NUM_CHAINS = 50
+LOOKING_AHEAD = ndp.MMPS(ndp.GaussianCovariance(), look_ahead=True)
 
 
 class Problem(NamedTuple):
@@ -83,12 +88,35 @@ def draw_exactly(rng_key, problem, num_samples):
     return problem.means[k] + noise
 
 
+@partial(jax.jit, static_argnums=(2, 3))
+def learn_prior(rng_key, problem, num_steps, num_samples=100_000):
+    """The prior as a network learns it from draws of it."""
+    key_data, key_net, key_fit = jax.random.split(rng_key, 3)
+    denoiser = problem.prior.denoiser
+    key_k, key_x = jax.random.split(key_data)
+    k = jax.random.categorical(key_k, jnp.log(denoiser.weights), shape=(num_samples,))
+    x = denoiser.means[k] + jax.random.normal(key_x, (num_samples, denoiser.event_size))
+    net = ndp.MLP(denoiser.event_shape, features=(256,) * 3, rngs=nnx.Rngs(key_net))
+    learned = ndp.fit_denoiser(
+        key_fit,
+        ndp.NetworkDenoiser(net),
+        x,
+        optimizer=optax.adam(optax.cosine_decay_schedule(1e-3, num_steps)),
+        num_steps=num_steps,
+        batch_size=512,
+    )
+    return problem._replace(prior=ndp.DiffusionPrior(learned.denoiser))
+
+
 def arguments(problem):
     return problem.prior, problem.operator, problem.scale, problem.y
 
 
 def guided(guidance, num_particles=1):
-    """Independent draws by guided sampling or the twisted SMC, and their network evaluations."""
+    """Draws by guided sampling or the twisted SMC, and their network evaluations.
+
+    Without a number of particles, all are draws of one system.
+    """
 
     def draw(rng_key, problem, args):
         draws = ndp.sample_posterior(
@@ -96,7 +124,8 @@ def guided(guidance, num_particles=1):
             model,
             *arguments(problem),
             num_samples=args.num_samples,
-            num_particles=num_particles,
+            num_particles=num_particles or args.num_samples,
+            independent=num_particles is not None,
             sampler=ndp.MultistepSDE(args.num_steps),
             guidance=guidance,
             max_batch_size=args.num_samples,
@@ -106,41 +135,50 @@ def guided(guidance, num_particles=1):
     return draw
 
 
-def run_chains(kernel, rng_key, problem, args, num_warmup, extra_fields=(), num_chains=50):
-    """Run a kernel; its draws, its extra fields and its updates per draw, warm-up included."""
-    num_samples = args.num_samples // num_chains
+@partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
+def run_chains(make_kernel, rng_key, problem, num_steps, num_draws, num_warmup, extra_field):
+    """Run a kernel in as many chains as are drawn at once; its draws and one of its fields."""
     mcmc = MCMC(
-        kernel,
+        make_kernel(num_steps),
         num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
+        num_samples=num_draws // NUM_CHAINS,
+        num_chains=NUM_CHAINS,
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.run(rng_key, *arguments(problem), extra_fields=extra_fields)
-    return (
-        mcmc.get_samples()["x"],
-        mcmc.get_extra_fields(),
-        (num_warmup + num_samples) / num_samples,
-    )
+    mcmc.run(rng_key, *arguments(problem), extra_fields=(extra_field,))
+    return mcmc.get_samples()["x"], mcmc.get_extra_fields()[extra_field].mean()
 
 
-def particle_gibbs(rng_key, problem, args, num_particles=16):
-    """Chains of conditional SMC."""
-    sampler = ndp.MultistepSDE(args.num_steps)
-    kernel = ndp.ParticleGibbs(
-        model, num_particles=num_particles, sampler=sampler, guidance=ndp.MMPS()
-    )
-    x, _, updates = run_chains(kernel, rng_key, problem, args, num_warmup=10)
-    return x, round((num_particles + 1) * args.num_steps * updates)
+def chains(make_kernel, num_warmup, extra_field):
+    """Chains of a kernel, compiled once for all problems, and their evaluations per draw."""
+
+    def draw(rng_key, problem, args):
+        x, count = run_chains(
+            make_kernel,
+            rng_key,
+            problem,
+            args.num_steps,
+            args.num_samples,
+            num_warmup,
+            extra_field,
+        )
+        evaluations = float(count) * (args.num_steps if extra_field == "num_steps" else 1)
+        return x, round(evaluations * (1 + num_warmup * NUM_CHAINS / args.num_samples))
+
+    return draw
 
 
-def nuts(rng_key, problem, args):
-    """Chains of NUTS in the space of the deterministic sampler's noise."""
-    config = {"x": ndp.DiffusionReparam(args.num_steps)}
-    kernel = NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=6)
-    x, fields, updates = run_chains(kernel, rng_key, problem, args, 100, ("num_steps",))
-    return x, round(float(fields["num_steps"].mean()) * args.num_steps * updates)
+def particle_gibbs(num_steps):
+    """Conditional SMC with Tweedie's covariance."""
+    sampler = ndp.MultistepSDE(num_steps)
+    return ndp.ParticleGibbs(model, num_particles=16, sampler=sampler, guidance=ndp.MMPS())
+
+
+def nuts(num_steps):
+    """NUTS in the space of the deterministic sampler's noise."""
+    config = {"x": ndp.DiffusionReparam(num_steps)}
+    return NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=6)
 
 
 METHODS = {
@@ -151,8 +189,14 @@ METHODS = {
     "SMC, K = 4": guided(ndp.MMPS(), 4),
     "SMC, K = 16": guided(ndp.MMPS(), 16),
     "SMC, K = 64": guided(ndp.MMPS(), 64),
-    "particle Gibbs": particle_gibbs,
-    "NUTS": nuts,
+    "SMC, K = 16, tempered": guided(ndp.Tempered(power=0.5), 16),
+    "SMC, K = 16, Gaussian": guided(ndp.MMPS(ndp.GaussianCovariance()), 16),
+    "SMC, K = 16, Gaussian, then Tweedie": guided(ndp.Piecewise(), 16),
+    "one SMC": guided(ndp.MMPS(), None),
+    "looking ahead, K = 16": guided(LOOKING_AHEAD, 16),
+    "looking ahead, one SMC": guided(LOOKING_AHEAD, None),
+    "particle Gibbs": chains(particle_gibbs, 10, "num_evaluations"),
+    "NUTS": chains(nuts, 100, "num_steps"),
 }
 
 
@@ -185,7 +229,7 @@ def evaluate(name, problems, args):
         seconds.append(time.perf_counter() - start)
         evaluations.append(count)
         key = jax.random.fold_in(key_judge, index)
-        scores.append(judge(key, problem, x, args.num_projections))
+        scores.append(jax.device_get(judge(key, problem, x, args.num_projections)))
     table = {name: [float(score[name]) for score in scores] for name in scores[0]}
     return table | {"evaluations": evaluations, "seconds": seconds}
 
@@ -197,19 +241,27 @@ def main(args):
     for num_observed in args.num_observed:
         keys = jax.random.split(jax.random.key(args.seed), args.num_seeds)
         problems = [make_problem(key, args.dim, num_observed) for key in keys]
+        if args.learned:
+            keys = jax.random.split(jax.random.key(args.seed + 2), args.num_seeds)
+            pairs = zip(keys, problems, strict=True)
+            problems = [learn_prior(key, problem, args.learned) for key, problem in pairs]
         print(f"\nd = {args.dim}, d_y = {num_observed}")
-        print(f"{'':16s} {'sliced W2':>14s} {'max-sliced':>14s} {'masses':>7s} {'NFE':>8s} s")
+        print(f"{'':36s} {'sliced W2':>14s} {'max-sliced':>14s} {'masses':>7s} {'NFE':>8s} s")
         for name in ["exact", *args.methods]:
             row = evaluate(name, problems, args)
             row |= {"dim": args.dim, "num_observed": num_observed, "method": name}
             results.append(row)
+            num_diverged = int(np.isnan(row["sliced"]).sum())
+            root = (len(problems) - num_diverged) ** 0.5
             cells = [
-                f"{np.mean(row[k]):6.3f} +- {1.96 * np.std(row[k]) / len(problems) ** 0.5:4.2f}"
+                f"{np.nanmean(row[k]):6.3f} +- {1.96 * np.nanstd(row[k]) / root:4.2f}"
                 for k in ("sliced", "max_sliced")
             ]
             print(
-                f"{name:16s} {cells[0]:>14s} {cells[1]:>14s} {np.mean(row['mass_error']):7.3f}"
-                f" {np.mean(row['evaluations']):8.0f} {np.median(row['seconds']):.1f}",
+                f"{name:36s} {cells[0]:>14s} {cells[1]:>14s} {np.mean(row['mass_error']):7.3f}"
+                f" {np.mean(row['evaluations']):8.0f} {np.median(row['seconds']):.1f}"
+                + f"  ({num_diverged} diverged)"
+                * (num_diverged > 0),
                 flush=True,
             )
             (output / f"mixture_{args.dim}.json").write_text(json.dumps(results, indent=1))
@@ -226,6 +278,9 @@ def parse_args(argv=None):
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--num-projections", type=int, default=10_000)
+    parser.add_argument(
+        "--learned", type=int, default=0, metavar="STEPS", help="train a network so many steps"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     return parser.parse_args(argv)
 

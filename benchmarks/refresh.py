@@ -39,7 +39,8 @@ def main(args):
     features = digits.make_features()
     rows = []
     print(f"{'':36s} {'E-steps':>8s} {'Frechet':>8s} {'E, s':>8s} {'M, s':>8s}")
-    for name, (num_sgd_steps, num_draws, options) in RUNS.items():
+    for name in args.runs:
+        num_sgd_steps, num_draws, options = RUNS[name]
         settings = argparse.Namespace(**vars(args))
         settings.num_sgd_steps, settings.num_draws = num_sgd_steps, num_draws
         settings.num_iterations = args.num_steps // num_sgd_steps
@@ -72,6 +73,7 @@ def parse_args(argv=None):
         epilog="All other options are those of examples/digits.py.",
     )
     parser.add_argument("--num-steps", type=int, default=2048, help="of SGD, in each run")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     args, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(digits.parse_args(rest)) | vars(args))
 

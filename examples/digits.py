@@ -45,24 +45,29 @@ class Data(NamedTuple):
     y: jax.Array
 
 
-def model(prior, mask, y=None):
+def model(prior, mask, y=None, noise=NOISE):
     with numpyro.plate("images", mask.shape[0]):
         mask = numpyro.subsample(mask, event_dim=2)
         y = None if y is None else numpyro.subsample(y, event_dim=2)
         x = numpyro.sample("x", prior)
-        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(2), obs=y)
+        numpyro.sample("y", dist.Normal(x, noise).mask(mask).to_event(2), obs=y)
+
+
+def hide(key_mask, key_noise, clean, hidden):
+    """What is seen of digits, and where; hidden pixels are NaN."""
+    mask = jax.random.bernoulli(key_mask, 1 - hidden, clean.shape)
+    noise = NOISE * jax.random.normal(key_noise, clean.shape)
+    return mask, jnp.where(mask, clean + noise, jnp.nan)
 
 
 def make_data(rng_key, hidden, num_train=NUM_TRAIN):
-    """Scikit-learn's digits in random order; hidden pixels are NaN."""
+    """Scikit-learn's digits in random order."""
     key_order, key_mask, key_noise = jax.random.split(rng_key, 3)
     digits = jax.random.permutation(
         key_order, jnp.asarray(load_digits().images / 8 - 1, "float32")
     )
     clean, test = digits[:num_train], digits[num_train:]
-    mask = jax.random.bernoulli(key_mask, 1 - hidden, clean.shape)
-    noise = NOISE * jax.random.normal(key_noise, clean.shape)
-    return Data(clean, test, mask, jnp.where(mask, clean + noise, jnp.nan))
+    return Data(clean, test, *hide(key_mask, key_noise, clean, hidden))
 
 
 def make_features(seed=0):
@@ -89,18 +94,19 @@ def anneal(learning_rate, num_steps):
 
 
 def train_on_clean(rng_key, data, features, args, round_steps=1000):
-    """The upper bound: the same network, trained on the clean digits; the best of its training."""
+    """The upper bound: the same network, trained on clean digits; the best of its training."""
+    clean = data.clean[: round(args.clean_part * len(data.clean))]
     optimizer = make_optimizer(anneal(args.learning_rate, args.clean_rounds * round_steps))
     keys = jax.random.split(rng_key, args.clean_rounds + 1)
     denoiser = make_prior(keys[0], args.width, args.dropout).denoiser
-    mean, cov = ndp.linalg.empirical_gaussian(data.clean.reshape(len(data.clean), -1))
+    mean, cov = ndp.linalg.empirical_gaussian(clean.reshape(len(clean), -1))
     denoiser = denoiser.fit_gaussian(mean.reshape(8, 8), cov)
     state = ndp.training.init_training(denoiser, optimizer)
     best, distances = None, []
     for key in keys[1:]:
         key_train, key_judge = jax.random.split(key)
         state, _ = ndp.training.train(
-            key_train, state, data.clean, optimizer, num_steps=round_steps, batch_size=256
+            key_train, state, clean, optimizer, num_steps=round_steps, batch_size=256
         )
         prior = ndp.DiffusionPrior(state.averaged)
         distances.append(judge_prior(key_judge, prior, data, features))
@@ -109,10 +115,16 @@ def train_on_clean(rng_key, data, features, args, round_steps=1000):
     return best, distances
 
 
-def judge_prior(rng_key, prior, data, features, num_samples=8192):
+def judge_prior(rng_key, prior, data, features):
     """Fréchet distance of fresh samples to the clean digits."""
-    x = prior.sample(rng_key, (num_samples,))
-    return float(frechet_distance(features(x), features(data.clean)))
+    (distance,) = compare(rng_key, prior, features, data.clean)
+    return distance
+
+
+def compare(rng_key, prior, features, *sets, num_samples=8192):
+    """Fréchet distances of fresh samples to sets of digits."""
+    x = features(prior.sample(rng_key, (num_samples,)))
+    return [float(frechet_distance(x, features(digits))) for digits in sets]
 
 
 def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_particles=4):
@@ -130,7 +142,7 @@ def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_pa
     return scores, draws
 
 
-def make_em(args, **options):
+def make_em(args, model=model, **options):
     """EM as the arguments have it, or with other options."""
     num_steps = args.num_iterations * args.num_sgd_steps
     settings = {
@@ -144,22 +156,26 @@ def make_em(args, **options):
     return ndp.EM(model, **(settings | options))
 
 
+def is_judged(iteration, args):
+    return iteration % args.judge_every == 0 or iteration == args.num_iterations
+
+
 def learn(rng_key, data, features, args):
-    """Run EM, and judge the prior every so many iterations."""
+    """Run EM, and judge the prior every so many iterations, and in the end."""
     key_net, key_em, key_judge = jax.random.split(rng_key, 3)
     em = make_em(args)
     rows = []
 
     def record(state, metrics):
-        if state.num_iterations % args.judge_every:
+        if not is_judged(state.num_iterations, args):
             return
         row = {name: float(value) for name, value in metrics._asdict().items()}
         row["iteration"] = state.num_iterations
         row["frechet"] = judge_prior(key_judge, state.prior, data, features)
         rows.append(row)
         print(
-            f"{row['iteration']:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
-            f"  frechet {row['frechet']:.3f}  log evidence {row['log_evidence']:.2f}"
+            f"{row['iteration']:3d}  loss {row['loss']:.3f}  chi-square {row['chi_square']:.2f}"
+            f"  frechet {row['frechet']:.3f}"
             f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
             flush=True,
         )
@@ -213,6 +229,23 @@ def summarise_in_arviz(rng_key, prior, data, output, num_samples):
     return summary
 
 
+def show_rows(rows, path, num_images=12):
+    """A row of images for each name, on a scale from -1 to 1 or as ``(images, limits, cmap)``."""
+    figure, axes = plt.subplots(
+        len(rows), num_images, figsize=(0.8 * num_images, 0.1 + 0.86 * len(rows))
+    )
+    grey = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
+    for axis_row, (name, row) in zip(axes, rows.items(), strict=True):
+        images, (low, high), cmap = row if isinstance(row, tuple) else (row, (-1, 1), grey)
+        for axis, image in zip(axis_row, np.asarray(images), strict=False):
+            axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def show_restored(draws, data, path, num_images=12):
     """Truth, observation, posterior mean, one draw and posterior deviation, a column per digit."""
     x = draws.samples["x"][:, :num_images]
@@ -221,33 +254,15 @@ def show_restored(draws, data, path, num_images=12):
         "observed": data.y[:num_images],
         "mean": x.mean(0),
         "one draw": x[0],
-        "deviation": x.std(0),
+        "deviation": (x.std(0), (0, 1), "magma"),
     }
-    figure, axes = plt.subplots(len(rows), num_images, figsize=(num_images * 0.8, 4.4))
-    grey = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
-    for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
-        limits = {"vmin": 0, "vmax": 1} if name == "deviation" else {"vmin": -1, "vmax": 1}
-        cmap = "magma" if name == "deviation" else grey
-        for axis, image in zip(axis_row, np.asarray(images), strict=False):
-            axis.imshow(image, cmap=cmap, **limits)
-            axis.set(xticks=[], yticks=[])
-        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    show_rows(rows, path, num_images)
 
 
 def show_samples(rng_key, priors, path, num_images=16):
     """Fresh samples of each prior, a row each."""
-    figure, axes = plt.subplots(len(priors), num_images, figsize=(num_images * 0.7, 2.6))
-    for axis_row, (name, prior) in zip(axes, priors.items(), strict=True):
-        for axis, image in zip(axis_row, np.asarray(prior.sample(rng_key, (num_images,)))):
-            axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
-            axis.set(xticks=[], yticks=[])
-        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    rows = {name: prior.sample(rng_key, (num_images,)) for name, prior in priors.items()}
+    show_rows(rows, path, num_images)
 
 
 def main(args):
@@ -265,12 +280,13 @@ def main(args):
         scores, draws[name] = judge_posterior(
             keys[3], prior, data, args.num_judged, args.num_samples
         )
-        table[name] = {"frechet": judge_prior(keys[4], prior, data, features), **scores}
+        frechet, heldout = compare(keys[4], prior, features, data.clean, data.test)
+        table[name] = {"frechet": frechet, "heldout": heldout} | scores
     show_restored(draws["learned"], data, output / "digits_restored.png")
     show_samples(keys[5], priors, output / "digits_samples.png")
     print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
     print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
-    print(f"{'prior':10s} {'Frechet':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
+    print(f"{'prior':10s} {'Frechet':>8s} {'held out':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
     for name, row in table.items():
         print(f"{name:10s} " + " ".join(f"{value:8.3f}" for value in row.values()))
     result = {"iterations": rows, "table": table, "clean": clean_distances, "floor": floor}
@@ -284,18 +300,21 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=float, default=0.5, help="fraction of hidden pixels")
     parser.add_argument("--num-images", type=int, default=NUM_TRAIN)
-    parser.add_argument("--num-iterations", type=int, default=9)
+    parser.add_argument("--num-iterations", type=int, default=6)
     parser.add_argument("--num-sgd-steps", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-particles", type=int, default=1, help="per draw of the E-step")
     parser.add_argument("--num-draws", type=int, default=4, help="per digit in the E-step")
-    parser.add_argument("--judge-every", type=int, default=1, help="of so many iterations")
+    parser.add_argument("--judge-every", type=int, default=3, help="of so many iterations")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--clean-rounds", type=int, default=3, help="of 1,000 steps each")
+    parser.add_argument("--clean-rounds", type=int, default=2, help="of 1,000 steps each")
+    parser.add_argument(
+        "--clean-part", type=float, default=1.0, help="part of the digits for the clean prior"
+    )
     parser.add_argument("--num-judged", type=int, default=32, help="digits to restore")
-    parser.add_argument("--num-samples", type=int, default=64, help="draws per digit")
+    parser.add_argument("--num-samples", type=int, default=32, help="draws per digit")
     return parser.parse_args(argv)
 
 

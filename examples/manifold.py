@@ -85,13 +85,13 @@ def make_data(key_curve, rng_key, num_points, num_independent):
     return Data(operator, y + NOISE * jax.random.normal(key_noise, y.shape), x, independent)
 
 
-def model(prior, operator, y=None):
+def model(prior, operator, y=None, noise=NOISE):
     with numpyro.plate("points", operator.shape[0]):
         operator = numpyro.subsample(operator, event_dim=2)
         y = None if y is None else numpyro.subsample(y, event_dim=1)
         x = numpyro.sample("x", prior)
         mean = jnp.einsum("...ij,...j->...i", operator, x)
-        numpyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
+        numpyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
 
 
 def make_judge(rng_key, truth, num_points=2048):
@@ -113,7 +113,7 @@ def make_judge(rng_key, truth, num_points=2048):
     return judge
 
 
-def make_em(args):
+def make_em(args, model=model):
     schedule = optax.linear_schedule(
         args.learning_rate, args.final_learning_rate, args.num_sgd_steps
     )
@@ -140,7 +140,7 @@ def learn(rng_key, data, args):
     rows = []
 
     def record(state, metrics):
-        row = judge(state.draws.reshape(-1, DIM))
+        row = judge(state.draws["x"].reshape(-1, DIM))
         row |= {name: float(value) for name, value in metrics._asdict().items()}
         rows.append(row)
         print(
@@ -159,7 +159,7 @@ def learn(rng_key, data, args):
         progress_bar=False,
         callback=record,
     )
-    independent = make_judge(key_judge, data.independent)(result.state.draws.reshape(-1, DIM))
+    independent = make_judge(key_judge, data.independent)(result.state.draws["x"].reshape(-1, DIM))
     rows[-1] |= {f"{name}_independent": value for name, value in independent.items()}
     print("against independent points:", independent, flush=True)
     return result, rows
