@@ -2,7 +2,8 @@
 
 One unknown with a Gaussian prior or one of two modes, seen through some draws of each family.
 Exact posteriors by quadrature. Of many such problems: the error of the posterior mean in posterior
-deviations (root mean square), and the ratio of the posterior deviations (geometric mean).
+deviations (root mean square), and the ratio of the posterior deviations (geometric mean). All
+particles of an unknown are one system.
 
     python benchmarks/families.py --output out
 """
@@ -27,6 +28,7 @@ ONES = jnp.ones(3)
 FAMILIES = {
     "Normal": lambda x: dist.Normal(x, 0.7),
     "Normal, scale": lambda x: dist.Normal(0.0, jnp.exp(x)),
+    "Normal, both": lambda x: dist.Normal(x, 0.3 * jnp.exp(x / 2)),
     "Normal, square": lambda x: dist.Normal(x**2, 0.5),
     "LogNormal": lambda x: dist.LogNormal(x, 0.7),
     "StudentT": lambda x: dist.StudentT(4.0, x, 0.5),
@@ -69,9 +71,10 @@ PRIORS = {
     ),
 }
 METHODS = {
+    "1 iteration": {"guidance": ndp.MMPS(num_iterations=1)},
+    "2": {"guidance": ndp.MMPS(num_iterations=2)},
     "MMPS": {},
-    "MMPS, 4 iterations": {"guidance": ndp.MMPS(num_iterations=4)},
-    "16 particles": {"num_particles": 16, "guidance": ndp.MMPS()},
+    "400 particles": {"num_particles": 400, "independent": False, "guidance": ndp.MMPS()},
 }
 
 
@@ -154,9 +157,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-events", type=int, default=64)
+    parser.add_argument("--num-events", type=int, default=32)
     parser.add_argument("--num-samples", type=int, default=400)
-    parser.add_argument("--num-steps", type=int, default=64)
+    parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     return parser.parse_args(argv)
 

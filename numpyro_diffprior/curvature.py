@@ -9,7 +9,9 @@ made anew wherever the latent is. Guidance by it is :math:`(I + V H)^{-1} V g` i
 :math:`\theta`. Where the log-density is not concave, the curvature of a direction :math:`u` is
 :math:`(u^T g)^2`: what is known of it then moves the direction by no more than a unit of its
 log-density. Student's and Cauchy's distributions are taken for scale mixtures of Gaussians at the
-residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`.
+residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`. A normal distribution whose scale
+depends on the latent is observed twice, its location by the value and the logarithm of its scale
+by the squared residual, with Fisher's information for a curvature: :math:`1 / s^2` and 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,14 @@ import numpyro.distributions as dist
 
 from numpyro_diffprior.linalg import by_matrix
 
-__all__ = ["PseudoObservation", "Unwrapped", "from_log_prob", "pseudo_observe", "unwrap"]
+__all__ = [
+    "PseudoObservation",
+    "Unwrapped",
+    "from_log_prob",
+    "is_heteroscedastic",
+    "pseudo_observe",
+    "unwrap",
+]
 
 
 class PseudoObservation(NamedTuple):
@@ -97,6 +106,8 @@ def pseudo_observe(
         for i, own in zip(chosen, own_shapes, strict=True)
     ]
     theta = jnp.concatenate(parts, axis=-1)
+    if is_heteroscedastic(fn, depends):
+        return _location_and_scale(fn, batch_shape, value)
     if isinstance(fn, dist.StudentT | dist.Cauchy) and [leaves[i] is fn.loc for i in chosen] == [
         True
     ]:
@@ -110,6 +121,14 @@ def pseudo_observe(
         return jax.tree.unflatten(treedef, replaced).log_prob(value)
 
     return from_log_prob(log_prob, theta)
+
+
+def is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
+    """Whether it is a normal distribution whose scale is among the leaves that depend."""
+    if not isinstance(fn, dist.Normal):
+        return False
+    leaves = jax.tree.leaves(fn)
+    return any(marked and leaf is fn.scale for leaf, marked in zip(leaves, depends, strict=True))
 
 
 def from_log_prob(
@@ -158,3 +177,18 @@ def _scale_mixture(
     variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
     directions = jnp.ones((*theta.shape, 1), theta.dtype)
     return PseudoObservation(theta, value[..., None], variance[..., None], directions)
+
+
+def _location_and_scale(
+    fn: dist.Normal, batch_shape: tuple[int, ...], value: jax.Array
+) -> PseudoObservation:
+    loc, scale = (jnp.broadcast_to(leaf, batch_shape) for leaf in (fn.loc, fn.scale))
+    log_scale = jnp.log(scale)
+    # Beyond three deviations it is the location that is wrong rather than the scale.
+    excess = (jnp.minimum(((value - loc) / scale) ** 2, 9) - 1) / 2
+    return PseudoObservation(
+        jnp.stack([loc, log_scale], axis=-1),
+        jnp.stack([value, log_scale + excess], axis=-1),
+        jnp.stack([scale**2, jnp.full_like(scale, 0.5)], axis=-1),
+        jnp.broadcast_to(jnp.eye(2, dtype=scale.dtype), (*batch_shape, 2, 2)),
+    )

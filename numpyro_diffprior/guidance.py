@@ -256,7 +256,7 @@ class MMPS(Guidance):
             and dense solves of a linear mean, rather than being guided; see
             `numpyro_diffprior.proposals`.
         num_iterations: The number of damped Gauss-Newton steps at each noise level where the mean
-            bends or noise depends on :math:`x`; the paper linearises once.
+            bends or noise depends on :math:`x`; one linearises once, as the paper does.
     """
 
     covariance: PosteriorCovariance | TweedieCovariance = field(default=TweedieCovariance())
@@ -264,7 +264,7 @@ class MMPS(Guidance):
     rtol: float = 1e-5
     max_steps: int | None = None
     look_ahead: bool = False
-    num_iterations: int = 1
+    num_iterations: int = 4
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a constant operator built once."""
@@ -291,7 +291,8 @@ class MMPS(Guidance):
         return Guided(
             x_hat,
             x_hat + correction.reshape(x_hat.shape),
-            gaussian_log_density(local.residual, solve.solution, solve.logdet),
+            gaussian_log_density(local.residual, solve.solution, solve.logdet)
+            - solve.left_out / 2,
             solve.residual,
             solve.num_truncated,
         )
@@ -551,6 +552,7 @@ class _Solve(NamedTuple):
     residual: jax.Array
     num_truncated: jax.Array
     correction: jax.Array | None = None
+    left_out: jax.Array | float = 0.0  # what r^T w lacks, in truncated directions
 
 
 class _Newton(NamedTuple):
@@ -628,9 +630,16 @@ def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
     basis = jnp.eye(local.residual.shape[-1], dtype=local.residual.dtype)
     rows = jax.vmap(lambda e: pull(jnp.broadcast_to(e, local.residual.shape)))(basis)
     gain = jax.vmap(local.matvec, out_axes=-1)(rows)
-    solution, logdet, num_truncated = truncated_solve(gain, local.noise, local.residual)
-    correction = jnp.einsum("m...d,...m->...d", rows, solution)
-    return _Solve(solution, logdet, jnp.zeros_like(logdet), num_truncated, correction)
+    solve = truncated_solve(gain, local.noise, local.residual)
+    correction = jnp.einsum("m...d,...m->...d", rows, solve.solution)
+    return _Solve(
+        solve.solution,
+        solve.logdet,
+        jnp.zeros_like(solve.logdet),
+        solve.num_truncated,
+        correction,
+        solve.left_out,
+    )
 
 
 def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) -> _Solve:

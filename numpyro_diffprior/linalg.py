@@ -617,11 +617,15 @@ class DenseSolveResult(NamedTuple):
 
     - **solution** - with shape ``(*batch, m)``.
     - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
+    - **left_out** - squared residual of the directions without correction, in deviations of the
+      noise, with shape ``(*batch,)``: what :math:`r^T x` lacks to be that of the noise plus the
+      positive part of the gain.
     - **num_truncated** - number of directions with negative gain, with shape ``(*batch,)``.
     """
 
     solution: jax.Array
     logdet: jax.Array
+    left_out: jax.Array
     num_truncated: jax.Array
 
 
@@ -653,12 +657,13 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     keep = eigenvalues > 0
     gains = jnp.where(keep, eigenvalues, 0)
     coefficients = _rmatvec(eigenvectors, _matvec(whiten, residual))
+    left_out = jnp.sum(jnp.where(keep, 0, coefficients) ** 2, axis=-1)
     coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
     solution = _rmatvec(whiten, _matvec(eigenvectors, coefficients))
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
     # A hidden value has a gain of zero: nothing is lost with it, and so it does not count.
     rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
-    return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
+    return DenseSolveResult(solution, logdet, left_out, (eigenvalues < -rounding).sum(-1))
 
 
 def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:

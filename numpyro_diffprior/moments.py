@@ -2,8 +2,9 @@ r"""The first two moments of NumPyro's distributions, for guidance.
 
 Moment matching takes an observation :math:`y \sim p(y \mid \theta)` for a Gaussian one with the
 mean and the variance of :math:`p`, evaluated anew wherever the latent is. For exponential families
-that is Fisher scoring. A distribution without moments, or whose moments say little of its shape,
-enters by the curvature of its log-density instead (`numpyro_diffprior.curvature`).
+that is Fisher scoring. A distribution without moments, or whose moments say little of its shape (a
+Laplace distribution is found by the median, not by the mean), enters by the curvature of its
+log-density instead (`numpyro_diffprior.curvature`).
 """
 
 from functools import singledispatch
@@ -117,8 +118,6 @@ def _by_element(fn: dist.Distribution) -> Moments:
 
 
 for _family in (
-    dist.AsymmetricLaplace,
-    dist.AsymmetricLaplaceQuantile,
     dist.BernoulliLogits,
     dist.BernoulliProbs,
     dist.Beta,
@@ -136,13 +135,10 @@ for _family in (
     dist.GammaPoisson,
     dist.GeometricLogits,
     dist.GeometricProbs,
-    dist.Gumbel,
     dist.HalfNormal,
     dist.Kumaraswamy,
-    dist.Laplace,
     dist.LogNormal,
     dist.LogUniform,
-    dist.Logistic,
     dist.MultinomialLogits,
     dist.MultinomialProbs,
     dist.NegativeBinomial2,
@@ -150,7 +146,6 @@ for _family in (
     dist.NegativeBinomialProbs,
     dist.Normal,
     dist.Poisson,
-    dist.SoftLaplace,
     dist.Uniform,
     dist.Weibull,
     dist.ZeroInflatedPoisson,
@@ -272,6 +267,8 @@ def _no_moments(fn: dist.Distribution) -> None:
 
 
 for _family in (
+    dist.AsymmetricLaplace,
+    dist.AsymmetricLaplaceQuantile,
     dist.CategoricalLogits,
     dist.CategoricalProbs,
     dist.Cauchy,
@@ -279,11 +276,14 @@ for _family in (
     dist.DoublyTruncatedPowerLaw,
     dist.FoldedDistribution,
     dist.Gompertz,
+    dist.Gumbel,
     dist.HalfCauchy,
     dist.IntervalCensoredDistribution,
     dist.InverseGamma,
+    dist.Laplace,
     dist.LeftCensoredDistribution,
     dist.Levy,
+    dist.Logistic,
     dist.LowerTruncatedPowerLaw,
     dist.OrderedLogistic,
     dist.Pareto,
@@ -291,6 +291,7 @@ for _family in (
     dist.RightCensoredDistribution,
     dist.SineBivariateVonMises,
     dist.SineSkewed,
+    dist.SoftLaplace,
     dist.StudentT,
     dist.Unit,
     dist.VonMises,

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro import handlers
 
-from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
+from numpyro_diffprior.curvature import (
+    from_log_prob,
+    is_heteroscedastic,
+    pseudo_observe,
+    unwrap,
+)
 from numpyro_diffprior.dependence import depends
 from numpyro_diffprior.introspect import LatentSite
 from numpyro_diffprior.likelihoods import Likelihood, Reading
@@ -106,7 +111,7 @@ class _ObservedSite(NamedTuple):
     Attributes:
         name: Its name.
         is_peeled: Whether its values are transformed back to those of its base distribution.
-        has_moments: Whether there are moments to match.
+        has_moments: Whether there are moments to match, and they tell what there is to know.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
         is_potential: Whether it is a factor, read by its curvature in the event itself.
     """
@@ -167,11 +172,14 @@ def _observed_sites(
             isinstance(unwrap(fn).fn, dist.Unit)
             and latent.prior.denoiser.event_size <= _MAX_POTENTIAL
         )
+        read_as = _peel(fn, site["value"])[0] if is_peeled else fn
         try:
-            moments = gaussian_moments(_peel(fn, site["value"])[0] if is_peeled else fn)
+            moments = gaussian_moments(read_as)
         except ValueError as error:
             raise ValueError(f"observed site '{name}': {error}") from None
         leaves = tuple(marked["leaves"][int(is_peeled)])
+        if is_heteroscedastic(unwrap(read_as).fn, leaves):
+            moments = None
         if moments is None and not is_potential and not any(leaves):
             raise ValueError(
                 f"observed site '{name}': {type(unwrap(fn).fn).__name__} has no moments, and "

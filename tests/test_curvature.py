@@ -6,7 +6,12 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
+from numpyro_diffprior.curvature import (
+    from_log_prob,
+    is_heteroscedastic,
+    pseudo_observe,
+    unwrap,
+)
 from tests.oracles import spd, tolerance
 
 LOC, VALUE = jnp.array([0.3, -1.0, 2.0]), jnp.array([0.5, 1.5, -1.0])
@@ -25,6 +30,26 @@ def test_a_normal_observation_is_itself():
     np.testing.assert_allclose(pseudo.theta[:, 0], LOC)
     np.testing.assert_allclose(pseudo.y[:, 0], VALUE, atol=tolerance())
     np.testing.assert_allclose(pseudo.variances, 0.16, rtol=10 * tolerance())
+
+
+def test_a_normal_observation_of_its_scale():
+    """Fisher scoring of location and logarithm of the scale: 1 / s^2 and 2."""
+    scale = jnp.array([0.5, 1.0, 2.0])
+    fn = dist.Normal(LOC, scale)
+    pseudo = observe(fn, VALUE, "scale")
+    np.testing.assert_allclose(pseudo.theta, np.stack([LOC, np.log(scale)], -1), atol=tolerance())
+    score = (pseudo.y - pseudo.theta) / pseudo.variances
+
+    def log_prob(loc, log_scale):
+        return dist.Normal(loc, jnp.exp(log_scale)).log_prob(VALUE).sum()
+
+    expected = jax.grad(log_prob, (0, 1))(LOC, jnp.log(scale))
+    np.testing.assert_allclose(score, np.stack(expected, -1), rtol=20 * tolerance())
+    information = np.stack([1 / scale**2, 2 * np.ones(3)], -1)
+    np.testing.assert_allclose(1 / pseudo.variances, information, rtol=10 * tolerance())
+    for name, expected in {"loc": False, "scale": True}.items():
+        marks = [leaf is getattr(fn, name) for leaf in jax.tree.leaves(fn)]
+        assert is_heteroscedastic(fn, marks) == expected
 
 
 def test_logits():

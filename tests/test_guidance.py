@@ -9,9 +9,14 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import (
+    Denoiser,
+    GaussianDenoiser,
+    MixtureDenoiser,
+    NetworkDenoiser,
+)
 from numpyro_diffprior.guidance import (
     DPS,
     MMPS,
@@ -201,6 +206,25 @@ def test_masked_rows_contribute_nothing(method):
     # A constant of the hidden value's unit Gaussian, which no weight depends on.
     constant = -0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(a.log_twist, b.log_twist + constant, atol=30 * TOL)
+
+
+def test_more_values_than_elements():
+    """Where A V A^T has not full rank, rounding decides on the signs of eigenvalues."""
+    rng = np.random.default_rng(0)
+    denoiser = MixtureDenoiser(jnp.ones(2), jnp.array([[-1.2], [1.2]]), Isotropic(0.25, 1))
+    y, matrix, noise = rng.normal(size=(1, 7)), rng.normal(size=(1, 7, 1)), Isotropic(0.5, 7)
+    x_t = rng.normal(size=(200, 1, 1))
+    guided = guide(MMPS(), denoiser, (jnp.asarray(y), jnp.asarray(matrix), noise), x_t, 0.7)
+
+    def denoise(x):
+        return denoiser(x[None], 0.7)[0]
+
+    x_hat = np.asarray(guided.x_hat, np.float64)[:, 0]
+    variance = 0.49 * np.asarray(jax.vmap(jax.jacfwd(denoise))(x_t[:, 0]), np.float64)
+    for k in range(len(x_t)):
+        cov = 0.5 * np.eye(7) + matrix[0] @ variance[k] @ matrix[0].T
+        expected = multivariate_normal(matrix[0] @ x_hat[k], cov).logpdf(y[0])
+        np.testing.assert_allclose(guided.log_twist[k, 0], expected, rtol=30 * TOL)
 
 
 def test_nothing_observed():

@@ -193,9 +193,20 @@ def test_a_mean_or_noise_that_bends_is_not_linear():
     assert not likelihood.linear
     x = jnp.asarray(X)
     local = likelihood.linearize(x)
-    np.testing.assert_allclose(local.residual, Y - np.sin(X), rtol=1e-4, atol=tolerance())
-    np.testing.assert_allclose(local.matvec(jnp.ones((N, D))), np.cos(X), rtol=tolerance(1e-4))
-    np.testing.assert_allclose(local.noise.diagonal(), (0.5 + X**2) ** 2, rtol=tolerance(1e-4))
+    # The value is observed for the mean, and its squared residual for the noise's logarithm.
+    scale = 0.5 + X**2
+    residual, moved, variance = (
+        v.reshape(N, D, 2)
+        for v in (local.residual, local.matvec(jnp.ones((N, D))), local.noise.diagonal())
+    )
+    excess = (((Y - np.sin(X)) / scale) ** 2 - 1) / 2
+    assert excess.max() < 4
+    np.testing.assert_allclose(residual[..., 0], Y - np.sin(X), rtol=1e-4, atol=tolerance())
+    np.testing.assert_allclose(residual[..., 1], excess, rtol=1e-4, atol=tolerance())
+    np.testing.assert_allclose(moved[..., 0], np.cos(X), rtol=tolerance(1e-4))
+    np.testing.assert_allclose(moved[..., 1], 2 * X / scale, rtol=tolerance(1e-4))
+    np.testing.assert_allclose(variance[..., 0], scale**2, rtol=tolerance(1e-4))
+    np.testing.assert_allclose(variance[..., 1], 0.5, rtol=tolerance(1e-4))
 
 
 def test_linearity_is_seen_through_jit_and_where():

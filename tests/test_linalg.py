@@ -434,7 +434,7 @@ class TestConjugateGradient:
 
 def truncated_oracle(
     gain: np.ndarray, noise: np.ndarray, r: np.ndarray
-) -> tuple[np.ndarray, float, int]:
+) -> tuple[np.ndarray, float, float, int]:
     """Solve in the eigenbasis of ``N^{-1} G``, by the general (non-symmetric) eigensolver."""
     gain = (gain + gain.T) / 2
     eigenvalues, right = np.linalg.eig(np.linalg.solve(noise, gain))
@@ -442,7 +442,8 @@ def truncated_oracle(
     kept = np.where(eigenvalues > 0, 1 / (1 + eigenvalues), 0)
     solution = (right * kept) @ left @ np.linalg.solve(noise, r)
     logdet = np.linalg.slogdet(noise)[1] + np.log1p(np.maximum(eigenvalues, 0)).sum()
-    return solution, logdet, int((eigenvalues <= 0).sum())
+    positive = (right / (1 + np.maximum(eigenvalues, 0))) @ left @ np.linalg.solve(noise, r)
+    return solution, logdet, r @ positive, int((eigenvalues <= 0).sum())
 
 
 @over_cases
@@ -456,8 +457,11 @@ class TestTruncatedSolve:
         result = self.solve(gain, noise, r)
         matrix = np.broadcast_to(matrix, gain.shape)
         for i in range(3):
-            solution, logdet, num = truncated_oracle(np.float64(gain[i]), matrix[i], r[i])
+            expected = truncated_oracle(np.float64(gain[i]), matrix[i], r[i])
+            solution, logdet, quadratic, num = expected
             assert 0 < num < SIZE
+            found = r[i] @ result.solution[i] + result.left_out[i]
+            assert_close(found, quadratic, 4 * TOL)
             assert_close(result.solution[i], solution, 4 * TOL)
             assert_close(result.logdet[i], logdet, 4 * TOL)
             assert result.num_truncated[i] == num
@@ -471,6 +475,7 @@ class TestTruncatedSolve:
         assert_close(result.solution, expected, 4 * TOL)
         assert_close(result.logdet, np.linalg.slogdet(matrix + gain)[1], 4 * TOL)
         assert np.all(result.num_truncated == 0)
+        assert_close(result.left_out, np.zeros(3))
 
 
 def test_truncated_directions_get_no_correction():
@@ -478,6 +483,7 @@ def test_truncated_directions_get_no_correction():
     result = truncated_solve(gain, Isotropic(1.0, 4), jnp.ones(4))
     assert_close(result.solution, np.array([0.5, 0.0, 0.0, 0.0]))
     assert_close(result.logdet, np.log(2.0))
+    assert_close(result.left_out, 3.0)
     assert result.num_truncated == 2  # nothing is lost with the direction of no gain
 
 

@@ -21,8 +21,6 @@ TRIL = jnp.array([[1.0, 0.0], [0.5, 0.8]])
 WEIGHTS = jnp.array([0.2, 0.3, 0.5])
 
 BY_ELEMENT = {
-    "AsymmetricLaplace": lambda: dist.AsymmetricLaplace(LOC, SCALE, 1.5),
-    "AsymmetricLaplaceQuantile": lambda: dist.AsymmetricLaplaceQuantile(LOC, SCALE, 0.4),
     "BernoulliLogits": lambda: dist.Bernoulli(logits=LOGITS),
     "BernoulliProbs": lambda: dist.Bernoulli(PROBS),
     "Beta": lambda: dist.Beta(RATES, 2.0),
@@ -37,15 +35,12 @@ BY_ELEMENT = {
     "GammaPoisson": lambda: dist.GammaPoisson(RATES, 2.0),
     "GeometricLogits": lambda: dist.Geometric(logits=LOGITS),
     "GeometricProbs": lambda: dist.Geometric(PROBS),
-    "Gumbel": lambda: dist.Gumbel(LOC, SCALE),
     "HalfNormal": lambda: dist.HalfNormal(SCALE),
     "HurdlePoisson": lambda: dist.HurdlePoisson(PROBS, RATES),
     "Kumaraswamy": lambda: dist.Kumaraswamy(RATES, 2.0),
-    "Laplace": lambda: dist.Laplace(LOC, SCALE),
     "LeftTruncatedDistribution": lambda: dist.TruncatedNormal(LOC, SCALE, low=0.0),
     "LogNormal": lambda: dist.LogNormal(LOC, 0.5),
     "LogUniform": lambda: dist.LogUniform(RATES, 2 * RATES),
-    "Logistic": lambda: dist.Logistic(LOC, SCALE),
     "MixtureSameFamily": lambda: dist.MixtureSameFamily(
         dist.Categorical(WEIGHTS), dist.Normal(LOC, SCALE)
     ).expand([N]),
@@ -54,7 +49,6 @@ BY_ELEMENT = {
     "NegativeBinomialProbs": lambda: dist.NegativeBinomialProbs(4.0, PROBS),
     "Normal": lambda: dist.Normal(LOC, SCALE),
     "Poisson": lambda: dist.Poisson(RATES),
-    "SoftLaplace": lambda: dist.SoftLaplace(LOC, SCALE),
     "TwoSidedTruncatedDistribution": lambda: dist.TruncatedNormal(LOC, SCALE, low=-1.0, high=2.0),
     "Uniform": lambda: dist.Uniform(LOC, LOC + SCALE),
     "Weibull": lambda: dist.Weibull(SCALE, 1.5),
