@@ -72,9 +72,8 @@ PRIORS = {
 }
 METHODS = {
     "1 iteration": {"guidance": ndp.MMPS(num_iterations=1)},
-    "2": {"guidance": ndp.MMPS(num_iterations=2)},
     "MMPS": {},
-    "400 particles": {"num_particles": 400, "independent": False, "guidance": ndp.MMPS()},
+    "200 particles": {"num_particles": 200, "independent": False, "guidance": ndp.MMPS()},
 }
 
 
@@ -158,7 +157,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-events", type=int, default=32)
-    parser.add_argument("--num-samples", type=int, default=400)
+    parser.add_argument("--num-samples", type=int, default=200)
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     return parser.parse_args(argv)

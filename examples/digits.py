@@ -45,12 +45,12 @@ class Data(NamedTuple):
     y: jax.Array
 
 
-def model(prior, mask, y=None, noise=NOISE):
+def model(prior, mask, y=None):
     with numpyro.plate("images", mask.shape[0]):
         mask = numpyro.subsample(mask, event_dim=2)
         y = None if y is None else numpyro.subsample(y, event_dim=2)
         x = numpyro.sample("x", prior)
-        numpyro.sample("y", dist.Normal(x, noise).mask(mask).to_event(2), obs=y)
+        numpyro.sample("y", dist.Normal(x, NOISE).mask(mask).to_event(2), obs=y)
 
 
 def hide(key_mask, key_noise, clean, hidden):

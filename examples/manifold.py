@@ -85,13 +85,13 @@ def make_data(key_curve, rng_key, num_points, num_independent):
     return Data(operator, y + NOISE * jax.random.normal(key_noise, y.shape), x, independent)
 
 
-def model(prior, operator, y=None, noise=NOISE):
+def model(prior, operator, y=None):
     with numpyro.plate("points", operator.shape[0]):
         operator = numpyro.subsample(operator, event_dim=2)
         y = None if y is None else numpyro.subsample(y, event_dim=1)
         x = numpyro.sample("x", prior)
         mean = jnp.einsum("...ij,...j->...i", operator, x)
-        numpyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
+        numpyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
 
 
 def make_judge(rng_key, truth, num_points=2048):

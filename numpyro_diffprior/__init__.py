@@ -6,6 +6,7 @@ an ordinary NumPyro model like any other distribution.
 """
 
 from numpyro_diffprior import metrics
+from numpyro_diffprior.baselines import DPS, TMPD, PiGDM
 from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import (
     Denoiser,
@@ -17,14 +18,11 @@ from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM, EMMetrics, EMResult, EMState
 from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.guidance import (
-    DPS,
     MMPS,
-    TMPD,
     CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
     Piecewise,
-    PiGDM,
     Tempered,
     TweedieCovariance,
     UnitCovariance,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from numpyro_diffprior.linalg import by_matrix
+from numpyro_diffprior.matrices import by_matrix
 
 __all__ = [
     "PseudoObservation",

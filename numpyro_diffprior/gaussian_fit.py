@@ -37,7 +37,8 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import DTypeLike
 
 from numpyro_diffprior.likelihoods import Likelihood
-from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank, by_matrix
+from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank
+from numpyro_diffprior.matrices import by_matrix
 
 __all__ = ["GaussianFit", "fit_gaussian"]
 

@@ -32,19 +32,17 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.likelihoods import Likelihood, Linearization, gaussian_log_density
-from numpyro_diffprior.linalg import (
-    Covariance,
-    Diagonal,
-    Isotropic,
-    by_matrix,
+from numpyro_diffprior.linalg import Covariance, Isotropic
+from numpyro_diffprior.solvers import (
     conjugate_gradient,
+    factored_solve,
+    sandwich,
+    sandwich_square,
     truncated_solve,
 )
 
 __all__ = [
-    "DPS",
     "MMPS",
-    "TMPD",
     "CalibratedCovariance",
     "GaussianCovariance",
     "Guidance",
@@ -52,11 +50,11 @@ __all__ = [
     "GuidedDenoiser",
     "IsotropicCovariance",
     "Outlook",
-    "PiGDM",
     "Piecewise",
     "Tempered",
     "TweedieCovariance",
     "UnitCovariance",
+    "pull_back",
 ]
 
 _Pull = Callable[[jax.Array], jax.Array]
@@ -277,7 +275,7 @@ class MMPS(Guidance):
 
     def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, pull = _denoise(posterior, x_t, sigma)
+        x_hat, pull = pull_back(posterior, x_t, sigma)
         cov = None
         if not isinstance(self.covariance, TweedieCovariance):
             cov = self.covariance(posterior.denoiser, sigma)
@@ -361,7 +359,9 @@ class MMPS(Guidance):
             operator = posterior.operator
             if operator is None:
                 operator = posterior.likelihood.operator(x)
-            return _solve_closed(local, cov, operator)
+            factored = factored_solve(sandwich(cov, operator), local.noise, local.residual)
+            no_directions = jnp.zeros(factored.residual.shape, int)
+            return _Solve(factored.solution, factored.logdet, factored.residual, no_directions)
         solve = self._iterate(local, lambda u: cov.matvec(local.transpose(u)))
         return solve._replace(correction=None)
 
@@ -381,8 +381,8 @@ class MMPS(Guidance):
             local.residual,
             lambda v: local.matvec(cov.matvec(v)) / variance,
             lambda u: cov.matvec(local.transpose(u)) / variance,
-            _gain(cov, operator) + local.noise.dense(),
-            _spread(cov, operator) / variance**2,
+            sandwich(cov, operator) + local.noise.dense(),
+            sandwich_square(cov, operator) / variance**2,
             posterior.event_size,
         )
 
@@ -407,69 +407,6 @@ class MMPS(Guidance):
         # general twists may be any positive function: particle samplers stay exact.
         zeros = jnp.zeros_like(residual)
         return _Solve(solution, zeros, residual, zeros.astype(int), correction)
-
-
-@dataclass(frozen=True)
-class PiGDM(Guidance):
-    r"""Pseudoinverse guidance (Song et al., ICLR 2023), for noisy linear observations.
-
-    MMPS with :math:`V = r^2 I`, :math:`r^2 = \sigma^2 s^2 / (\sigma^2 + s^2)`, where the paper has
-    data of unit scale :math:`s`; its guidance enters through the score, at full weight.
-    """
-
-    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior; see `MMPS.condition`."""
-        return MMPS(UnitCovariance()).condition(denoiser, likelihood)
-
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
-        return MMPS(UnitCovariance()).guide(posterior, x_t, sigma)
-
-
-@dataclass(frozen=True)
-class TMPD(Guidance):
-    r"""Tweedie moment projected diffusions (Boys et al., 2023, arXiv 2310.06721).
-
-    :math:`A V A^T` is replaced by the diagonal of its row sums, :math:`A V A^T 1`, at one further
-    vector-Jacobian product; negative sums are set to zero.
-    """
-
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
-        x_hat, local, pull = _linearize(posterior, x_t, sigma)
-        row_sums = local.matvec(pull(jnp.ones_like(local.residual)))
-        noisy = Diagonal(local.noise.diagonal() + jnp.maximum(row_sums, 0))
-        solution = noisy.solve(local.residual)
-        return _direct(x_hat, pull(solution), local, solution, noisy.logdet())
-
-
-@dataclass(frozen=True)
-class DPS(Guidance):
-    r"""Diffusion posterior sampling (Chung et al., ICLR 2023, arXiv 2209.14687).
-
-    .. math:: E[x \mid x_t, y] \approx \hat x - \zeta \, s \,
-        \nabla_{x_t} \lVert y - h(\hat x) \rVert
-
-    The paper moves each step of its sampler by a multiple of this gradient. As a denoiser the
-    multiple is per unit of :math:`\log \sigma`, so that it does not depend on the number of steps;
-    the prior's scale :math:`s` stands for the unit scale of the paper's data (with :math:`y` in
-    the units of :math:`x`).
-
-    Args:
-        strength: The factor :math:`\zeta`.
-    """
-
-    strength: float = 1.0
-
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
-        x_hat, local, pull = _linearize(posterior, x_t, sigma)
-        norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)
-        tiny = jnp.finfo(norm.dtype).tiny
-        gradient = pull(local.residual / jnp.maximum(norm, tiny)) / _align(sigma) ** 2
-        shift = self.strength * posterior.denoiser.scale * gradient
-        solution = local.noise.solve(local.residual)
-        return _direct(x_hat, shift, local, solution, local.noise.logdet())
 
 
 @dataclass(frozen=True)
@@ -603,26 +540,17 @@ def _search(
 _NUM_LENGTHS = 8
 
 
-def _denoise(
+def pull_back(
     posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
 ) -> tuple[jax.Array, _Pull]:
     r"""Return :math:`\hat x` and, on flattened events, :math:`v \mapsto \sigma^2 J^T v`."""
     x_hat, vjp = jax.vjp(lambda x: posterior.denoiser(x, sigma), x_t)
-    variance = _align(sigma) ** 2
+    variance = sigma[..., None] ** 2
 
     def pull(v: jax.Array) -> jax.Array:
         return variance * vjp(v.reshape(x_hat.shape))[0].reshape(v.shape)
 
     return x_hat, pull
-
-
-def _linearize(
-    posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
-) -> tuple[jax.Array, Linearization, _Pull]:
-    r"""Return :math:`\hat x`, the likelihood there, and :math:`u \mapsto \sigma^2 J^T A^T u`."""
-    x_hat, pull = _denoise(posterior, x_t, sigma)
-    local = posterior.likelihood.linearize(x_hat)
-    return x_hat, local, lambda u: pull(local.transpose(u))
 
 
 def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
@@ -640,102 +568,3 @@ def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
         correction,
         solve.left_out,
     )
-
-
-def _solve_closed(local: Linearization, cov: Covariance, operator: jax.Array) -> _Solve:
-    """Solve by one Cholesky factor for each matrix, shared by leading axes of the residual.
-
-    With little noise a smooth prior's matrix is singular to rounding at high noise levels, where
-    nothing rests on the digits lost: its diagonal then gets the least that rounding asks for.
-    """
-
-    def solve(gain: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _cholesky_solve(gain + local.noise.dense(), local.residual)
-
-    gain = _gain(cov, operator)
-    solution, logdet = solve(gain)
-    failed = jnp.isnan(logdet)
-    trace = jnp.trace(gain, axis1=-2, axis2=-1) + local.noise.trace()
-    jitter = jnp.where(failed, jnp.finfo(gain.dtype).eps * trace, 0)
-    identity = jnp.eye(gain.shape[-1], dtype=gain.dtype)
-    # The condition is on solutions: where it returned the factors, it would copy them.
-    solution, logdet = jax.lax.cond(
-        failed.any(),
-        lambda: solve(gain + jitter[..., None, None] * identity),
-        lambda: (solution, logdet),
-    )
-    # What the jitter leaves is all there is, but for rounding.
-    norm, error = (jnp.linalg.norm(v, axis=-1) for v in (local.residual, solution))
-    residual = jitter * error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
-    logdet = jnp.broadcast_to(logdet, residual.shape)
-    return _Solve(solution, logdet, residual, jnp.zeros(residual.shape, int))
-
-
-def _gain(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
-    if operator.shape[-2] != operator.shape[-1]:
-        return cov.sandwich(operator)
-    return _where_diagonal(operator, cov.dense(), lambda: cov.sandwich(operator))
-
-
-def _spread(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V V A^T, without products for each matrix where A is diagonal."""
-
-    def product() -> jax.Array:
-        rows = jax.vmap(cov.matvec, in_axes=-2, out_axes=-2)(operator)
-        return _gram(rows)
-
-    if operator.shape[-2] != operator.shape[-1]:
-        return product()
-    return _where_diagonal(operator, _gram(cov.dense()), product)
-
-
-def _where_diagonal(
-    operator: jax.Array, matrix: jax.Array, otherwise: Callable[[], jax.Array]
-) -> jax.Array:
-    """Return A M A^T for a diagonal A by its diagonal, and what else there is for another."""
-    diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
-    off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
-    return jax.lax.cond(
-        (operator * off_diagonal).any(),
-        otherwise,
-        lambda: diagonal[..., :, None] * matrix * diagonal[..., None, :],
-    )
-
-
-def _gram(rows: jax.Array) -> jax.Array:
-    return jnp.matmul(rows, rows.mT, precision=jax.lax.Precision.HIGHEST)
-
-
-def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Solve, and return the log-determinant; leading axes that only ``b`` has share a factor."""
-
-    def solve(matrix: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-        return jax.scipy.linalg.cho_solve((factor, True), columns), logdet
-
-    extra = b.shape[: b.ndim - matrix.ndim + 1]
-    columns = jnp.moveaxis(b.reshape(-1, *b.shape[len(extra) :]), 0, -1)
-    matrix = jnp.broadcast_to(matrix, (*columns.shape[:-2], *matrix.shape[-2:]))
-    solution, logdet = by_matrix(solve, matrix, columns)
-    return jnp.moveaxis(solution, -1, 0).reshape(b.shape), logdet
-
-
-def _direct(
-    x_hat: jax.Array,
-    correction: jax.Array,
-    local: Linearization,
-    solution: jax.Array,
-    logdet: jax.Array,
-) -> Guided:
-    """Guide by a correction that took no solver."""
-    log_twist = gaussian_log_density(local.residual, solution, logdet)
-    zeros = jnp.zeros_like(log_twist)
-    x_hat_y = x_hat + correction.reshape(x_hat.shape)
-    return Guided(x_hat, x_hat_y, log_twist, zeros, zeros.astype(int))
-
-
-def _align(sigma: jax.Array) -> jax.Array:
-    """Give noise levels of a batch an axis that broadcasts against flattened events."""
-    return sigma[..., None] if sigma.ndim else sigma

@@ -1,4 +1,4 @@
-r"""Structured covariances, and linear solvers that report how well they did.
+r"""Structured covariances.
 
 A :class:`Covariance` acts on the last axis of its vectors: one event each, all leading axes are
 batch. Its parameters may have leading axes of their own, which broadcast against those of the
@@ -14,38 +14,31 @@ A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come
 References:
     Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
     low-rank fit).
-    Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
-    NeurIPS 2024, arXiv 2405.13712 (conjugate gradients in moment matching posterior sampling).
 """
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from functools import reduce
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from numpyro_diffprior.matrices import apply, apply_transpose, by_matrix, inverse_lower, matmul
+
 __all__ = [
     "Blocks",
     "Covariance",
     "Dense",
-    "DenseSolveResult",
     "Diagonal",
     "DiagonalPlusLowRank",
-    "Factor",
     "Isotropic",
     "Repeated",
-    "SolveResult",
-    "by_matrix",
-    "conjugate_gradient",
     "empirical_gaussian",
-    "truncated_solve",
 ]
 
 
@@ -101,7 +94,7 @@ class Covariance(ABC):
     def sandwich(self, matrix: jax.Array) -> jax.Array:
         r"""Return :math:`A \Sigma A^T` for ``matrix`` with shape ``(*batch, m, size)``."""
         rows = jax.vmap(self.matvec, in_axes=-2, out_axes=-2)
-        return _matmul(rows(matrix), matrix.mT)
+        return matmul(rows(matrix), matrix.mT)
 
     def dense(self) -> jax.Array:
         """Return the matrix, with shape ``(*batch, size, size)``."""
@@ -215,12 +208,13 @@ class DiagonalPlusLowRank(Covariance):
         return self.diag.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        return self.diag * v + _matvec(self.factor, _rmatvec(self.factor, v))
+        return self.diag * v + apply(self.factor, apply_transpose(self.factor, v))
 
     def solve(self, v: jax.Array) -> jax.Array:
-        inverse = _inverse_lower(_capacitance(self.factor, 1 / self.diag))
-        inner = _rmatvec(inverse, _matvec(inverse, _rmatvec(self.factor, v / self.diag)))
-        return (v - _matvec(self.factor, inner)) / self.diag
+        inverse = inverse_lower(_capacitance(self.factor, 1 / self.diag))
+        inner = apply(inverse, apply_transpose(self.factor, v / self.diag))
+        inner = apply_transpose(inverse, inner)
+        return (v - apply(self.factor, inner)) / self.diag
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
         # G divides by D, which is kept above sqrt(eps) of the variance: C would lose its digits.
@@ -228,9 +222,9 @@ class DiagonalPlusLowRank(Covariance):
         smallest = info.eps**0.5 * jnp.square(self.factor).sum(-1) + info.tiny
         diag = jnp.maximum(self.diag, smallest)
         chol = _capacitance(self.factor, 1 / diag)
-        inverse = _inverse_lower(chol + jnp.eye(chol.shape[-1], dtype=chol.dtype))
-        inner = _matvec(inverse, _rmatvec(self.factor, z / jnp.sqrt(diag)))
-        return jnp.sqrt(diag) * z + _matvec(self.factor, inner)
+        inverse = inverse_lower(chol + jnp.eye(chol.shape[-1], dtype=chol.dtype))
+        inner = apply(inverse, apply_transpose(self.factor, z / jnp.sqrt(diag)))
+        return jnp.sqrt(diag) * z + apply(self.factor, inner)
 
     def logdet(self) -> jax.Array:
         chol = _capacitance(self.factor, 1 / self.diag)
@@ -242,7 +236,7 @@ class DiagonalPlusLowRank(Covariance):
 
     def max_eigenvalue(self) -> jax.Array:
         """Return the sum of the two parts' largest eigenvalues: exact if ``diag`` is constant."""
-        gram = _matmul(self.factor.mT, self.factor)
+        gram = matmul(self.factor.mT, self.factor)
         return self.diag.max(-1) + by_matrix(jnp.linalg.eigvalsh, gram).max(-1)
 
     def scale(self, c: ArrayLike) -> "DiagonalPlusLowRank":
@@ -255,8 +249,8 @@ class DiagonalPlusLowRank(Covariance):
     def harmonic(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
         v = _column(variance)
         weights = 1 / (self.diag + v)
-        inverse = _inverse_lower(_capacitance(self.factor, weights))
-        factor = _matmul(_column(v * weights) * self.factor, inverse.mT)
+        inverse = inverse_lower(_capacitance(self.factor, weights))
+        factor = matmul(_column(v * weights) * self.factor, inverse.mT)
         return DiagonalPlusLowRank(_harmonic(self.diag, v), factor)
 
 
@@ -290,24 +284,24 @@ class Dense(Covariance):
         return self.eigenvalues.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        return _matvec(self.eigenvectors, self.eigenvalues * _rmatvec(self.eigenvectors, v))
+        return apply(self.eigenvectors, self.eigenvalues * apply_transpose(self.eigenvectors, v))
 
     def solve(self, v: jax.Array) -> jax.Array:
-        return _matvec(self.eigenvectors, _rmatvec(self.eigenvectors, v) / self.eigenvalues)
+        return apply(self.eigenvectors, apply_transpose(self.eigenvectors, v) / self.eigenvalues)
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        return _matvec(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
+        return apply(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
 
     def sandwich(self, matrix: jax.Array) -> jax.Array:
         # In a loop over noise levels the first product is the same for all, and made once.
-        rotated = _matmul(matrix, self.eigenvectors)
-        return _matmul(rotated * self.eigenvalues[..., None, :], rotated.mT)
+        rotated = matmul(matrix, self.eigenvectors)
+        return matmul(rotated * self.eigenvalues[..., None, :], rotated.mT)
 
     def logdet(self) -> jax.Array:
         return jnp.log(self.eigenvalues).sum(-1)
 
     def diagonal(self) -> jax.Array:
-        return _matvec(jnp.square(self.eigenvectors), self.eigenvalues)
+        return apply(jnp.square(self.eigenvectors), self.eigenvalues)
 
     def max_eigenvalue(self) -> jax.Array:
         return self.eigenvalues.max(-1)
@@ -454,264 +448,27 @@ def empirical_gaussian(
     mean = x.mean(0)
     centred = (x - mean) / (num - 1) ** 0.5
     if size <= max_dense:
-        return mean, Dense.from_matrix(_matmul(centred.T, centred))
+        return mean, Dense.from_matrix(matmul(centred.T, centred))
 
     def improve(_: int, basis: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(_matmul(centred.T, _matmul(centred, basis)))[0]
+        return jnp.linalg.qr(matmul(centred.T, matmul(centred, basis)))[0]
 
     # The start only has to be in general position, so a constant key will do.
     start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
     basis = jax.lax.fori_loop(0, 6, improve, start)
-    scores = _matmul(centred, basis)
-    eigenvalues, rotation = jnp.linalg.eigh(_matmul(scores.T, scores))
+    scores = matmul(centred, basis)
+    eigenvalues, rotation = jnp.linalg.eigh(matmul(scores.T, scores))
     eigenvalues, rotation = eigenvalues[-rank:], rotation[:, -rank:]
     eps = jnp.finfo(x.dtype).eps
     positive = eigenvalues > eps * size * eigenvalues[-1]
     roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
-    factor = _matmul(centred.T, _matmul(scores, rotation * roots))
+    factor = matmul(centred.T, matmul(scores, rotation * roots))
 
     # No row is left to the factors alone: that would make the solves ill-conditioned.
     variances, explained = jnp.square(centred).sum(0), jnp.square(factor).sum(-1)
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
     return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Factor:
-    r"""The Cholesky factor :math:`L` of matrices and its inverse, each ``(*batch, size, size)``.
-
-    Vectors may have leading axes in front of ``batch``, which share a factor.
-    """
-
-    lower: jax.Array
-    inverse: jax.Array
-
-    @classmethod
-    def of(cls, matrix: jax.Array) -> "Factor":
-        """Factor positive definite matrices."""
-        factor = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
-        lower = by_matrix(factor, matrix)
-        return cls(lower, _inverse_lower(lower))
-
-    def solve(self, v: jax.Array) -> jax.Array:
-        r"""Return :math:`\Sigma^{-1} v`."""
-        return _rmatvec(self.inverse, _matvec(self.inverse, v))
-
-    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        r"""Return :math:`L z`, with covariance :math:`\Sigma` for standard normal ``z``."""
-        return _matvec(self.lower, z)
-
-    def logdet(self) -> jax.Array:
-        r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
-        return 2 * jnp.log(jnp.diagonal(self.lower, axis1=-2, axis2=-1)).sum(-1)
-
-
-class SolveResult(NamedTuple):
-    """What an iterative solver found, per event.
-
-    - **solution** - with shape ``(*batch, size)``.
-    - **residual** - ``|b - M x| / |b|``, with shape ``(*batch,)``; 0 for ``b = 0``.
-      Takes one more product with ``M``, which ``jit`` drops where the residual is not used.
-    - **num_steps** - steps taken by each event, with shape ``(*batch,)``.
-    - **inner** - the inner map at the solution, where there is one.
-    """
-
-    solution: jax.Array
-    residual: jax.Array
-    num_steps: jax.Array
-    inner: jax.Array | None = None
-
-
-class _State(NamedTuple):
-    """The state of conjugate gradients; what ends in ``_square`` is a squared norm per event."""
-
-    x: jax.Array
-    inner_x: jax.Array | None
-    r: jax.Array
-    p: jax.Array
-    r_square: jax.Array
-    active: jax.Array
-    num_steps: jax.Array
-    step: jax.Array
-
-
-def conjugate_gradient(
-    matvec: Callable[..., jax.Array],
-    b: jax.Array,
-    *,
-    inner: Callable[[jax.Array], jax.Array] | None = None,
-    rtol: float = 1e-5,
-    max_steps: int | None = None,
-    floor: Callable[[jax.Array], jax.Array] | None = None,
-) -> SolveResult:
-    r"""Solve :math:`M x = b` for every event of a batch by conjugate gradients, from zero.
-
-    Each event has its own step lengths and stops on its own: it gets what it would get alone. It
-    stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
-    ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p \le p^T N p`. With
-    :math:`M = N + A V A^T` that is one in which a learned :math:`V` has no positive variance.
-    Where the map is not symmetric, as a learned :math:`V` may be, steps can lead away without
-    bound: an event also stops before one that would raise the energy
-    :math:`\tfrac{1}{2} x^T M x - b^T x`, as none does for a symmetric map.
-    Not differentiable in reverse mode.
-
-    Args:
-        matvec: the symmetric map :math:`M` of ``(*batch, size)``, acting on each event alone.
-        b: right-hand sides with shape ``(*batch, size)``.
-        inner: a linear map :math:`v \mapsto B v` to ``(*batch, n)``, the costly part of :math:`M`,
-            which is then ``matvec(v, inner(v))``. It is applied once per step: at the solution it
-            is known from the steps, and so is the residual.
-        rtol: relative residual at which an event is done.
-        max_steps: budget per event, ``2 * size`` by default.
-        floor: the map :math:`N` of the noise covariance; zero by default.
-    """
-    max_steps = 2 * b.shape[-1] if max_steps is None else max_steps
-    b_square = _dot(b, b)
-
-    def apply(v: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        if inner is None:
-            return matvec(v), None
-        inner_v = inner(v)
-        return matvec(v, inner_v), inner_v
-
-    def unfinished(state: _State) -> jax.Array:
-        return state.active.any() & (state.step < max_steps)
-
-    def advance(state: _State) -> _State:
-        x, inner_x, r, p, r_square, active, num_steps, step = state
-        m_p, inner_p = apply(p)
-        curvature = _dot(p, m_p)
-        active &= curvature > (0 if floor is None else _dot(p, floor(p)))
-        # Zero for a symmetric map, but for rounding; the step changes the energy by its length
-        # times (skew - r_square / 2).
-        skew = (_dot(x, m_p) - _dot(b - r, p)) / 2
-        rounding = 8 * jnp.finfo(b.dtype).eps * jnp.sqrt(_dot(x, x) * _dot(m_p, m_p))
-        active &= skew < r_square / 2 + rounding
-        length = r_square / jnp.where(active, curvature, 1)
-        x, inner_x = jax.tree.map(
-            lambda x, p: _select(active, x + _column(length) * p, x), (x, inner_x), (p, inner_p)
-        )
-        r = _select(active, r - _column(length) * m_p, r)
-        r_square_next = _dot(r, r)
-        momentum = r_square_next / jnp.where(active, r_square, 1)
-        p = _select(active, r + _column(momentum) * p, p)
-        num_steps += active
-        active &= r_square_next > rtol**2 * b_square
-        return _State(x, inner_x, r, p, r_square_next, active, num_steps, step + 1)
-
-    active = b_square > rtol**2 * b_square
-    num_steps = jnp.zeros(b_square.shape, int)
-    zeros = jnp.zeros_like(b)
-    inner_zeros = None if inner is None else jnp.zeros_like(jax.eval_shape(inner, b))
-    start = _State(zeros, inner_zeros, b, b, b_square, active, num_steps, jnp.zeros((), int))
-    last = jax.lax.while_loop(unfinished, advance, start)
-    error = b - (matvec(last.x) if inner is None else matvec(last.x, last.inner_x))
-    residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
-    return SolveResult(last.x, residual, last.num_steps, last.inner_x)
-
-
-class DenseSolveResult(NamedTuple):
-    """What :func:`truncated_solve` found, per event.
-
-    - **solution** - with shape ``(*batch, m)``.
-    - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
-    - **left_out** - squared residual of the directions without correction, in deviations of the
-      noise, with shape ``(*batch,)``: what :math:`r^T x` lacks to be that of the noise plus the
-      positive part of the gain.
-    - **num_truncated** - number of directions with negative gain, with shape ``(*batch,)``.
-    """
-
-    solution: jax.Array
-    logdet: jax.Array
-    left_out: jax.Array
-    num_truncated: jax.Array
-
-
-def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> DenseSolveResult:
-    r"""Solve :math:`(N + G) x = r` where positive, for a learned gain :math:`G = A V A^T`.
-
-    The symmetric part of :math:`L^{-1} G L^{-T}`, with :math:`N = L L^T`, has eigenvectors
-    :math:`u_i` with eigenvalues :math:`\lambda_i`. Those that are not positive get no correction:
-
-    .. math:: x = L^{-T} \sum_{\lambda_i > 0} u_i \frac{u_i^T L^{-1} r}{1 + \lambda_i}.
-
-    Args:
-        gain: with shape ``(*batch, m, m)``.
-        noise: regular covariance of size ``m``.
-        residual: with shape ``(*batch, m)``.
-
-    Raises:
-        ValueError: if the shapes do not agree.
-    """
-    m = noise.size
-    if gain.shape[-2:] != (m, m) or residual.shape[-1] != m:
-        raise ValueError(
-            f"Expected a gain of shape (*batch, {m}, {m}) and a residual of shape (*batch, {m}) "
-            f"for noise of size {m}, got {gain.shape} and {residual.shape}."
-        )
-    whiten = _inverse_lower(by_matrix(jnp.linalg.cholesky, noise.dense()))
-    whitened = _matmul(_matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
-    eigenvalues, eigenvectors = _eigh(whitened)
-    keep = eigenvalues > 0
-    gains = jnp.where(keep, eigenvalues, 0)
-    coefficients = _rmatvec(eigenvectors, _matvec(whiten, residual))
-    left_out = jnp.sum(jnp.where(keep, 0, coefficients) ** 2, axis=-1)
-    coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
-    solution = _rmatvec(whiten, _matvec(eigenvectors, coefficients))
-    logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
-    # A hidden value has a gain of zero: nothing is lost with it, and so it does not count.
-    rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
-    return DenseSolveResult(solution, logdet, left_out, (eigenvalues < -rounding).sum(-1))
-
-
-def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
-    """Apply ``f``, which calls LAPACK for one matrix, to each matrix of a batch.
-
-    On CPUs jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
-    others have done the work: two batches at once on two cores never end. Here a batch goes there
-    in chunks that are too small to be spread, which takes no longer.
-
-    Args:
-        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays.
-        operands: the matrices and the further arrays, all with the batch shape of the first.
-    """
-    *batch_shape, rows, columns = operands[0].shape
-    if not batch_shape:
-        return f(*operands)
-
-    # jaxlib spreads from 2e5 operations on, and counts at most 10 per entry and shorter side.
-    chunk = max(1, 20_000 // max(1, rows * columns * min(rows, columns)))
-    num = prod(batch_shape)
-    flat = [x.reshape(num, *x.shape[len(batch_shape) :]) for x in operands]
-    results = jax.lax.platform_dependent(
-        *flat,
-        cpu=lambda *flat: jax.lax.map(lambda x: f(*x), flat, batch_size=min(chunk, num)),
-        default=jax.vmap(f),
-    )
-    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), results)
-
-
-def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues (in no order) and eigenvectors of many small symmetric matrices."""
-    if matrix.shape[-1] == 1:
-        return matrix[..., 0], jnp.ones_like(matrix)
-    if matrix.shape[-1] == 2:
-        return _eigh_of_two(matrix)
-
-    return tuple(by_matrix(jnp.linalg.eigh, matrix))
-
-
-def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Diagonalise matrices of two rows by one rotation."""
-    a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
-    angle = jnp.arctan2(2 * b, a - c) / 2
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    mean, radius = (a + c) / 2, jnp.hypot((a - c) / 2, b)
-    eigenvalues = jnp.stack([mean + radius, mean - radius], axis=-1)
-    rows = jnp.stack([cos, -sin], axis=-1), jnp.stack([sin, cos], axis=-1)
-    return eigenvalues, jnp.stack(rows, axis=-2)
 
 
 def _add(a: Covariance, b: Covariance) -> Covariance:
@@ -747,10 +504,6 @@ def _column(c: ArrayLike) -> jax.Array:
     return jnp.asarray(c)[..., None]
 
 
-def _select(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(_column(condition), a, b)
-
-
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
     # Parts may have different leading axes: those of their parameters.
     batch = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -758,31 +511,7 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return (a * b).sum(-1)
-
-
-# Full precision: accelerators round the factors of a float32 product unless told otherwise.
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _matvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("...ij,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
-
-
-def _rmatvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("...ji,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
-
-
 def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    gram = _matmul(factor.mT, _column(weights) * factor)
+    gram = matmul(factor.mT, _column(weights) * factor)
     return by_matrix(jnp.linalg.cholesky, gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
-
-
-def _inverse_lower(chol: jax.Array) -> jax.Array:
-    # The inverse itself: unlike a triangular solve, its product broadcasts against any batch.
-    identity = jnp.eye(chol.shape[-1], dtype=chol.dtype)
-    invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
-    return by_matrix(invert, chol)

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.guidance import GuidedDenoiser, Outlook
 from numpyro_diffprior.likelihoods import gaussian_log_density
-from numpyro_diffprior.linalg import Factor
+from numpyro_diffprior.matrices import Factor
 from numpyro_diffprior.samplers import Levels, Sampler
 
 __all__ = ["Cloud", "Proposal", "Step", "propose", "take"]

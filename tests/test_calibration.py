@@ -12,10 +12,10 @@ import pytest
 from numpyro.infer import NUTS
 from scipy.stats import uniform
 
+from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import DPS
 from numpyro_diffprior.kernels import ParticleGibbs
 from numpyro_diffprior.linalg import Isotropic
 from numpyro_diffprior.samplers import MultistepSDE

@@ -19,6 +19,7 @@ from benchmarks import (
     particles,
     refresh,
     samplers,
+    sharpening,
 )
 from examples import counts, digits, manifold, sources
 from examples import joint as joint_example
@@ -176,6 +177,16 @@ def test_benchmark_of_the_stopping_rule(tmp_path):
     assert all(np.isfinite(row["log_evidence"]) for run in runs for row in run["rows"])
 
 
+def test_benchmark_of_sharpening(tmp_path):
+    args = sharpening.parse_args(
+        "--particles 2 --num-iterations 1 --num-images 96 --num-sgd-steps 8 --width 16"
+        f" --num-judged 4 --num-samples 20 --num-simulations 1 --output {tmp_path}".split()
+    )
+    (row,) = sharpening.main(args)
+    assert all(0 <= row[name] <= 1 for name in ("simulated", "learned", "kept_out"))
+    assert json.loads((tmp_path / "sharpening.json").read_text()) == [row]
+
+
 def test_benchmark_of_calibration(tmp_path):
     args = calibration.parse_args(
         "--num-simulations 8 --num-samples 9 --width 16 --num-sgd-steps 8"
@@ -249,6 +260,7 @@ def test_benchmark_of_the_noise_level(tmp_path):
         f" --output {tmp_path}".split()
     )
     rows = noise_level.main(args)
-    assert set(rows) == {"manifold", "digits"}
-    assert all(len(found) == 2 and min(found) > 0 for found in rows.values())
+    assert [row["problem"] for row in rows] == ["manifold", "manifold", "digits", "digits"]
+    levels = [row["noise_level"] for row in rows]
+    assert all(len(found) == 2 and min(found) > 0 for found in levels)
     assert json.loads((tmp_path / "noise_level.json").read_text()) == rows

@@ -7,9 +7,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
+from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import DPS, MMPS, GaussianCovariance, TweedieCovariance
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance, TweedieCovariance
 from numpyro_diffprior.posterior import sample_posterior
 from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
 from tests.oracles import gaussian_posterior, spd, tolerance

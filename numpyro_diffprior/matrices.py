@@ -1,0 +1,129 @@
+"""Batches of small dense matrices: products in full precision, LAPACK in chunks.
+
+Matrices have shape ``(*batch, rows, columns)`` and vectors ``(*batch, size)``; leading axes
+broadcast. Products are in full precision: accelerators round the factors of a float32 product
+unless told otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "Factor",
+    "apply",
+    "apply_transpose",
+    "by_matrix",
+    "eigh",
+    "inverse_lower",
+    "matmul",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Factor:
+    r"""The Cholesky factor :math:`L` of matrices and its inverse, each ``(*batch, size, size)``.
+
+    Vectors may have leading axes in front of ``batch``, which share a factor.
+    """
+
+    lower: jax.Array
+    inverse: jax.Array
+
+    @classmethod
+    def of(cls, matrix: jax.Array) -> "Factor":
+        """Factor positive definite matrices."""
+        factor = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+        lower = by_matrix(factor, matrix)
+        return cls(lower, inverse_lower(lower))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma^{-1} v`."""
+        return apply_transpose(self.inverse, apply(self.inverse, v))
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        r"""Return :math:`L z`, with covariance :math:`\Sigma` for standard normal ``z``."""
+        return apply(self.lower, z)
+
+    def logdet(self) -> jax.Array:
+        r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
+        return 2 * jnp.log(jnp.diagonal(self.lower, axis1=-2, axis2=-1)).sum(-1)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the product of two matrices."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    """Return the product with a vector."""
+    return jnp.einsum("...ij,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def apply_transpose(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    """Return the product of the transpose with a vector."""
+    return jnp.einsum("...ji,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def inverse_lower(chol: jax.Array) -> jax.Array:
+    """Return the inverse of a lower triangular matrix.
+
+    Unlike a triangular solve, its product broadcasts against any batch.
+    """
+    identity = jnp.eye(chol.shape[-1], dtype=chol.dtype)
+    invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
+    return by_matrix(invert, chol)
+
+
+def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
+    """Apply ``f``, which calls LAPACK for one matrix, to each matrix of a batch.
+
+    On CPUs jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
+    others have done the work: two batches at once on two cores never end. Here a batch goes there
+    in chunks that are too small to be spread, which takes no longer.
+
+    Args:
+        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays.
+        operands: the matrices and the further arrays, all with the batch shape of the first.
+    """
+    *batch_shape, rows, columns = operands[0].shape
+    if not batch_shape:
+        return f(*operands)
+
+    # jaxlib spreads from 2e5 operations on, and counts at most 10 per entry and shorter side.
+    chunk = max(1, 20_000 // max(1, rows * columns * min(rows, columns)))
+    num = prod(batch_shape)
+    flat = [x.reshape(num, *x.shape[len(batch_shape) :]) for x in operands]
+    results = jax.lax.platform_dependent(
+        *flat,
+        cpu=lambda *flat: jax.lax.map(lambda x: f(*x), flat, batch_size=min(chunk, num)),
+        default=jax.vmap(f),
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), results)
+
+
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues (in no order) and eigenvectors of many small symmetric matrices."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], jnp.ones_like(matrix)
+    if matrix.shape[-1] == 2:
+        return _eigh_of_two(matrix)
+
+    return tuple(by_matrix(jnp.linalg.eigh, matrix))
+
+
+def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Diagonalise matrices of two rows by one rotation."""
+    a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
+    angle = jnp.arctan2(2 * b, a - c) / 2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    mean, radius = (a + c) / 2, jnp.hypot((a - c) / 2, b)
+    eigenvalues = jnp.stack([mean + radius, mean - radius], axis=-1)
+    rows = jnp.stack([cos, -sin], axis=-1), jnp.stack([sin, cos], axis=-1)
+    return eigenvalues, jnp.stack(rows, axis=-2)

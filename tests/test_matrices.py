@@ -1,0 +1,73 @@
+"""Batches of small matrices against NumPy in double precision."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_diffprior.matrices import Factor, by_matrix, eigh
+from tests.covariances import (
+    DTYPE,
+    SIZE,
+    TOL,
+    assert_close,
+    gram,
+    normal,
+)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_factor(batch: tuple[int, ...]):
+    matrix = gram(normal(0, *batch, SIZE, SIZE)) + 0.5 * np.eye(SIZE)
+    factor = Factor.of(jnp.asarray(matrix, DTYPE))
+    v = normal(1, 4, *batch, SIZE)  # four vectors share each factor
+    assert_close(factor.solve(v), np.linalg.solve(matrix, v[..., None])[..., 0], 100 * TOL)
+    assert_close(factor.logdet(), np.linalg.slogdet(matrix)[1])
+    lower = np.linalg.cholesky(matrix)
+    assert_close(factor.sqrt_matvec(v), (lower @ v[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_eigh(m: int):
+    matrix = gram(normal(0, 7, m, m))
+    eigenvalues, eigenvectors = eigh(jnp.asarray(matrix, DTYPE))
+    rebuilt = (eigenvectors * eigenvalues[:, None]) @ eigenvectors.mT
+    assert_close(rebuilt, matrix)
+    assert_close(eigenvectors @ eigenvectors.mT, np.broadcast_to(np.eye(m), matrix.shape))
+
+
+class TestByMatrix:
+    @pytest.mark.parametrize("m", [1, 3, 40])
+    @pytest.mark.parametrize("batch", [(), (1,), (50,), (3, 17)])
+    def test_is_the_batched_call(self, batch, m):
+        root, b = normal(0, *batch, m, m), normal(1, *batch, m, 2)
+        matrix = root @ root.mT + m * np.eye(m, dtype=DTYPE)
+        found = by_matrix(jnp.linalg.solve, jnp.asarray(matrix), jnp.asarray(b))
+        assert_close(found, np.linalg.solve(matrix, b))
+
+    def test_returns_trees_and_differentiates(self):
+        root = normal(0, 30, 8, 8)
+        matrix = root @ root.mT + np.eye(8, dtype=DTYPE)
+
+        def logdet(matrix: jax.Array) -> jax.Array:
+            return jnp.log(by_matrix(jnp.linalg.eigh, matrix).eigenvalues).sum()
+
+        assert_close(jax.grad(logdet)(jnp.asarray(matrix)), np.linalg.inv(matrix))
+
+    def test_many_batches_at_once_end(self):
+        program = """
+import jax
+import jax.numpy as jnp
+from numpyro_diffprior.matrices import by_matrix
+
+def step(matrices, _):
+    factors = [by_matrix(jnp.linalg.cholesky, a @ a.mT + 32 * jnp.eye(32)) for a in matrices]
+    return [jnp.tanh(factor) for factor in factors], None
+
+matrices = list(jax.random.normal(jax.random.key(0), (4, 256, 32, 32)))
+jax.block_until_ready(jax.jit(lambda x: jax.lax.scan(step, x, length=200)[0])(matrices))
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
