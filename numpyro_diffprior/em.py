@@ -32,12 +32,7 @@ import optax
 from flax import nnx
 from tqdm.auto import trange
 
-from numpyro_diffprior.denoisers import (
-    ConditionedDenoiser,
-    Denoiser,
-    GaussianDenoiser,
-    NetworkDenoiser,
-)
+from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
@@ -54,11 +49,21 @@ from numpyro_diffprior.posterior import (
     resolve_settings,
     sample_blocks,
 )
+from numpyro_diffprior.priors import (
+    Sites,
+    all_of,
+    map_over,
+    map_priors,
+    map_trained,
+    one_of,
+    pool,
+    read_sites,
+)
 from numpyro_diffprior.samplers import MultistepSDE, Sampler
 from numpyro_diffprior.schedules import LogNormal, NoiseDistribution
 from numpyro_diffprior.training import TrainState, init_training, measure_error, train
 
-__all__ = ["EM", "EMMetrics", "EMResult", "EMState", "Sites"]
+__all__ = ["EM", "EMMetrics", "EMResult", "EMState"]
 
 
 class EMState(NamedTuple):
@@ -87,19 +92,7 @@ class EMState(NamedTuple):
     draws: dict[str, jax.Array]
     rng_key: jax.Array
     num_iterations: int
-    sites: "Sites"
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Sites:
-    """The diffusion sites of a model, static.
-
-    Attributes:
-        keys: The priors' names in their dict by site (None for a prior that is not in one).
-    """
-
-    keys: tuple[tuple[str, str | None], ...]
+    sites: Sites
 
 
 class EMMetrics(NamedTuple):
@@ -242,13 +235,13 @@ class EM:
             ValueError: If no prior has a network, its site is not in a plate, or the model cannot
                 be read.
         """
-        if not any(isinstance(p.denoiser, NetworkDenoiser) for p in _values(prior)):
-            found = " and ".join(sorted({type(p.denoiser).__name__ for p in _values(prior)}))
+        if not any(isinstance(p.denoiser, NetworkDenoiser) for p in all_of(prior)):
+            found = " and ".join(sorted({type(p.denoiser).__name__ for p in all_of(prior)}))
             raise ValueError(
                 f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
                 "priors have nothing to learn."
             )
-        resolve_settings(_values(prior)[0], self.num_particles, self.sampler, self.guidance)
+        resolve_settings(all_of(prior)[0], self.num_particles, self.sampler, self.guidance)
         bound = bind(self.model, (prior, *args), kwargs)
         params, params_opt_state = init_params(bound, self.params_optimizer)
         arguments = (((prior, params), *args), kwargs)
@@ -258,27 +251,27 @@ class EM:
                 f"EM: latent site '{latent.names[0]}' is not in a plate; a prior is learned from "
                 "many events, so put the site and its observations in a `numpyro.plate`."
             )
-        sites = Sites(tuple(zip(latent.names, _keys_of(prior, latent), strict=True)))
+        sites = read_sites(prior, latent)
         rng_key, key_fit = jax.random.split(rng_key)
         if likelihood.linear and len(latent.names) == 1 and latent.plates:
             gaussian = self._fit_in_closed_form(latent, *arguments)
-            fitted = _each(lambda *_: gaussian, prior)
+            fitted = map_priors(lambda *_: gaussian, prior)
         else:
             fitted = self._fit_by_sampling(key_fit, prior, params, sites, args, kwargs)
 
         def fit(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
             if not isinstance(prior.denoiser, NetworkDenoiser):
                 return prior
-            gaussian = _get(fitted, key)
+            gaussian = one_of(fitted, key)
             denoiser = prior.denoiser.fit_gaussian(gaussian.mean, gaussian.cov)
             return prior.replace_denoiser(denoiser)
 
-        prior = _each(fit, prior)
-        initial = _each_trained(lambda p, _: p.denoiser, prior)
+        prior = map_priors(fit, prior)
+        initial = map_trained(lambda p, _: p.denoiser, prior)
         empty = jnp.zeros((self.num_draws, *latent.shape), latent.prior.denoiser.dtype)
         return EMState(
             prior,
-            _map(lambda denoiser: init_training(denoiser, self.optimizer), initial),
+            map_over(lambda denoiser: init_training(denoiser, self.optimizer), initial),
             initial,
             params,
             params_opt_state,
@@ -303,7 +296,7 @@ class EM:
         draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
         distances = []
         for site, key in state.sites.keys:
-            shape = (-1, *_get(state.prior, key).event_shape)
+            shape = (-1, *one_of(state.prior, key).event_shape)
             x, previous = (values[site].reshape(shape) for values in (draws.samples, state.draws))
             distances.append(_distance(key_compare, x, previous))
         distance = jax.block_until_ready(jnp.stack(distances).mean())
@@ -316,13 +309,13 @@ class EM:
             return self._train(
                 jax.random.fold_in(key_train, names.index(key)),
                 jax.random.fold_in(key_measure, names.index(key)),
-                _get(state.training, key),
-                _get(state.initial, key),
-                _pool(draws.samples, state.sites, key, prior.event_shape),
-                None if shape is None else _pool(contexts, state.sites, key, shape),
+                one_of(state.training, key),
+                one_of(state.initial, key),
+                pool(draws.samples, state.sites, key, prior.event_shape),
+                None if shape is None else pool(contexts, state.sites, key, shape),
             )
 
-        trained = _each_trained(fit, state.prior)
+        trained = map_trained(fit, state.prior)
         params, params_opt_state = state.params, state.params_opt_state
         if params:
             params, params_opt_state = fit_params(
@@ -339,9 +332,9 @@ class EM:
         def renew(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
             if not isinstance(prior.denoiser, NetworkDenoiser):
                 return prior
-            return prior.replace_denoiser(_get(trained, key).denoiser)
+            return prior.replace_denoiser(one_of(trained, key).denoiser)
 
-        losses = [fit.losses.mean() for fit in _values(trained)]
+        losses = [fit.losses.mean() for fit in all_of(trained)]
         jax.block_until_ready(losses)
         stats = {name: jnp.mean(x) for name, x in draws.stats.items() if name != "ess_path"}
         metrics = EMMetrics(
@@ -354,8 +347,8 @@ class EM:
             **stats,
         )
         state = EMState(
-            _each(renew, state.prior),
-            _map(lambda fit: fit.training, trained),
+            map_priors(renew, state.prior),
+            map_over(lambda fit: fit.training, trained),
             state.initial,
             params,
             params_opt_state,
@@ -512,7 +505,7 @@ class EM:
             self._model,
             args,
             kwargs,
-            resolve_settings(_values(prior)[0], self.num_particles, sampler, guidance),
+            resolve_settings(all_of(prior)[0], self.num_particles, sampler, guidance),
             num_draws=num_draws,
             batch_size=self.batch_size,
         )
@@ -522,7 +515,7 @@ class EM:
     ) -> dict[str, Any]:
         """Return the contexts of draws by site (None where the prior has none)."""
         (prior, _), *_ = args
-        if all(p.denoiser.context_shape is None for p in _values(prior)):
+        if all(p.denoiser.context_shape is None for p in all_of(prior)):
             return {}
         latent = read_latent(bind_whole_plates(self._model, args, kwargs))
         return {
@@ -589,17 +582,17 @@ class EM:
         ) -> DiffusionPrior:
             if not isinstance(prior.denoiser, NetworkDenoiser):
                 return prior
-            return gaussian(prior, *self._summarise(_pool(draws, sites, key, prior.event_shape)))
+            return gaussian(prior, *self._summarise(pool(draws, sites, key, prior.event_shape)))
 
         # Of second order: a sampler that shrinks its draws would do so at every refit.
-        sampler = MultistepSDE((self.sampler or _values(prior)[0].sampler).num_steps)
+        sampler = MultistepSDE((self.sampler or all_of(prior)[0].sampler).num_steps)
         guidance = MMPS(GaussianCovariance())
-        prior = _each(start, prior)
+        prior = map_priors(start, prior)
         for key in jax.random.split(rng_key, self.num_gaussian_iterations):
             arguments = (((prior, params), *args), kwargs)
             draws = self._draw(key, *arguments, sampler, guidance, 1).samples
-            prior = _each(partial(refit, draws), prior)
-        return _each(lambda p, _: p.denoiser, prior)
+            prior = map_priors(partial(refit, draws), prior)
+        return map_priors(lambda p, _: p.denoiser, prior)
 
 
 @jax.tree_util.register_static
@@ -633,64 +626,3 @@ _NUM_HELDOUT_PARTICLES = 16
 
 _empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)
 _distance = jax.jit(sliced_wasserstein)
-
-
-def _keys_of(prior: Any, latent: LatentSite) -> list[str | None]:
-    """Return the names under which the sites' priors were passed."""
-    if not isinstance(prior, Mapping):
-        return [None] * len(latent.names)
-    keys = []
-    for site, part in zip(latent.names, latent.parts, strict=True):
-        found = [key for key, value in prior.items() if _is_of(part.denoiser, value)]
-        if not found:
-            raise ValueError(
-                f"EM: latent site '{site}' has a prior that is not among those passed, "
-                f"{sorted(prior)}; take it from the dict as it is."
-            )
-        keys.append(found[0])
-    return keys
-
-
-def _is_of(denoiser: Denoiser, prior: DiffusionPrior) -> bool:
-    """Whether a site's denoiser is a prior's, perhaps at some contexts."""
-    return denoiser is prior.denoiser or (
-        isinstance(denoiser, ConditionedDenoiser) and denoiser.part is prior.denoiser
-    )
-
-
-# One prior, or a dict of them: what is made for each is one thing, or a dict.
-
-
-def _values(tree: Any) -> list[Any]:
-    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
-
-
-def _get(tree: Any, key: str | None) -> Any:
-    return tree if key is None else tree[key]
-
-
-def _map(f: Callable[[Any], Any], tree: Any) -> Any:
-    return {k: f(v) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
-
-
-def _each(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
-    """Apply a function to each prior and its name."""
-    if isinstance(prior, Mapping):
-        return {key: f(value, key) for key, value in prior.items()}
-    return f(prior, None)
-
-
-def _each_trained(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
-    """The same, of the priors with a network."""
-    if isinstance(prior, Mapping):
-        chosen = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
-        return _each(f, chosen)
-    return f(prior, None)
-
-
-def _pool(
-    values: dict[str, jax.Array], sites: Sites, key: str | None, shape: tuple[int, ...]
-) -> jax.Array:
-    """Return what all sites of a prior have, draws or contexts, in one list."""
-    chosen = [values[site] for site, name in sites.keys if name == key]
-    return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])

@@ -16,7 +16,7 @@ LAYERS = (
     ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
     ("baselines", "curvature", "distributions", "moments", "proposals"),
     ("introspect", "smc"),
-    ("observations", "conditional_smc"),
+    ("observations", "conditional_smc", "priors"),
     ("posterior",),
     ("kernels", "reparam", "evidence", "calibration", "params"),
     ("em",),

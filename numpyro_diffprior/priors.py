@@ -1,0 +1,103 @@
+"""One prior, or several in a dict: which governs which site, and functions of all of them.
+
+What is made for each prior has the structure of what was passed: one thing, or a dict of things.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser, NetworkDenoiser
+from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.introspect import LatentSite
+
+__all__ = [
+    "Sites",
+    "all_of",
+    "map_over",
+    "map_priors",
+    "map_trained",
+    "one_of",
+    "pool",
+    "read_sites",
+]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Sites:
+    """The diffusion sites of a model, static.
+
+    Attributes:
+        keys: The priors' names in their dict by site (None for a prior that is not in one).
+    """
+
+    keys: tuple[tuple[str, str | None], ...]
+
+
+def read_sites(prior: Any, latent: LatentSite) -> Sites:
+    """Find which of the priors that were passed to a model governs which of its sites.
+
+    Raises:
+        ValueError: If a site has a prior that is not in the dict.
+    """
+    if not isinstance(prior, Mapping):
+        return Sites(tuple((site, None) for site in latent.names))
+    keys = []
+    for site, part in zip(latent.names, latent.parts, strict=True):
+        found = [key for key, value in prior.items() if _is_of(part.denoiser, value)]
+        if not found:
+            raise ValueError(
+                f"EM: latent site '{site}' has a prior that is not among those passed, "
+                f"{sorted(prior)}; take it from the dict as it is."
+            )
+        keys.append((site, found[0]))
+    return Sites(tuple(keys))
+
+
+def _is_of(denoiser: Denoiser, prior: DiffusionPrior) -> bool:
+    """Whether a site's denoiser is a prior's, perhaps at some contexts."""
+    return denoiser is prior.denoiser or (
+        isinstance(denoiser, ConditionedDenoiser) and denoiser.part is prior.denoiser
+    )
+
+
+def all_of(tree: Any) -> list[Any]:
+    """Return what there is for each prior in a list."""
+    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
+
+
+def one_of(tree: Any, key: str | None) -> Any:
+    """Return what there is for the prior of a name (None for a prior that is not in a dict)."""
+    return tree if key is None else tree[key]
+
+
+def map_over(f: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to what there is for each prior."""
+    return {k: f(v) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
+
+
+def map_priors(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
+    """Apply a function to each prior and its name."""
+    if isinstance(prior, Mapping):
+        return {key: f(value, key) for key, value in prior.items()}
+    return f(prior, None)
+
+
+def map_trained(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
+    """Apply a function to each prior with a network and its name."""
+    if isinstance(prior, Mapping):
+        chosen = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
+        return map_priors(f, chosen)
+    return f(prior, None)
+
+
+def pool(
+    values: dict[str, jax.Array], sites: Sites, key: str | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """Return what all sites of a prior have, draws or contexts, in one list."""
+    chosen = [values[site] for site, name in sites.keys if name == key]
+    return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
