@@ -150,20 +150,15 @@ def run_chains(make_kernel, rng_key, problem, num_steps, num_draws, num_warmup, 
     return mcmc.get_samples()["x"], mcmc.get_extra_fields()[extra_field].mean()
 
 
-def chains(make_kernel, num_warmup, extra_field):
+def chains(make_kernel, num_warmup, extra_field, num_steps=None):
     """Chains of a kernel, compiled once for all problems, and their evaluations per draw."""
 
     def draw(rng_key, problem, args):
+        steps = num_steps or args.num_steps
         x, count = run_chains(
-            make_kernel,
-            rng_key,
-            problem,
-            args.num_steps,
-            args.num_samples,
-            num_warmup,
-            extra_field,
+            make_kernel, rng_key, problem, steps, args.num_samples, num_warmup, extra_field
         )
-        evaluations = float(count) * (args.num_steps if extra_field == "num_steps" else 1)
+        evaluations = float(count) * (steps if extra_field == "num_steps" else 1)
         return x, round(evaluations * (1 + num_warmup * NUM_CHAINS / args.num_samples))
 
     return draw
@@ -178,7 +173,7 @@ def particle_gibbs(num_steps):
 def nuts(num_steps):
     """NUTS in the space of the deterministic sampler's noise."""
     config = {"x": ndp.DiffusionReparam(num_steps)}
-    return NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=6)
+    return NUTS(numpyro.handlers.reparam(model, config=config), max_tree_depth=5)
 
 
 METHODS = {
@@ -196,7 +191,7 @@ METHODS = {
     "looking ahead, K = 16": guided(LOOKING_AHEAD, 16),
     "looking ahead, one SMC": guided(LOOKING_AHEAD, None),
     "particle Gibbs": chains(particle_gibbs, 10, "num_evaluations"),
-    "NUTS": chains(nuts, 100, "num_steps"),
+    "NUTS": chains(nuts, 100, "num_steps", num_steps=32),
 }
 
 

@@ -86,12 +86,36 @@ def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
 
     On CPUs jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
     others have done the work: two batches at once on two cores never end. Here a batch goes there
-    in chunks that are too small to be spread, which takes no longer.
+    in chunks that are too small to be spread, which takes no longer; an axis of `jax.vmap` joins
+    the batch.
 
     Args:
         f: function of one matrix, of shape ``(rows, columns)``, and of further arrays.
         operands: the matrices and the further arrays, all with the batch shape of the first.
     """
+    # What is differentiated goes without: reverse mode does not take a batching rule of its own.
+    chunked = jax.custom_jvp(partial(_joining_batches, f))
+    chunked.defjvp(lambda primals, tangents: jax.jvp(partial(_in_chunks, f), primals, tangents))
+    return chunked(*operands)
+
+
+def _joining_batches(f: Callable[..., Any], *operands: jax.Array) -> Any:
+    """Apply a function in chunks; `jax.vmap` adds to the batch, not to the chunks."""
+    call = jax.custom_batching.custom_vmap(partial(_in_chunks, f))
+
+    @call.def_vmap
+    def _(size: int, is_batched: list[bool], *operands: jax.Array) -> tuple[Any, Any]:
+        joined = [
+            x if batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, batched in zip(operands, is_batched, strict=True)
+        ]
+        out = _joining_batches(f, *joined)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*operands)
+
+
+def _in_chunks(f: Callable[..., Any], *operands: jax.Array) -> Any:
     *batch_shape, rows, columns = operands[0].shape
     if not batch_shape:
         return f(*operands)

@@ -57,14 +57,31 @@ class TestByMatrix:
 
         assert_close(jax.grad(logdet)(jnp.asarray(matrix)), np.linalg.inv(matrix))
 
-    def test_many_batches_at_once_end(self):
-        program = """
+    def test_an_axis_of_vmap_joins_the_batch(self):
+        root, b = normal(0, 3, 5, 4, 4), normal(1, 5, 4, 2)
+        matrix = jnp.asarray(root @ root.mT + 4 * np.eye(4, dtype=DTYPE))
+
+        def solve(matrix: jax.Array) -> jax.Array:
+            return by_matrix(jnp.linalg.solve, matrix, jnp.asarray(b))
+
+        batched = jax.vmap(jax.vmap(solve))
+        one_by_one = jax.vmap(lambda m: by_matrix(jnp.linalg.solve, m, jnp.asarray(b[0])))
+        assert_close(jax.jit(jax.vmap(solve))(matrix), np.linalg.solve(matrix, b))
+        stacked = jnp.stack([matrix, 2 * matrix])
+        assert_close(batched(stacked), np.linalg.solve(stacked, b))
+        assert_close(one_by_one(matrix[:, 0]), np.linalg.solve(matrix[:, 0], b[0]))
+
+    @pytest.mark.parametrize("wrap", ["", "jax.vmap"])
+    def test_many_batches_at_once_end(self, wrap: str):
+        program = f"""
 import jax
 import jax.numpy as jnp
 from numpyro_diffprior.matrices import by_matrix
 
+factor = {wrap}(lambda matrix: by_matrix(jnp.linalg.cholesky, matrix))
+
 def step(matrices, _):
-    factors = [by_matrix(jnp.linalg.cholesky, a @ a.mT + 32 * jnp.eye(32)) for a in matrices]
+    factors = [factor(a @ a.mT + 32 * jnp.eye(32)) for a in matrices]
     return [jnp.tanh(factor) for factor in factors], None
 
 matrices = list(jax.random.normal(jax.random.key(0), (4, 256, 32, 32)))
