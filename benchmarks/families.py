@@ -140,6 +140,7 @@ def main(args):
     print("".join(f"| {title} " for title in ("family", "prior", *METHODS)) + "|")
     print("| --- " * (2 + len(METHODS)) + "|")
     for name in args.families:
+        jax.clear_caches()  # a process takes only so many compiled programs
         for kind, prior in PRIORS.items():
             row = {"family": name, "prior": kind}
             for method, options in METHODS.items():

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from numpyro_diffprior.matrices import by_matrix
+from numpyro_diffprior.matrices import eigh
 
 __all__ = [
     "PseudoObservation",
@@ -41,13 +41,14 @@ class PseudoObservation(NamedTuple):
         theta: The parameters, with shape ``(*batch, p)``.
         y: What was observed of them, likewise.
         variances: The variances of the noise, likewise.
-        directions: Its directions, in columns, with shape ``(*batch, p, p)``.
+        directions: Its directions, in columns, with shape ``(*batch, p, p)``; None where they are
+            the axes.
     """
 
     theta: jax.Array
     y: jax.Array
     variances: jax.Array
-    directions: jax.Array
+    directions: jax.Array | None
 
 
 class Unwrapped(NamedTuple):
@@ -141,10 +142,7 @@ def from_log_prob(
         theta: The parameters.
     """
     gradient, hessian = _derivatives(log_prob, theta)
-    if theta.shape[-1] == 1:
-        curvature, directions = -hessian[..., 0], jnp.ones_like(hessian)
-    else:
-        curvature, directions = by_matrix(jnp.linalg.eigh, -(hessian + hessian.mT) / 2)
+    curvature, directions = eigh(-(hessian + hessian.mT) / 2)
     along = jnp.einsum("...ij,...i->...j", directions, gradient)
     eps = jnp.finfo(theta.dtype).eps
     rounding = eps * theta.shape[-1] * jnp.abs(curvature).max(-1, keepdims=True)
@@ -175,8 +173,7 @@ def _scale_mixture(
 ) -> PseudoObservation:
     df = fn.df if isinstance(fn, dist.StudentT) else 1
     variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
-    directions = jnp.ones((*theta.shape, 1), theta.dtype)
-    return PseudoObservation(theta, value[..., None], variance[..., None], directions)
+    return PseudoObservation(theta, value[..., None], variance[..., None], None)
 
 
 def _location_and_scale(
@@ -186,9 +183,12 @@ def _location_and_scale(
     log_scale = jnp.log(scale)
     # Beyond three deviations it is the location that is wrong rather than the scale.
     excess = (jnp.minimum(((value - loc) / scale) ** 2, 9) - 1) / 2
-    return PseudoObservation(
-        jnp.stack([loc, log_scale], axis=-1),
-        jnp.stack([value, log_scale + excess], axis=-1),
-        jnp.stack([scale**2, jnp.full_like(scale, 0.5)], axis=-1),
-        jnp.broadcast_to(jnp.eye(2, dtype=scale.dtype), (*batch_shape, 2, 2)),
+    theta, y, variances = (
+        jnp.stack(pair, axis=-1)
+        for pair in (
+            (loc, log_scale),
+            (value, log_scale + excess),
+            (scale**2, jnp.full_like(scale, 0.5)),
+        )
     )
+    return PseudoObservation(theta, y, variances, None)

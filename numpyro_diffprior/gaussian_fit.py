@@ -33,12 +33,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.scipy.linalg import solve_triangular
 from jax.typing import DTypeLike
 
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank
-from numpyro_diffprior.matrices import by_matrix
+from numpyro_diffprior.matrices import by_matrix, inverse_lower
 
 __all__ = ["GaussianFit", "fit_gaussian"]
 
@@ -365,7 +364,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
     chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
-    inverse = by_matrix(partial(solve_triangular, b=identity, lower=True), chol)
+    inverse = inverse_lower(chol)
     cov_z = _einsum("nri,nrj->nij", inverse, inverse)
     cov_load = _einsum("ndr,nrs->nds", loading, cov_z)
     z = _einsum("ndr,nd->nr", cov_load, rho)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "Factor",
@@ -76,7 +77,7 @@ def inverse_lower(chol: jax.Array) -> jax.Array:
 
     Unlike a triangular solve, its product broadcasts against any batch.
     """
-    identity = jnp.eye(chol.shape[-1], dtype=chol.dtype)
+    identity = np.eye(chol.shape[-1], dtype=chol.dtype)
     invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
     return by_matrix(invert, chol)
 
@@ -90,7 +91,8 @@ def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
     the batch.
 
     Args:
-        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays.
+        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays; it closes
+            over no traced ones.
         operands: the matrices and the further arrays, all with the batch shape of the first.
     """
     # What is differentiated goes without: reverse mode does not take a batching rule of its own.

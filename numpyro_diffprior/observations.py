@@ -293,6 +293,7 @@ def _read_potential(
         return _log_prob_by_event(name, trace, latent)
 
     pseudo = from_log_prob(log_prob, theta)
+    assert pseudo.directions is not None
     visible = jnp.ones(theta.shape, bool)
     return theta, Dense(pseudo.variances, pseudo.directions), pseudo.y, visible
 

@@ -39,6 +39,17 @@ def test_eigh(m: int):
     assert_close(eigenvectors @ eigenvectors.mT, np.broadcast_to(np.eye(m), matrix.shape))
 
 
+def test_factors_under_transformations():
+    """In a compiled scan under vmap, where constants would be traced."""
+    matrix = gram(normal(0, 3, SIZE, SIZE)) + 0.5 * np.eye(SIZE)
+
+    def inverses(matrix: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (c, Factor.of(matrix).inverse), 0, length=2)[1]
+
+    found = jax.jit(jax.vmap(inverses))(jnp.asarray(matrix, DTYPE))
+    assert_close(found[:, 1], np.linalg.inv(np.linalg.cholesky(matrix)), 100 * TOL)
+
+
 class TestByMatrix:
     @pytest.mark.parametrize("m", [1, 3, 40])
     @pytest.mark.parametrize("batch", [(), (1,), (50,), (3, 17)])
