@@ -45,8 +45,22 @@ def _taint(jaxpr: Jaxpr, tainted: list[bool]) -> list[bool]:
         if any(marks):
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             outs = [True] * len(eqn.outvars)
+            if isinstance(inner, ClosedJaxpr):
+                inner = inner.jaxpr
             if eqn.primitive.name in _CALLS and inner is not None:
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
                 outs = _taint(inner, marks)
+            elif eqn.primitive.name == "scan" and inner is not None:
+                start = eqn.params["num_consts"]
+                outs = _taint_scan(inner, marks, slice(start, start + eqn.params["num_carry"]))
             marked.update(var for var, mark in zip(eqn.outvars, outs, strict=True) if mark)
     return [isinstance(var, Var) and var in marked for var in jaxpr.outvars]
+
+
+def _taint_scan(body: Jaxpr, tainted: list[bool], carry: slice) -> list[bool]:
+    """Return the same of a scan, by its body; what one turn marks, the next finds marked."""
+    while True:
+        outs = _taint(body, tainted)
+        grown = [a or b for a, b in zip(tainted[carry], outs, strict=False)]
+        if grown == tainted[carry]:
+            return outs
+        tainted = [*tainted[: carry.start], *grown, *tainted[carry.stop :]]
