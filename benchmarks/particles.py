@@ -28,7 +28,8 @@ def main(args):
     data = manifold.make_data(key_curve, key_data, args.num_points, args.num_points)
     runs, results = {}, []
     for num_particles, color in zip(args.num_particles, COLORS, strict=False):
-        for covariance, linestyle in STYLES.items():
+        for covariance in args.covariances:
+            linestyle = STYLES[covariance]
             settings = argparse.Namespace(**vars(args))
             settings.num_particles, settings.covariance = num_particles, covariance
             print(f"{covariance}, {num_particles} particles", flush=True)
@@ -57,6 +58,7 @@ def parse_args(argv=None):
         epilog="All other options are those of examples/manifold.py.",
     )
     parser.add_argument("--num-particles", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--covariances", nargs="+", choices=STYLES, default=list(STYLES))
     args, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(manifold.parse_args(rest)) | vars(args))
 

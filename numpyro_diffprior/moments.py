@@ -7,6 +7,7 @@ Laplace distribution is found by the median, not by the mean), enters by the cur
 log-density instead (`numpyro_diffprior.curvature`).
 """
 
+from collections.abc import Callable
 from functools import singledispatch
 from math import prod
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.special import digamma, logit, polygamma
 from numpyro.distributions.transforms import AffineTransform
 
 __all__ = ["Moments", "gaussian_moments", "handling"]
@@ -29,12 +31,14 @@ class Moments(NamedTuple):
             last axis of the mean, with shape ``mean.shape + mean.shape[-1:]``.
         full: Whether ``cov`` holds matrices.
         mask: Which values were observed, broadcastable to the mean.
+        transform: What the moments are of: this function of each value (None: the value itself).
     """
 
     mean: jax.Array
     cov: jax.Array
     full: bool = False
     mask: jax.Array | bool = True
+    transform: Callable[[jax.Array], jax.Array] | None = None
 
 
 @singledispatch
@@ -74,7 +78,7 @@ def _expanded(fn: dist.ExpandedDistribution) -> Moments | None:
 
     mean = expand(base.mean)
     mask = base.mask if isinstance(base.mask, bool) else jnp.broadcast_to(base.mask, mean.shape)
-    return Moments(mean, expand(base.cov), base.full, mask)
+    return Moments(mean, expand(base.cov), base.full, mask, base.transform)
 
 
 @gaussian_moments.register
@@ -93,7 +97,8 @@ def _masked(fn: dist.MaskedDistribution) -> Moments | None:
 def _transformed(fn: dist.TransformedDistribution) -> Moments | None:
     """Affine maps of a distribution with moments have moments; others go by curvature."""
     base = gaussian_moments(fn.base_dist)
-    if base is None or base.full or not all(type(t) is AffineTransform for t in fn.transforms):
+    is_affine = all(type(t) is AffineTransform for t in fn.transforms)
+    if base is None or base.full or base.transform or not is_affine:
         return None
     mean, variance = base.mean, base.cov
     for transform in fn.transforms:
@@ -120,10 +125,8 @@ def _by_element(fn: dist.Distribution) -> Moments:
 for _family in (
     dist.BernoulliLogits,
     dist.BernoulliProbs,
-    dist.Beta,
     dist.BetaBinomial,
     dist.BetaNegativeBinomial,
-    dist.BetaProportion,
     dist.BinomialLogits,
     dist.BinomialProbs,
     dist.Chi2,
@@ -164,6 +167,20 @@ for _family in (
     dist.TwoSidedTruncatedGamma,
 ):
     gaussian_moments.register(_family)(_by_element)
+
+
+@gaussian_moments.register(dist.Beta)
+def _of_logits(fn: dist.Beta) -> Moments:
+    """Of the values' logits, which know of values near zero and one what their size does not."""
+    a, b = (jnp.broadcast_to(c, fn.shape()) for c in (fn.concentration1, fn.concentration0))
+    mean, variance = digamma(a) - digamma(b), polygamma(1, a) + polygamma(1, b)
+    return Moments(mean, variance, transform=_logit)
+
+
+def _logit(y: jax.Array) -> jax.Array:
+    """Of values that rounding takes for zero or one, of the nearest that it does not."""
+    info = jnp.finfo(y.dtype)
+    return logit(jnp.clip(y, info.tiny, 1 - info.eps))
 
 
 @gaussian_moments.register(dist.LeftTruncatedDistribution)
@@ -331,6 +348,7 @@ _LABELS = {
     _expanded: "as what it wraps",
     _masked: "as what it wraps",
     _by_element: "moments",
+    _of_logits: "moments of its logit",
     _no_moments: "curvature",
     _truncated: "moments of a truncated normal, curvature of others",
     _transformed: "moments of an affine map, curvature of others",

@@ -240,6 +240,8 @@ def _read_site(
         mean, cov, mask = moments.mean, moments.cov, moments.mask
         if moments.full:
             directions = cov
+        if moments.transform is not None:
+            value = moments.transform(value)
         value = value.reshape(mean.shape)
     else:
         base = unwrap(fn)
