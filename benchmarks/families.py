@@ -62,6 +62,7 @@ FAMILIES = {
     ),
 }
 NUM_VALUES = 10
+MAX_BATCH_SIZE = 32_000 // NUM_VALUES  # see docs/distributions.md on larger sums
 PRIORS = {
     "Gaussian": ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.zeros(1), jnp.eye(1))),
     "two modes": ndp.DiffusionPrior(
@@ -123,7 +124,7 @@ def evaluate(rng_key, prior, family, options, args):
         y,
         num_samples=args.num_samples,
         sampler=ndp.MultistepSDE(args.num_steps),
-        max_batch_size=args.num_events * args.num_samples,
+        max_batch_size=MAX_BATCH_SIZE,
         **options,
     )
     x = draws.samples["x"][..., 0]
