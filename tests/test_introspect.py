@@ -424,6 +424,23 @@ def test_fixed_transformations_are_undone():
     np.testing.assert_allclose(found.log_prob(x), log_prob, rtol=10 * tolerance())
 
 
+def test_values_whose_transform_has_the_moments():
+    """A Beta observation is one of its logit; values that rounding takes for one are finite."""
+    shares = np.where(Y > 0, 1 / (1 + np.exp(-Y)), np.nan)
+    shares[np.unravel_index(np.nanargmax(shares), shares.shape)] = 1
+
+    def beta(prior):
+        with numpyro.plate("n", N):
+            fn = dist.BetaProportion(jax.nn.sigmoid(numpyro.sample("x", prior)), 5.0)
+            numpyro.sample("y", fn.mask(Y > 0).to_event(1), obs=jnp.asarray(shares))
+
+    likelihood = read(beta, make_prior())
+    inside = (Y > 0) & (shares < 1)
+    np.testing.assert_allclose(likelihood.y[inside], Y[inside], rtol=100 * tolerance())
+    assert np.all(np.isfinite(likelihood.y))
+    assert np.all(likelihood.y[~(Y > 0)] == 0)
+
+
 def test_a_transformation_that_holds_the_latent_goes_by_moments():
     def shifted(prior):
         with numpyro.plate("n", N):
