@@ -84,6 +84,7 @@ def main(args):
     output.mkdir(parents=True, exist_ok=True)
     key_data, key_run = jax.random.split(jax.random.key(args.seed))
     data = digits.make_data(key_data, args.hidden, args.num_images)
+    data = data._replace(test=data.test[: args.num_heldout])
     plan = [(num_particles, False) for num_particles in args.particles]
     if args.from_clean:
         plan.append((args.particles[0], True))
@@ -124,6 +125,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--num-draws", type=int, default=2, help="per digit in the E-step")
     parser.add_argument("--num-iterations", type=int, default=32)
+    parser.add_argument("--num-heldout", type=int, default=261, help="digits kept out")
     args, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(digits.parse_args(rest)) | vars(args))
 

@@ -94,6 +94,7 @@ def main(args):
     output.mkdir(parents=True, exist_ok=True)
     key_data, key_run = jax.random.split(jax.random.key(args.seed))
     data = digits.make_data(key_data, args.hidden, args.num_images)
+    data = data._replace(test=data.test[: args.num_heldout])
     print(f"{args.hidden:.0%} hidden; hidden pixels in {LEVEL:.0%} intervals, evidence per digit")
     print("particles, iteration, simulated, learned from, kept out, evidence of both")
     rows = []
@@ -112,6 +113,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-simulations", type=int, default=4)
     parser.add_argument("--num-draws", type=int, default=1, help="per digit in the E-step")
     parser.add_argument("--num-iterations", type=int, default=24)
+    parser.add_argument("--num-heldout", type=int, default=261, help="digits kept out")
     parser.add_argument("--judge-every", type=int, default=4)
     parser.add_argument("--num-judged", type=int, default=64)
     args, rest = parser.parse_known_args(argv)

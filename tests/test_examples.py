@@ -169,7 +169,8 @@ def test_benchmark_of_the_mixture(tmp_path):
 def test_benchmark_of_the_stopping_rule(tmp_path):
     args = heldout.parse_args(
         "--particles 2 --num-iterations 3 --judge-every 2 --num-images 96 --num-sgd-steps 8"
-        f" --width 16 --clean-rounds 1 --num-judged 4 --num-samples 20 --output {tmp_path}".split()
+        " --num-heldout 16 --width 16 --clean-rounds 1 --num-judged 4 --num-samples 20"
+        f" --output {tmp_path}".split()
     )
     runs = heldout.main(args)
     assert [len(run["rows"]) for run in runs] == [2, 2]
@@ -180,7 +181,8 @@ def test_benchmark_of_the_stopping_rule(tmp_path):
 def test_benchmark_of_sharpening(tmp_path):
     args = sharpening.parse_args(
         "--particles 2 --num-iterations 1 --num-images 96 --num-sgd-steps 8 --width 16"
-        f" --num-judged 4 --num-samples 20 --num-simulations 1 --output {tmp_path}".split()
+        " --num-judged 4 --num-samples 20 --num-simulations 1 --num-heldout 16"
+        f" --output {tmp_path}".split()
     )
     (row,) = sharpening.main(args)
     assert all(0 <= row[name] <= 1 for name in ("simulated", "learned", "kept_out"))
