@@ -61,9 +61,7 @@ def learn(rng_key, data, num_particles, args, from_clean=False):
         print(" ".join(f"{value:8.3f}" for value in rows[-1].values()), flush=True)
 
     optimizer = digits.make_optimizer(args.learning_rate)
-    em = digits.make_em(
-        argparse.Namespace(**vars(args) | {"num_particles": num_particles}), optimizer=optimizer
-    )
+    em = digits.make_em(args, optimizer=optimizer, num_particles=num_particles)
     prior = digits.make_prior(key_net, args.width, args.dropout)
     em.run(
         key_em,

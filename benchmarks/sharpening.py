@@ -78,10 +78,8 @@ def learn(rng_key, data, num_particles, args):
         rows.append(row)
         print(" ".join(f"{value:8.3f}" for value in row.values()), flush=True)
 
-    em = digits.make_em(
-        argparse.Namespace(**vars(args) | {"num_particles": num_particles}),
-        optimizer=digits.make_optimizer(args.learning_rate),
-    )
+    optimizer = digits.make_optimizer(args.learning_rate)
+    em = digits.make_em(args, optimizer=optimizer, num_particles=num_particles)
     prior = digits.make_prior(key_net, args.width)
     em.run(
         key_em, args.num_iterations, prior, data.mask, data.y, progress_bar=False, callback=record
