@@ -6,27 +6,13 @@ an ordinary NumPyro model like any other distribution.
 """
 
 from numpyro_diffprior import metrics
+from numpyro_diffprior.annealing import Piecewise, Tempered
 from numpyro_diffprior.baselines import DPS, TMPD, PiGDM
 from numpyro_diffprior.calibration import Calibration, calibrate
-from numpyro_diffprior.denoisers import (
-    Denoiser,
-    GaussianDenoiser,
-    MixtureDenoiser,
-    NetworkDenoiser,
-)
+from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM, EMMetrics, EMResult, EMState
 from numpyro_diffprior.evidence import LogEvidence, log_evidence
-from numpyro_diffprior.guidance import (
-    MMPS,
-    CalibratedCovariance,
-    GaussianCovariance,
-    IsotropicCovariance,
-    Piecewise,
-    Tempered,
-    TweedieCovariance,
-    UnitCovariance,
-)
 from numpyro_diffprior.introspect import mask_priors
 from numpyro_diffprior.kernels import MMPSKernel, MMPSState, ParticleGibbs, ParticleGibbsState
 from numpyro_diffprior.linalg import (
@@ -36,9 +22,18 @@ from numpyro_diffprior.linalg import (
     DiagonalPlusLowRank,
     Isotropic,
 )
+from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.moments import Moments, gaussian_moments
 from numpyro_diffprior.nets import MLP, UNet
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.posterior import PosteriorSamples, sample_posterior
+from numpyro_diffprior.posterior_covariances import (
+    CalibratedCovariance,
+    GaussianCovariance,
+    IsotropicCovariance,
+    TweedieCovariance,
+    UnitCovariance,
+)
 from numpyro_diffprior.reparam import DiffusionReparam
 from numpyro_diffprior.samplers import (
     DDIM,

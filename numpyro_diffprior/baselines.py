@@ -11,16 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers import Denoiser
-from numpyro_diffprior.guidance import (
-    MMPS,
-    Guidance,
-    Guided,
-    GuidedDenoiser,
-    UnitCovariance,
-    pull_back,
-)
+from numpyro_diffprior.guidance import Guidance, Guided, GuidedDenoiser, pull_back
 from numpyro_diffprior.likelihoods import Likelihood, Linearization, gaussian_log_density
 from numpyro_diffprior.linalg import Diagonal
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.posterior_covariances import UnitCovariance
 
 __all__ = ["DPS", "TMPD", "PiGDM"]
 

@@ -9,61 +9,40 @@ Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It
 and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
 guidance, so that users never rescale their units.
 
-References:
-    Karras et al., *Elucidating the design space of diffusion-based generative models* (EDM),
-    NeurIPS 2022, arXiv 2206.00364.
+The exact denoisers of Gaussians and of their mixtures are here; learned ones are in
+`numpyro_diffprior.network_denoiser`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
-from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Isotropic, Repeated
+from numpyro_diffprior.linalg import Covariance, Dense
 
 __all__ = [
     "ConditionedDenoiser",
     "Denoiser",
     "GaussianDenoiser",
     "MixtureDenoiser",
-    "Network",
-    "NetworkDenoiser",
-    "PlateDenoiser",
-    "ProductDenoiser",
+    "align",
+    "as_gaussian",
+    "flatten_events",
+    "register",
+    "set_attributes",
 ]
-
-
-class Network(Protocol):
-    """What `NetworkDenoiser` needs of a network; `numpyro_diffprior.nets` has two.
-
-    A network with an attribute ``context_shape`` that is not None is called with contexts as third
-    argument, of shape ``(batch, *context_shape)``.
-    """
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """The shape of one event."""
-        ...
-
-    def __call__(
-        self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
-        """Map ``x`` of shape ``(batch, *event)``; ``noise`` has shape ``(batch,)`` or ``(1,)``."""
-        ...
-
 
 _Class = TypeVar("_Class", bound=type)
 
 
-def _register(cls: _Class) -> _Class:
+def register(cls: _Class) -> _Class:
     """Make a dataclass a pytree, rebuilt without ``__init__``: its leaves may be any objects."""
     names = [spec.name for spec in fields(cls)]
 
@@ -188,10 +167,10 @@ class Denoiser(ABC):
     def score(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         r"""Return :math:`\nabla_{x_t} \log p(x_t)` (Tweedie), shaped as ``x_t``."""
         sigma = jnp.asarray(sigma, self.dtype)
-        return (self(x_t, sigma) - x_t) / _align(sigma, self.event_shape) ** 2
+        return (self(x_t, sigma) - x_t) / align(sigma, self.event_shape) ** 2
 
 
-@_register
+@register
 @dataclass(frozen=True, eq=False, init=False)
 class GaussianDenoiser(Denoiser):
     r"""The exact denoiser of :math:`\mathcal{N}(\mu, \Sigma)`.
@@ -210,18 +189,18 @@ class GaussianDenoiser(Denoiser):
     cov: Covariance
 
     def __init__(self, mean: ArrayLike, cov: Covariance | ArrayLike) -> None:
-        _set(self, **_gaussian(self, mean, cov))
+        set_attributes(self, **as_gaussian(self, mean, cov))
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the conditional mean; see `Denoiser`."""
         variance = jnp.asarray(sigma, self.dtype) ** 2
-        deviation = _flatten(x_t - self.mean, self.event_shape)
+        deviation = flatten_events(x_t - self.mean, self.event_shape)
         # V / sigma^2, with V the conditional covariance, is the same matrix and needs no solve.
         shrunk = self.cov.harmonic(variance).matvec(deviation) / variance[..., None]
         return self.mean + shrunk.reshape(x_t.shape)
 
 
-@_register
+@register
 @dataclass(frozen=True, eq=False, init=False)
 class MixtureDenoiser(Denoiser):
     r"""The exact denoiser of a Gaussian mixture, an oracle for multimodal problems.
@@ -269,13 +248,14 @@ class MixtureDenoiser(Denoiser):
         between = (means - mean).reshape(num, -1)
         cov = jnp.einsum("k,kij->ij", weights, within)
         cov = cov + jnp.einsum("k,ki,kj->ij", weights, between, between)
-        _set(self, weights=weights, means=means, covs=covs, mean=mean, cov=Dense.from_matrix(cov))
+        summary = {"mean": mean, "cov": Dense.from_matrix(cov)}
+        set_attributes(self, weights=weights, means=means, covs=covs, **summary)
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the conditional mean; see `Denoiser`."""
         variance = jnp.asarray(sigma, self.dtype)[..., None] ** 2
-        means = _flatten(self.means, self.event_shape)
-        deviation = _flatten(x_t, self.event_shape)[..., None, :] - means
+        means = flatten_events(self.means, self.event_shape)
+        deviation = flatten_events(x_t, self.event_shape)[..., None, :] - means
         noisy = self.covs.shift(variance)
         solution = noisy.solve(deviation)
         log_density = -0.5 * (jnp.sum(deviation * solution, axis=-1) + noisy.logdet())
@@ -284,101 +264,7 @@ class MixtureDenoiser(Denoiser):
         return x_hat.reshape(x_t.shape)
 
 
-@_register
-@dataclass(frozen=True, eq=False)
-class ProductDenoiser(Denoiser):
-    """The denoiser of independent events as one: the sources of a sum, say.
-
-    Its events are vectors: those of the parts one after the other, flattened, each in units of its
-    own prior's scale, so that the parts share one sequence of noise levels whatever their units.
-
-    Args:
-        parts: The denoisers of the parts.
-    """
-
-    parts: tuple[Denoiser, ...]
-
-    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
-        sigma = jnp.asarray(sigma, self.dtype)
-        values = zip(self.parts, self.split(x_t), strict=True)
-        return self.join([part(x, sigma * part.scale) for part, x in values])
-
-    @property
-    def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
-        return self.join([part.mean for part in self.parts])
-
-    @property
-    def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance, block diagonal."""
-        return Blocks(tuple(part.cov.scale(part.scale**-2) for part in self.parts))
-
-    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Average the parts' ratios over the elements; see `Denoiser.error_ratio`."""
-        sigma = jnp.asarray(sigma, self.dtype)
-        weighted = [part.event_size * part.error_ratio(sigma * part.scale) for part in self.parts]
-        return sum(weighted[1:], start=weighted[0]) / self.event_size
-
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the parts' locations, joined."""
-        return self.join([part.location(batch_shape) for part in self.parts])
-
-    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Return the parts of events, each with shape ``(*batch, *event)`` and in its units."""
-        ends = np.cumsum([part.event_size for part in self.parts])[:-1]
-        return tuple(
-            part.scale * value.reshape(*x.shape[:-1], *part.event_shape)
-            for part, value in zip(self.parts, jnp.split(x, ends, axis=-1), strict=True)
-        )
-
-    def join(self, values: Sequence[jax.Array]) -> jax.Array:
-        """Undo `split`."""
-        flat = [
-            _flatten(value / part.scale, part.event_shape)
-            for part, value in zip(self.parts, values, strict=True)
-        ]
-        return jnp.concatenate(flat, axis=-1)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class PlateDenoiser(Denoiser):
-    """The denoiser of a whole plate as one event, where observations couple its elements.
-
-    Args:
-        part: The denoiser of an element.
-        batch_shape: The shape of the plate.
-    """
-
-    part: Denoiser
-    batch_shape: tuple[int, ...] = field(metadata={"static": True})
-
-    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
-        sigma = jnp.asarray(sigma, self.dtype)
-        return self.part(x_t, _align(sigma, self.batch_shape))
-
-    @property
-    def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
-        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
-
-    @property
-    def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance, block diagonal."""
-        return Repeated(self.part.cov, prod(self.batch_shape))
-
-    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Return the elements' ratio; see `Denoiser.error_ratio`."""
-        return self.part.error_ratio(sigma)
-
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the elements' locations."""
-        return self.part.location((*batch_shape, *self.batch_shape))
-
-
-@_register
+@register
 @dataclass(frozen=True, eq=False)
 class ConditionedDenoiser(Denoiser):
     """The denoiser of a conditional prior at given contexts; see `Denoiser.condition`.
@@ -437,135 +323,12 @@ class ConditionedDenoiser(Denoiser):
         return self.part.error_ratio(sigma)
 
 
-# Of one size, so that measuring them does not change the shapes of a compiled prior.
-_NUM_RATIOS = 32
-
-
-@_register
-@dataclass(frozen=True, eq=False, init=False)
-class NetworkDenoiser(Denoiser):
-    r"""A learned denoiser: a Gaussian's, corrected by a network.
-
-    .. math:: D(x_t, \sigma) = E_{\mathcal{N}(\mu, \Sigma)}[x \mid x_t]
-        + c_{out} F\bigl(c_{in} (x_t - \mu), \tfrac{1}{4} \log \tfrac{\sigma}{s}\bigr), \quad
-        c_{out} = \frac{s \sigma}{\sqrt{s^2 + \sigma^2}}, \quad
-        c_{in} = \frac{1}{\sqrt{s^2 + \sigma^2}}
-
-    with :math:`s^2` the mean variance of an element. An isotropic :math:`\Sigma = s^2 I` gives
-    EDM's preconditioning (Karras et al. 2022, table 1) with location and scale; a fitted
-    covariance leaves to the network what is not Gaussian. The networks of this package put out
-    zero when new, so that an untrained denoiser is exactly its Gaussian's.
-
-    Args:
-        net: A network on ``(batch, *event)``; its parameters are all that is trained.
-        mean: The data's mean, with shape ``event_shape`` (default: zero).
-        cov: The data's covariance over flattened events, or a matrix (default: the identity).
-        base: The Gaussian of the preconditioning (default: that of ``mean`` and ``cov``). It stays
-            where it is while ``mean`` and ``cov`` follow the prior, since moving it under a
-            trained network would change the prior.
-        error_ratios: `error_ratio` at noise levels from `sigma_min` to `sigma_max`, equally spaced
-            on the logarithmic axis (default: one); see `numpyro_diffprior.training.measure_error`.
-
-    Raises:
-        ValueError: If the shapes of network, mean, covariance and base differ.
-    """
-
-    net: Network
-    mean: jax.Array
-    cov: Covariance
-    base: GaussianDenoiser
-    error_ratios: jax.Array
-
-    def __init__(
-        self,
-        net: Network,
-        mean: ArrayLike | None = None,
-        cov: Covariance | ArrayLike | None = None,
-        base: GaussianDenoiser | None = None,
-        error_ratios: ArrayLike | None = None,
-    ) -> None:
-        shape = tuple(net.event_shape)
-        summary = _gaussian(
-            self,
-            jnp.zeros(shape) if mean is None else mean,
-            Isotropic(1.0, prod(shape)) if cov is None else cov,
-        )
-        base = GaussianDenoiser(**summary) if base is None else base
-        for name, found in (("mean", summary["mean"].shape), ("base", base.event_shape)):
-            if found != shape:
-                raise ValueError(
-                    f"NetworkDenoiser: the network's events have shape {shape}, "
-                    f"those of the {name} have shape {found}."
-                )
-        dtype = summary["mean"].dtype
-        ratios = jnp.ones(_NUM_RATIOS, dtype) if error_ratios is None else error_ratios
-        _set(self, net=net, base=base, error_ratios=jnp.asarray(ratios, dtype), **summary)
-
-    @property
-    def context_shape(self) -> tuple[int, ...] | None:
-        """The shape of the network's contexts, if it has any."""
-        return getattr(self.net, "context_shape", None)
-
-    def __call__(
-        self,
-        x_t: jax.Array,
-        sigma: jax.Array | float,
-        context: jax.Array | None = None,
-        *,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Return the conditional mean; with ``rngs``, in training mode (dropout).
-
-        Contexts have shape ``(n, *context_shape)``, one for each of the events in their order.
-
-        Raises:
-            ValueError: If the network waits for a context that is not given; see `condition`.
-        """
-        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
-        sigma = jnp.asarray(sigma, self.dtype)
-        level = _align(sigma, self.event_shape)
-        scale = self.base.scale
-        c_in = jax.lax.rsqrt(scale**2 + level**2)
-        net_in = (c_in * (x_t - self.base.mean)).reshape(-1, *self.event_shape)
-        noise = jnp.log(sigma / scale) / 4
-        if noise.ndim:
-            noise = jnp.broadcast_to(noise, batch_shape)
-        contexts = self._check_context(context)
-        net_out = self.net(net_in, noise.reshape(-1), *contexts, rngs=rngs).reshape(x_t.shape)
-        return self.base(x_t, sigma) + c_in * scale * level * net_out
-
-    def _check_context(self, context: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Return what the network is called with beside events and noise levels."""
-        if self.context_shape is None:
-            return ()
-        if context is None:
-            raise ValueError(
-                "NetworkDenoiser: the network waits for a context of shape "
-                f"{self.context_shape}; say which, as in `prior.condition(context)`."
-            )
-        return (context,)
-
-    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Interpolate the measured ratios; see `Denoiser.error_ratio`."""
-        low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
-        grid = jnp.linspace(low, high, len(self.error_ratios))
-        log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
-        return jnp.interp(log_sigma, grid, self.error_ratios)
-
-    def fit_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
-        """Return this denoiser with its preconditioning and its summary at a new Gaussian."""
-        return NetworkDenoiser(self.net, mean, cov)
-
-    def summarise(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
-        """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
-        return NetworkDenoiser(self.net, mean, cov, self.base)
-
-
-def _flatten(x: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+def flatten_events(x: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+    """Return events as vectors: from ``(*batch, *event)`` to ``(*batch, d)``."""
     return x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
 
 
-def _align(sigma: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+def align(sigma: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
     """Give ``sigma`` one trailing axis for each of the event's."""
     return sigma.reshape(*sigma.shape, *(1,) * len(event_shape))
 
@@ -582,8 +345,14 @@ def _covariance(cov: Covariance | ArrayLike, dtype: jnp.dtype) -> Covariance:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
 
 
-def _gaussian(denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike) -> dict[str, Any]:
-    """Return mean and covariance of one floating type, that of the mean."""
+def as_gaussian(
+    denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike
+) -> dict[str, Any]:
+    """Return ``mean`` and ``cov`` of a denoiser, of one floating type: that of the mean.
+
+    Raises:
+        ValueError: If the sizes of mean and covariance differ.
+    """
     mean = _floating(mean)
     cov = _covariance(cov, mean.dtype)
     _check_size(type(denoiser).__name__, mean.shape, cov)
@@ -599,6 +368,7 @@ def _check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> Non
         )
 
 
-def _set(denoiser: Denoiser, **attributes: Any) -> None:
+def set_attributes(denoiser: Denoiser, **attributes: Any) -> None:
+    """Set attributes of a frozen dataclass, in its ``__init__``."""
     for name, value in attributes.items():
         object.__setattr__(denoiser, name, value)

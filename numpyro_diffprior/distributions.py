@@ -24,7 +24,8 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
 from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
-from numpyro_diffprior.samplers import MultistepSDE, Sampler, flow_log_prob
+from numpyro_diffprior.flow import flow_log_prob
+from numpyro_diffprior.samplers import MultistepSDE, Sampler
 from numpyro_diffprior.serialization import load_denoiser, save_denoiser
 
 __all__ = ["DiffusionPrior"]

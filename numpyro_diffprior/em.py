@@ -32,14 +32,15 @@ import optax
 from flax import nnx
 from tqdm.auto import trange
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
+from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
 from numpyro_diffprior.linalg import Covariance, empirical_gaussian
-from numpyro_diffprior.metrics import sliced_wasserstein
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.params import fit_params, init_params, with_params
 from numpyro_diffprior.posterior import (
@@ -49,6 +50,7 @@ from numpyro_diffprior.posterior import (
     resolve_settings,
     sample_blocks,
 )
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.priors import (
     Sites,
     all_of,
@@ -62,6 +64,7 @@ from numpyro_diffprior.priors import (
 from numpyro_diffprior.samplers import MultistepSDE, Sampler
 from numpyro_diffprior.schedules import LogNormal, NoiseDistribution
 from numpyro_diffprior.training import TrainState, init_training, measure_error, train
+from numpyro_diffprior.transport import sliced_wasserstein
 
 __all__ = ["EM", "EMMetrics", "EMResult", "EMState"]
 

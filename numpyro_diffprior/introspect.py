@@ -14,9 +14,10 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from numpyro_diffprior.denoisers import Denoiser, PlateDenoiser, ProductDenoiser
+from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.dependence import depends
 from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.joint_denoisers import PlateDenoiser, ProductDenoiser
 
 __all__ = [
     "LatentSite",

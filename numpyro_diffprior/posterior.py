@@ -17,10 +17,12 @@ import numpy as np
 from jax.scipy.special import gammaincc
 
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Guidance
+from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
 from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.observations import read_likelihood
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.samplers import Sampler
 from numpyro_diffprior.smc import Draws, Settings, draw_posterior
 

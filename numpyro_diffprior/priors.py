@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.introspect import LatentSite
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 
 __all__ = [
     "Sites",

@@ -16,7 +16,8 @@ import numpyro.distributions as dist
 from numpyro.infer.reparam import Reparam
 
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.samplers import MultistepODE, flow_noise
+from numpyro_diffprior.flow import flow_noise
+from numpyro_diffprior.samplers import MultistepODE
 
 __all__ = ["DiffusionReparam"]
 

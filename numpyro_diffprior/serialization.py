@@ -37,7 +37,6 @@ from numpyro_diffprior.denoisers import (
     Denoiser,
     GaussianDenoiser,
     MixtureDenoiser,
-    NetworkDenoiser,
 )
 from numpyro_diffprior.linalg import (
     Blocks,
@@ -48,6 +47,7 @@ from numpyro_diffprior.linalg import (
     Repeated,
 )
 from numpyro_diffprior.nets import NETWORKS
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 

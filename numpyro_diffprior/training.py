@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
 from numpyro_diffprior.linalg import empirical_gaussian
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.schedules import LogLinear, LogNormal, NoiseDistribution
 
 __all__ = [

@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 from numpyro.infer import MCMC, NUTS
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM
 from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.nets import MLP, UNet
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.posterior import sample_posterior
 from numpyro_diffprior.reparam import DiffusionReparam
 from numpyro_diffprior.samplers import MultistepSDE

@@ -10,9 +10,10 @@ from oracles import mixture_posterior
 
 from numpyro_diffprior.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.denoisers import MixtureDenoiser
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, IsotropicCovariance
 from numpyro_diffprior.likelihoods import linear_gaussian
 from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.posterior_covariances import GaussianCovariance, IsotropicCovariance
 from numpyro_diffprior.samplers import DDPM, MultistepSDE
 from numpyro_diffprior.smc import Settings
 

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 from numpyro_diffprior import em as em_module
-from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.em import EM
 from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.nets import MLP
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.samplers import MultistepSDE
 from tests.oracles import spd
 

@@ -10,11 +10,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "numpyro_diffprior"
 
 LAYERS = (
-    ("matrices", "dependence", "schedules", "nets", "metrics"),
-    ("linalg",),
+    ("matrices", "dependence", "schedules", "layers", "transport"),
+    ("linalg", "nets", "metrics"),
     ("denoisers", "likelihoods", "solvers"),
-    ("guidance", "samplers", "gaussian_fit", "serialization", "training"),
-    ("baselines", "curvature", "distributions", "moments", "proposals"),
+    (
+        "network_denoiser",
+        "joint_denoisers",
+        "guidance",
+        "posterior_covariances",
+        "samplers",
+        "flow",
+        "gaussian_fit",
+    ),
+    ("mmps", "serialization", "training"),
+    ("annealing", "baselines", "curvature", "distributions", "moments", "proposals"),
     ("introspect", "smc"),
     ("observations", "conditional_smc", "priors"),
     ("posterior",),
@@ -23,7 +32,7 @@ LAYERS = (
     ("arviz_io", "checkpoints"),
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-FIRST_LAYER_WITH_NUMPYRO = 4
+FIRST_LAYER_WITH_NUMPYRO = 5
 FORBIDDEN_NAMES = frozenset({"utils", "typing", "base", "common"})
 
 SOURCES = {

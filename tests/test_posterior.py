@@ -10,8 +10,9 @@ import pytest
 from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, TweedieCovariance
+from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.posterior import sample_posterior
+from numpyro_diffprior.posterior_covariances import GaussianCovariance, TweedieCovariance
 from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
 from tests.oracles import gaussian_posterior, spd, tolerance
 

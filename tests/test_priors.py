@@ -6,10 +6,11 @@ import numpyro
 import pytest
 from flax import nnx
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.introspect import bind, read_latent
 from numpyro_diffprior.nets import MLP
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.priors import (
     Sites,
     all_of,

@@ -7,9 +7,10 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance
 from numpyro_diffprior.likelihoods import linear_gaussian
 from numpyro_diffprior.linalg import Diagonal
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.proposals import Cloud, propose
 from numpyro_diffprior.samplers import DDPM, MultistepSDE
 from numpyro_diffprior.smc import Settings, draw_posterior

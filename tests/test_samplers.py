@@ -9,9 +9,10 @@ import oracles
 import pytest
 
 from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance
 from numpyro_diffprior.likelihoods import linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.samplers import (
     DDIM,
     DDPM,

@@ -13,14 +13,10 @@ from oracles import COVARIANCES, covariance
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from numpyro_diffprior.denoisers import (
-    Denoiser,
-    GaussianDenoiser,
-    MixtureDenoiser,
-    NetworkDenoiser,
-)
+from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.linalg import Diagonal, Isotropic
 from numpyro_diffprior.nets import MLP, UNet
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.serialization import load_denoiser, read_metadata, save_denoiser
 
 X64 = jax.config.jax_enable_x64

@@ -10,11 +10,13 @@ from numpyro.infer import MCMC
 from scipy.linalg import block_diag
 
 from numpyro_diffprior.calibration import calibrate
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser, ProductDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance
+from numpyro_diffprior.joint_denoisers import ProductDenoiser
 from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.posterior import sample_posterior
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.samplers import DDPM, MultistepSDE
 from tests.oracles import gaussian_posterior, spd, tolerance
 

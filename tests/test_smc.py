@@ -6,10 +6,12 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from numpyro_diffprior.annealing import Piecewise, Tempered
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.guidance import MMPS, GaussianCovariance, Piecewise, Tempered
 from numpyro_diffprior.likelihoods import linear_gaussian
 from numpyro_diffprior.linalg import Diagonal, Isotropic
+from numpyro_diffprior.mmps import MMPS
+from numpyro_diffprior.posterior_covariances import GaussianCovariance
 from numpyro_diffprior.samplers import MultistepSDE
 from numpyro_diffprior.smc import Settings, draw_posterior
 from tests.oracles import mixture_posterior, spd

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior.training as training
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser, NetworkDenoiser
+from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.linalg import Isotropic, empirical_gaussian
 from numpyro_diffprior.nets import MLP, UNet
+from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.schedules import LogBeta, LogNormal, LogUniform
 from numpyro_diffprior.training import (
     denoising_loss,

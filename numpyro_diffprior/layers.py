@@ -1,0 +1,253 @@
+"""Layers of noise-conditional networks, as flax nnx modules.
+
+Each takes the embedding of the noise level beside its features; images have shape
+``(batch, height, width, channels)``. Layers whose output is to start at zero say so.
+
+References:
+    Dhariwal, Nichol, *Diffusion models beat GANs on image synthesis*, 2021, arXiv 2105.05233
+    (normalisation modulated by the noise level).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+__all__ = [
+    "Embedding",
+    "Modulated",
+    "ResidualBlock",
+    "conv",
+    "double",
+    "group_norm",
+    "layer_norm",
+    "linear",
+]
+
+
+_MAX_FREQUENCY = 64.0
+
+
+class Embedding(nnx.Module):
+    """Sines and cosines of the noise level, and the context, through two layers."""
+
+    def __init__(
+        self,
+        features: int,
+        context_shape: tuple[int, ...] | None,
+        *,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.features = features
+        self.context_shape = context_shape
+        self.first = linear(features, features, **options)
+        self.second = linear(features, features, **options)
+        if context_shape is not None:
+            self.context = linear(math.prod(context_shape), features, **options)
+
+    def __call__(self, noise: jax.Array, context: jax.Array | None) -> jax.Array:
+        # The noise levels of a prior span a few units (a factor of e is 1/4): from less than one
+        # period over the whole range to several per unit.
+        frequencies = jnp.geomspace(0.5, _MAX_FREQUENCY, self.features // 2, dtype=noise.dtype)
+        angles = noise[:, None] * frequencies
+        h = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
+        if self.context_shape is not None:
+            if context is None or context.shape[1:] != self.context_shape:
+                found = None if context is None else f"shape {context.shape}"
+                raise ValueError(
+                    "Expected contexts with one batch axis before the context_shape "
+                    f"{self.context_shape}, got {found}."
+                )
+            h = h + self.context(context.reshape(len(context), -1).astype(noise.dtype))
+        return nnx.silu(self.second(nnx.silu(h)))
+
+
+class Modulated(nnx.Module):
+    """A normalisation whose scale and shift depend on the noise level."""
+
+    def __init__(
+        self,
+        norm: nnx.LayerNorm | nnx.GroupNorm,
+        width: int,
+        embedding: int,
+        *,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm = norm
+        self.linear = linear(embedding, 2 * width, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, h: jax.Array, embedded: jax.Array) -> jax.Array:
+        modulation = self.linear(embedded)
+        modulation = modulation.reshape(len(modulation), *(1,) * (h.ndim - 2), -1)
+        scale, shift = jnp.split(modulation, 2, axis=-1)
+        return self.norm(h) * (1 + scale) + shift
+
+
+class ResidualBlock(nnx.Module):
+    """A residual block of two convolutions, and self-attention where `num_heads` is positive."""
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        embedding: int,
+        num_heads: int,
+        dropout: float,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.norm = group_norm(size, affine=True, **options)
+        self.first = conv(size, width, **options)
+        self.modulated = Modulated(group_norm(width, **options), width, embedding, **options)
+        self.drop = nnx.Dropout(dropout)
+        # Residual branches start at zero: the deeper the network, the more it helps.
+        self.second = conv(width, width, zero=True, **options)
+        self.shortcut = None if size == width else linear(size, width, **options)
+        self.attend = _Attention(width, num_heads, **options) if num_heads else None
+
+    def __call__(self, x: jax.Array, embedded: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        h = self.first(nnx.silu(self.norm(x)))
+        h = nnx.silu(self.modulated(h, embedded))
+        h = self.second(self.drop(h, deterministic=rngs is None, rngs=rngs))
+        h = h + (x if self.shortcut is None else self.shortcut(x))
+        return h if self.attend is None else self.attend(h)
+
+
+class _Attention(nnx.Module):
+    """Residual self-attention over all positions of an image."""
+
+    def __init__(
+        self, width: int, num_heads: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.num_heads = num_heads
+        self.norm = group_norm(width, affine=True, **options)
+        self.qkv = linear(width, 3 * width, **options)
+        self.out = linear(width, width, zero=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, features = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, height * width, 3, self.num_heads, -1)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # By hand, for `jax.nn.dot_product_attention` rounds float64 to float32.
+        logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / math.sqrt(query.shape[-1])
+        h = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits, axis=-1), value)
+        return x + self.out(h.reshape(batch, height, width, features))
+
+
+def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A normalisation without scale and shift, for these come from the noise level."""
+    return nnx.LayerNorm(
+        width, use_bias=False, use_scale=False, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def group_norm(
+    width: int, *, affine: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.GroupNorm:
+    """A normalisation over groups of at least four channels where their number allows it."""
+    most = min(32, max(1, width // 4))
+    num_groups = max(k for k in range(1, most + 1) if width % k == 0)
+    return nnx.GroupNorm(
+        width,
+        num_groups=num_groups,
+        use_bias=affine,
+        use_scale=affine,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def linear(
+    size: int, width: int, *, zero: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """An affine map of the last axis."""
+    init = _zeros if zero else _lecun_normal
+    return nnx.Linear(size, width, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+
+
+def conv(
+    size: int,
+    width: int,
+    *,
+    strides: int = 1,
+    zero: bool = False,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A 3 x 3 convolution, which keeps the resolution or halves it (rounded up)."""
+    return nnx.Conv(
+        size,
+        width,
+        (3, 3),
+        strides=strides,
+        kernel_init=_zeros if zero else _lecun_normal,
+        conv_general_dilated=_convolve,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def _lecun_normal(rng_key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+    """Draws of variance one over the number of inputs, as by flax's initializer of this name.
+
+    Flat draws, for every new shape is compiled, and those of several axes take XLA several times
+    as long: seconds, for a small UNet.
+    """
+    variance = 0.774  # of a standard normal truncated at two deviations
+    draws = jax.random.truncated_normal(rng_key, -2, 2, (math.prod(shape),), dtype)
+    return (draws / math.sqrt(variance * math.prod(shape[:-1]))).astype(dtype).reshape(shape)
+
+
+def _zeros(rng_key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **options: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` on channels-last images, by matrix products on CPU.
+
+    On CPU, XLA runs the gradient of a convolution inside a loop (every scan) some thirty times
+    slower than outside of it (JAX issue 12868). Matrix products are as fast there as outside.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    rows, columns, _, features = kernel.shape
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (rows, columns), strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = ((x.shape[i + 1] - kernel.shape[i]) // strides[i] + 1 for i in range(2))
+
+    def shifted(x: jax.Array, offset: int, axis: int, size: int) -> jax.Array:
+        step = strides[axis - 1]
+        stop = offset + (size - 1) * step + 1
+        return jax.lax.slice_in_dim(x, offset, stop, step, axis=axis)
+
+    # Offsets in a row side by side, rows one after the other: measured faster than all nine
+    # offsets side by side (more copies) and than one after the other (small products).
+    x = jnp.concatenate([shifted(x, j, 2, width) for j in range(columns)], axis=-1)
+    kernel = kernel.reshape(rows, -1, features)
+    return sum(
+        (shifted(x, i, 1, height) @ kernel[i] for i in range(1, rows)),
+        start=shifted(x, 0, 1, height) @ kernel[0],
+    )
+
+
+def double(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Nearest-neighbour interpolation by two, cut to a size (which an odd one needs)."""
+    batch, small_height, small_width, features = x.shape
+    # A broadcast: on CPU an order faster than the gather of `jax.image.resize`.
+    x = jnp.broadcast_to(
+        x[:, :, None, :, None, :], (batch, small_height, 2, small_width, 2, features)
+    )
+    x = x.reshape(batch, 2 * small_height, 2 * small_width, features)
+    return x[:, :height, :width]

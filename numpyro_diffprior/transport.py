@@ -1,0 +1,418 @@
+r"""Optimal transport between clouds of events: are two of them draws of the same distribution?
+
+Sliced Wasserstein distances and the Sinkhorn divergence are near zero if they are; what finite
+clouds leave is best measured between two halves of the truth.
+
+Notation: ``x`` with shape ``(n, *event_shape)`` and ``y`` with shape ``(m, *event_shape)`` are
+clouds; events are flattened to vectors of size ``d``. The ground cost of entropic transport is
+:math:`c(x, y) = \lVert x - y \rVert^2`, neither halved nor rooted.
+
+References:
+    Bonneel et al., *Sliced and Radon Wasserstein barycenters of measures*, 2015.
+    Deshpande et al., *Max-sliced Wasserstein distance*, arXiv 1904.05877.
+    Feydy et al., *Interpolating between optimal transport and MMD using Sinkhorn divergences*,
+    arXiv 1810.08278.
+    Chizat et al., *Faster Wasserstein distance estimation with the Sinkhorn divergence*,
+    arXiv 2006.08172.
+"""
+
+import functools
+import importlib.util
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "TransportResult",
+    "entropic_transport",
+    "entropic_transport_cost",
+    "excess_transport_cost",
+    "max_sliced_wasserstein",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+]
+
+
+class TransportResult(NamedTuple):
+    """Solution of one entropic transport problem between two clouds.
+
+    Attributes:
+        cost: transport cost of the regularised plan, without its entropy, scalar.
+        regularized_cost: the objective, cost plus the plan's weighted relative entropy, scalar.
+        num_steps: Sinkhorn iterations made, scalar integer.
+        converged: whether the plan's marginals are within the tolerance, scalar boolean.
+    """
+
+    cost: jax.Array
+    regularized_cost: jax.Array
+    num_steps: jax.Array
+    converged: jax.Array
+
+
+def sliced_wasserstein(
+    rng_key: jax.Array, x: jax.Array, y: jax.Array, *, num_projections: int = 256, p: float = 2
+) -> jax.Array:
+    r"""Sliced Wasserstein distance of order ``p`` between two clouds.
+
+    .. math::
+        \left( \frac{1}{K} \sum_{k=1}^K W_p^p(\theta_k^\top x, \theta_k^\top y) \right)^{1/p},
+        \qquad \theta_k \sim \mathcal{U}(S^{d-1}).
+
+    The one-dimensional distances are exact, also for clouds of different sizes: the two empirical
+    quantile functions are step functions and are compared on the union of their steps.
+
+    Args:
+        rng_key: key of the random directions.
+        x: cloud with shape ``(n, *event_shape)``.
+        y: cloud with shape ``(m, *event_shape)``.
+        num_projections: number of directions ``K``.
+        p: order of the distance, at least 1.
+
+    Returns:
+        The distance, in the events' units, scalar.
+
+    Raises:
+        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+    """
+    x, y = _clouds(x, y)
+    _check_order(p)
+    directions = _random_directions(rng_key, num_projections, x)
+    return jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
+
+
+def max_sliced_wasserstein(
+    rng_key: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    num_projections: int = 256,
+    num_refined: int = 8,
+    num_steps: int = 16,
+    p: float = 2,
+) -> jax.Array:
+    r"""Max-sliced Wasserstein distance of order ``p``: the distance along the worst direction.
+
+    The best ``num_refined`` of ``num_projections`` random directions are refined by ``num_steps``
+    steps :math:`\theta \leftarrow \nabla W_p^p(\theta) / \lVert \nabla W_p^p(\theta) \rVert`
+    (gradient ascent on the sphere with an infinite step; a power iteration on the displacements of
+    the current coupling), and the largest distance met on the way is returned: a lower bound of
+    the true maximum. ``num_steps=0`` gives the maximum over the random directions.
+
+    Args:
+        rng_key: key of the random directions.
+        x: cloud with shape ``(n, *event_shape)``.
+        y: cloud with shape ``(m, *event_shape)``.
+        num_projections: number of random directions.
+        num_refined: number of directions that are refined.
+        num_steps: number of refinements of each.
+        p: order of the distance, at least 1.
+
+    Returns:
+        The distance, in the events' units, scalar.
+
+    Raises:
+        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+    """
+    x, y = _clouds(x, y)
+    _check_order(p)
+    if num_refined < 1 or num_steps < 0:
+        raise ValueError(
+            f"expected num_refined >= 1 and num_steps >= 0, got {num_refined} and {num_steps}"
+        )
+    directions = _random_directions(rng_key, num_projections, x)
+    values, order = jax.lax.top_k(
+        _projected_distances(directions, x, y, p), min(num_refined, num_projections)
+    )
+
+    def total(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        distances = _projected_distances(directions, x, y, p)
+        return jnp.sum(distances), distances
+
+    def refine(
+        carry: tuple[jax.Array, jax.Array], _: None
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        directions, best = carry
+        gradient, _distances = jax.grad(total, has_aux=True)(directions)
+        norm = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
+        # identical clouds have no gradient: stay where we are
+        directions = jnp.where(norm > 0, gradient / jnp.where(norm > 0, norm, 1), directions)
+        best = jnp.maximum(best, jnp.max(_projected_distances(directions, x, y, p)))
+        return (directions, best), None
+
+    (_, best), _ = jax.lax.scan(refine, (directions[order], values[0]), length=num_steps)
+    return best ** (1 / p)
+
+
+def entropic_transport(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    regularization: float = 0.01,
+    tolerance: float = 1e-3,
+    max_steps: int = 10_000,
+) -> TransportResult:
+    r"""Entropic optimal transport between two clouds with uniform weights.
+
+    .. math::
+        P = \arg\min_P \langle P, C \rangle + \varepsilon \mathrm{KL}(P \Vert a b^\top),
+        \qquad C_{ij} = \lVert x_i - y_j \rVert^2,
+
+    with ott-jax's Sinkhorn iterations in the logarithmic domain and adaptive over-relaxation
+    (Lehmann et al., arXiv 2012.12562). The regularisation is absolute, in squared units of the
+    events. Single precision resolves the marginals to about ``1e-7 * max(C) / regularization``.
+    Memory and the time of an iteration grow with ``n * m``.
+
+    Args:
+        x: cloud with shape ``(n, *event_shape)``.
+        y: cloud with shape ``(m, *event_shape)``.
+        regularization: :math:`\varepsilon`.
+        tolerance: largest total violation (the sum of absolute values) of the marginals.
+        max_steps: largest number of iterations.
+
+    Returns:
+        The costs, and whether and when the iterations converged.
+
+    Raises:
+        ImportError: if ott-jax is missing.
+        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+    """
+    x, y = _clouds(x, y)
+    _check_transport(regularization, tolerance, max_steps)
+    return _transport(x, y, regularization, tolerance, max_steps, symmetric=False)
+
+
+def entropic_transport_cost(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    regularization: float = 0.01,
+    tolerance: float = 1e-3,
+    max_steps: int = 10_000,
+) -> jax.Array:
+    r"""Transport cost :math:`\langle P, C \rangle` of the regularised plan, without its entropy.
+
+    What POT's ``sinkhorn2`` returns for its default squared Euclidean cost. Even between a cloud
+    and itself it is not zero: see `excess_transport_cost` and `sinkhorn_divergence`.
+    Warns if the iterations did not converge; under ``jit`` it can not, see `entropic_transport`.
+
+    Args:
+        x: cloud with shape ``(n, *event_shape)``.
+        y: cloud with shape ``(m, *event_shape)``.
+        regularization: see `entropic_transport`, as the options that follow.
+        tolerance: largest total violation of the marginals.
+        max_steps: largest number of iterations.
+
+    Returns:
+        The cost, in squared units of the events, scalar.
+
+    Raises:
+        ImportError: if ott-jax is missing.
+        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+    """
+    result = entropic_transport(
+        x,
+        y,
+        regularization=regularization,
+        tolerance=tolerance,
+        max_steps=max_steps,
+    )
+    _warn_unless_converged(result)
+    return result.cost
+
+
+def excess_transport_cost(
+    samples: jax.Array,
+    truth: jax.Array,
+    other_truth: jax.Array,
+    *,
+    regularization: float = 0.01,
+    tolerance: float = 1e-3,
+    max_steps: int = 10_000,
+) -> jax.Array:
+    r"""Transport cost from the truth to samples, less that from the truth to more of the truth.
+
+    :math:`\langle P, C \rangle(x, \hat x) - \langle P, C \rangle(x, x')`, which is what Rozet et
+    al. (arXiv 2405.13712) report as the divergence of the five-dimensional manifold. Their code
+    has 16,384 points in each cloud, regularisation 1e-3, at most 1,024 iterations, stops where the
+    Euclidean norm of the marginal's violation is below 1e-3, and clips the result below at 1e-6.
+    The cost of a plan short of convergence is too low, so compare numbers only at one setting.
+
+    The samples' cost to themselves is not subtracted, so that the difference can be negative:
+    samples that stay closer to the truth's points than fresh truth does cost less.
+
+    Args:
+        samples: cloud :math:`\hat x` with shape ``(n, *event_shape)``.
+        truth: cloud :math:`x` with shape ``(m, *event_shape)``.
+        other_truth: cloud :math:`x'`, independent of ``truth``, with shape ``(n, *event_shape)``:
+            the same size as ``samples``, for the costs depend on the clouds' sizes.
+        regularization: see `entropic_transport`, as the options that follow.
+        tolerance: largest total violation of the marginals.
+        max_steps: largest number of iterations.
+
+    Returns:
+        The difference, in squared units of the events, scalar.
+
+    Raises:
+        ImportError: if ott-jax is missing.
+        ValueError: if the samples and the other truth differ in shape, a cloud is empty or an
+            option is out of range.
+    """
+    if jnp.shape(samples) != jnp.shape(other_truth):
+        raise ValueError(
+            "expected samples and other_truth of one shape, got "
+            f"{jnp.shape(samples)} and {jnp.shape(other_truth)}: their costs depend on their sizes"
+        )
+    cost = functools.partial(
+        entropic_transport_cost,
+        truth,
+        regularization=regularization,
+        tolerance=tolerance,
+        max_steps=max_steps,
+    )
+    return cost(samples) - cost(other_truth)
+
+
+def sinkhorn_divergence(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    regularization: float = 0.01,
+    tolerance: float = 1e-3,
+    max_steps: int = 10_000,
+) -> jax.Array:
+    r"""Debiased Sinkhorn divergence between two clouds.
+
+    :math:`\mathrm{OT}_\varepsilon(x, y) - (\mathrm{OT}_\varepsilon(x, x) +
+    \mathrm{OT}_\varepsilon(y, y)) / 2`, where :math:`\mathrm{OT}_\varepsilon` is the
+    ``regularized_cost`` of `entropic_transport`. It is zero for identical clouds, positive
+    otherwise, and the squared length of the shift for a shifted cloud.
+    Warns if the iterations did not converge; under ``jit`` it can not.
+
+    Args:
+        x: cloud with shape ``(n, *event_shape)``.
+        y: cloud with shape ``(m, *event_shape)``.
+        regularization: see `entropic_transport`, as the options that follow.
+        tolerance: largest total violation of the marginals.
+        max_steps: largest number of iterations.
+
+    Returns:
+        The divergence, in squared units of the events, scalar.
+
+    Raises:
+        ImportError: if ott-jax is missing.
+        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+    """
+    x, y = _clouds(x, y)
+    _check_transport(regularization, tolerance, max_steps)
+    options = (regularization, tolerance, max_steps)
+    cross = _transport(x, y, *options, symmetric=False)
+    within_x = _transport(x, x, *options, symmetric=True)
+    within_y = _transport(y, y, *options, symmetric=True)
+    _warn_unless_converged(cross, within_x, within_y)
+    bias = (within_x.regularized_cost + within_y.regularized_cost) / 2
+    return cross.regularized_cost - bias
+
+
+def _clouds(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    if 0 in (x.ndim, y.ndim) or x.shape[1:] != y.shape[1:] or 0 in (x.size, y.size):
+        raise ValueError(
+            "expected non-empty clouds with shapes (n, *event_shape) and (m, *event_shape), got "
+            f"{x.shape} and {y.shape}"
+        )
+    dtype = jnp.result_type(x, y, jnp.float32)
+    return x.reshape(len(x), -1).astype(dtype), y.reshape(len(y), -1).astype(dtype)
+
+
+def _check_order(p: float) -> None:
+    if p < 1:
+        raise ValueError(f"expected an order p of at least 1, got {p}")
+
+
+def _random_directions(rng_key: jax.Array, num_projections: int, like: jax.Array) -> jax.Array:
+    if num_projections < 1:
+        raise ValueError(f"expected num_projections >= 1, got {num_projections}")
+    z = jax.random.normal(rng_key, (num_projections, like.shape[1]), dtype=like.dtype)
+    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames="p")
+def _projected_distances(directions: jax.Array, x: jax.Array, y: jax.Array, p: float) -> jax.Array:
+    """Distances W_p^p of the clouds' projections, with shape ``(num_projections,)``."""
+    rows_x, rows_y, widths = _common_steps(len(x), len(y))
+    x = jnp.sort(jnp.matmul(directions, x.T, precision="highest"), axis=-1)[:, rows_x]
+    y = jnp.sort(jnp.matmul(directions, y.T, precision="highest"), axis=-1)[:, rows_y]
+    return jnp.sum(jnp.asarray(widths, dtype=x.dtype) * jnp.abs(x - y) ** p, axis=-1)
+
+
+def _common_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order statistics of n and m points on the union of their quantile steps, and its widths."""
+    # in units of 1 / (n m) the steps are integers, so that common ones coincide exactly
+    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
+    return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
+
+
+def _check_transport(regularization: float, tolerance: float, max_steps: int) -> None:
+    if importlib.util.find_spec("ott") is None:
+        raise ImportError(
+            "entropic transport needs ott-jax: pip install 'numpyro_diffprior[metrics]'"
+        )
+    if not (regularization > 0 and tolerance > 0 and max_steps > 0):
+        raise ValueError(
+            "expected positive regularization, tolerance and max_steps, got "
+            f"{regularization}, {tolerance} and {max_steps}"
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("tolerance", "max_steps", "symmetric"))
+def _transport(
+    x: jax.Array,
+    y: jax.Array,
+    regularization: float,
+    tolerance: float,
+    max_steps: int,
+    *,
+    symmetric: bool,
+) -> TransportResult:
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import acceleration, sinkhorn
+
+    # a weight of the events' dtype: ott's branches must agree on it in single precision under x64.
+    # Averaged parallel updates solve symmetric problems in a few steps (Feydy et al., eq. 25)
+    solver = sinkhorn.Sinkhorn(
+        threshold=tolerance,
+        max_iterations=max_steps,
+        inner_iterations=10,
+        parallel_dual_updates=symmetric,
+        momentum=acceleration.Momentum(start=0, value=0.5)
+        if symmetric
+        else acceleration.Momentum(start=200, value=x.dtype.type(1)),
+    )
+    # From differences, not from products: costs are divided by the regularisation, which would
+    # magnify the products' cancellation. Kept for all iterations: faster than ott's clouds.
+    cost_matrix = jnp.sum((x[:, None] - y) ** 2, axis=-1)
+    geom = geometry.Geometry(
+        cost_matrix=cost_matrix, epsilon=jnp.asarray(regularization, dtype=x.dtype)
+    )
+    weights = (jnp.full(len(z), 1 / len(z), dtype=z.dtype) for z in (x, y))
+    result = solver(linear_problem.LinearProblem(geom, *weights))
+    cost, regularized = result.primal_cost, result.reg_ot_cost
+    # a diverged iteration ends with an error of minus infinity, which ott takes for convergence
+    finite = jnp.isfinite(cost) & jnp.isfinite(regularized)
+    return TransportResult(cost, regularized, result.n_iters, result.converged & finite)
+
+
+def _warn_unless_converged(*results: TransportResult) -> None:
+    for result in results:
+        if not isinstance(result.converged, jax.core.Tracer) and not result.converged:
+            warnings.warn(
+                f"Sinkhorn iterations did not converge in {result.num_steps} steps: raise "
+                "max_steps, tolerance or regularization, or use double precision",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
