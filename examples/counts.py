@@ -1,6 +1,6 @@
 """Restore digits from a handful of photons, with a prior learned from the counts alone.
 
-Every pixel of every digit is a Poisson count of a few photons. Expectation maximisation learns a
+Every pixel of every digit is a Poisson count of at most some eight photons. Expectation maximisation learns a
 diffusion prior from these counts, with the likelihood as it is and, to compare, with the Gaussian
 approximation that one would make by hand: counts with a variance of their own size.
 
@@ -23,8 +23,8 @@ from examples import digits
 
 
 def rate(x, photons):
-    """Expected counts: digits are on a scale from -1 to 1, and light cannot be negative."""
-    return photons * (jax.nn.softplus(6 * x) / 6 + 0.01)
+    """Expected counts: black is -1, white is 1, and light cannot be negative."""
+    return photons * jax.nn.softplus(4 * (1 + x)) / 8
 
 
 def poisson(prior, photons, counts=None):
@@ -54,7 +54,7 @@ def learn(rng_key, model, counts, args):
         digits.make_optimizer(digits.anneal(1e-3, num_steps)),
         num_sgd_steps=args.num_sgd_steps,
         num_particles=1,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance(), max_dense=0, rtol=1e-2),
+        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
         num_gaussian_iterations=args.num_gaussian_iterations,
     )
     prior = digits.make_prior(key_net, args.width)
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--photons", type=float, default=4.0, help="of the brightest pixel")
+    parser.add_argument("--photons", type=float, default=8.0, help="of the brightest pixel")
     parser.add_argument("--num-images", type=int, default=digits.NUM_TRAIN)
     parser.add_argument("--num-iterations", type=int, default=8)
     parser.add_argument("--num-sgd-steps", type=int, default=256)

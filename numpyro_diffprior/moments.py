@@ -138,7 +138,6 @@ for _family in (
     dist.GammaPoisson,
     dist.GeometricLogits,
     dist.GeometricProbs,
-    dist.HalfNormal,
     dist.Kumaraswamy,
     dist.LogNormal,
     dist.LogUniform,
@@ -167,6 +166,13 @@ for _family in (
     dist.TwoSidedTruncatedGamma,
 ):
     gaussian_moments.register(_family)(_by_element)
+
+
+@gaussian_moments.register(dist.HalfNormal)
+def _of_squares(fn: dist.HalfNormal) -> Moments:
+    """Of the values' squares, which know all of the scale that the values know."""
+    variance = jnp.broadcast_to(fn.scale**2, fn.shape())
+    return Moments(variance, 2 * variance**2, transform=jnp.square)
 
 
 @gaussian_moments.register(dist.Beta)
