@@ -60,6 +60,10 @@ FAMILIES = {
         dist.Categorical(jnp.array([0.8, 0.2])),
         dist.Normal(x[..., None], jnp.array([0.5, 2.0])),
     ),
+    "MixtureGeneral": lambda x: dist.MixtureGeneral(
+        dist.Categorical(jnp.array([0.8, 0.2])),
+        [dist.Normal(x, 0.5), dist.Normal(jnp.zeros_like(x), 2.0)],
+    ),
 }
 NUM_VALUES = 10
 MAX_BATCH_SIZE = 32_000 // NUM_VALUES  # see docs/distributions.md on larger sums

@@ -11,7 +11,9 @@ made anew wherever the latent is. Guidance by it is :math:`(I + V H)^{-1} V g` i
 log-density. Student's and Cauchy's distributions are taken for scale mixtures of Gaussians at the
 residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`. A normal distribution whose scale
 depends on the latent is observed twice, its location by the value and the logarithm of its scale
-by the squared residual, with Fisher's information for a curvature: :math:`1 / s^2` and 2.
+by the squared residual, with Fisher's information for a curvature: :math:`1 / s^2` and 2. A
+mixture (or a zero-inflated count) is observed once for each component, with its variance over
+the probability :math:`r_k` that the value is the component's: :math:`H_k = r_k / s_k^2`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from numpyro_diffprior.matrices import eigh
+from numpyro_diffprior.moments import gaussian_moments
 
 __all__ = [
     "PseudoObservation",
@@ -109,6 +112,8 @@ def pseudo_observe(
     theta = jnp.concatenate(parts, axis=-1)
     if is_heteroscedastic(fn, depends):
         return _location_and_scale(fn, batch_shape, value)
+    if (by_component := _by_component(fn, batch_shape, value, depends)) is not None:
+        return by_component
     if isinstance(fn, dist.StudentT | dist.Cauchy) and [leaves[i] is fn.loc for i in chosen] == [
         True
     ]:
@@ -192,3 +197,42 @@ def _location_and_scale(
         )
     )
     return PseudoObservation(theta, y, variances, None)
+
+
+def _by_component(
+    fn: dist.Distribution, batch_shape: tuple[int, ...], value: jax.Array, depends: Sequence[bool]
+) -> PseudoObservation | None:
+    """Observe the components of a mixture, if their moments depend on the latent and no weight."""
+    match fn:
+        case dist.MixtureSameFamily():
+            components, weights = [fn.component_distribution], fn.mixing_distribution
+        case dist.MixtureGeneral():
+            components, weights = fn.component_distributions, fn.mixing_distribution
+        case dist.ZeroInflatedProbs():
+            components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
+        case _:
+            return None
+    marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]
+    if fn.event_shape or any(leaf is w for leaf in marked for w in jax.tree.leaves(weights)):
+        return None
+    moments = [gaussian_moments(component) for component in components]
+    known = [m for m in moments if m is not None and not m.full and m.transform is None]
+    if len(known) < len(moments):
+        return None
+    if isinstance(fn, dist.ZeroInflatedProbs):
+        log_joint = jnp.log1p(-fn.gate) + fn.base_dist.log_prob(value)
+        log_joint, mean, variance = (
+            jnp.expand_dims(v, -1) for v in (log_joint, known[0].mean, known[0].cov)
+        )
+    else:
+        log_joint = fn.component_log_probs(value)
+        mean, variance = (
+            v[0] if len(components) == 1 else jnp.stack(v, axis=-1)
+            for v in ([m.mean for m in known], [m.cov for m in known])
+        )
+    probability = jnp.exp(log_joint - fn.log_prob(value)[..., None])
+    # A component that is all but excluded tells nothing, but is not divided by zero.
+    variance = variance / jnp.maximum(probability, jnp.finfo(mean.dtype).eps)
+    shape = (*batch_shape, mean.shape[-1])
+    mean, y, variance = (jnp.broadcast_to(v, shape) for v in (mean, value[..., None], variance))
+    return PseudoObservation(mean, y.astype(mean.dtype), variance, None)

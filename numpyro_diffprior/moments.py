@@ -150,17 +150,12 @@ for _family in (
     dist.Poisson,
     dist.Uniform,
     dist.Weibull,
-    dist.ZeroInflatedPoisson,
-    # What wraps a distribution with moments: a hurdle, an excess of zeros, a bound, components.
+    # What wraps a distribution with moments: a hurdle, a bound.
     dist.HurdleGamma,
     dist.HurdleLogNormal,
     dist.HurdleLogits,
     dist.HurdlePoisson,
     dist.HurdleProbs,
-    dist.ZeroInflatedLogits,
-    dist.ZeroInflatedProbs,
-    dist.MixtureGeneral,
-    dist.MixtureSameFamily,
     dist.LeftTruncatedGamma,
     dist.RightTruncatedGamma,
     dist.TwoSidedTruncatedGamma,
@@ -322,6 +317,14 @@ for _family in (
     gaussian_moments.register(_family)(_no_moments)
 
 
+@gaussian_moments.register(dist.MixtureGeneral)
+@gaussian_moments.register(dist.MixtureSameFamily)
+@gaussian_moments.register(dist.ZeroInflatedProbs)
+def _of_components(fn: dist.Distribution) -> None:
+    """Those of the components, by the value: see `numpyro_diffprior.curvature.pseudo_observe`."""
+    return None
+
+
 @gaussian_moments.register
 def _refuse_delta(fn: dist.Delta) -> Moments:
     raise ValueError(
@@ -355,6 +358,8 @@ _LABELS = {
     _masked: "as what it wraps",
     _by_element: "moments",
     _of_logits: "moments of its logit",
+    _of_squares: "moments of its square",
+    _of_components: "moments of its components, curvature where weights hold the latent",
     _no_moments: "curvature",
     _truncated: "moments of a truncated normal, curvature of others",
     _transformed: "moments of an affine map, curvature of others",

@@ -78,6 +78,56 @@ def test_a_vector_of_parameters():
     np.testing.assert_allclose(score, jax.nn.one_hot(value, 3) - p, atol=tolerance(1e-4))
 
 
+WEIGHTS = dist.Categorical(jnp.array([0.7, 0.3]))
+SPREAD = jnp.array([0.5, 2.0])
+MIXTURES = {
+    "same family": lambda locs: dist.MixtureSameFamily(WEIGHTS, dist.Normal(locs, SPREAD)),
+    "general": lambda locs: dist.MixtureGeneral(
+        WEIGHTS, [dist.Normal(locs[..., i], SPREAD[i]) for i in range(2)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_observed_by_component(name):
+    """Scores are exact; the curvature is that of the value's own component, were it known."""
+    locs = jnp.stack([LOC, LOC - 1], axis=-1)
+    fn = MIXTURES[name](locs)
+    parts = getattr(fn, "component_distributions", [getattr(fn, "component_distribution", None)])
+    depends = [any(leaf is part.loc for part in parts) for leaf in jax.tree.leaves(fn)]
+    pseudo = pseudo_observe(fn, (3,), VALUE, depends)
+    np.testing.assert_allclose(pseudo.theta, locs)
+    score = jax.grad(lambda locs: MIXTURES[name](locs).log_prob(VALUE).sum())(locs)
+    found = (pseudo.y - pseudo.theta) / pseudo.variances
+    np.testing.assert_allclose(found, score, rtol=50 * tolerance(), atol=tolerance())
+    probability = jnp.exp(fn.component_log_probs(VALUE) - fn.log_prob(VALUE)[:, None])
+    expected = np.maximum(probability, 1e-7) / SPREAD**2
+    np.testing.assert_allclose(1 / pseudo.variances, expected, rtol=50 * tolerance(), atol=1e-7)
+
+
+@pytest.mark.parametrize("gate", [{"gate": 0.2}, {"gate_logits": -1.5}], ids=["gate", "logits"])
+def test_zero_inflated_counts_are_observed_by_component(gate):
+    rate, counts = jnp.array([0.5, 2.0, 3.0]), jnp.array([0, 0, 4])
+    fn = dist.ZeroInflatedDistribution(dist.Poisson(rate), **gate)
+    depends = [leaf is fn.base_dist.rate for leaf in jax.tree.leaves(fn)]
+    pseudo = pseudo_observe(fn, (3,), counts, depends)
+
+    def log_prob(rate):
+        return dist.ZeroInflatedDistribution(dist.Poisson(rate), **gate).log_prob(counts).sum()
+
+    found = (pseudo.y - pseudo.theta) / pseudo.variances
+    np.testing.assert_allclose(found[:, 0], jax.grad(log_prob)(rate), rtol=50 * tolerance())
+
+
+def test_mixtures_whose_weights_depend_go_by_their_log_density():
+    logits = jnp.array([[0.3, -0.4]])
+    fn = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(LOC[:2], SPREAD))
+    depends = [leaf is fn.mixing_distribution.logits for leaf in jax.tree.leaves(fn)]
+    pseudo = pseudo_observe(fn, (1,), VALUE[:1], depends)
+    np.testing.assert_allclose(pseudo.theta, logits)
+    assert pseudo.directions is not None
+
+
 def test_matrices_of_second_derivatives():
     matrix = spd(np.random.default_rng(0), 3)
     target = jnp.array([1.0, -2.0, 0.5])
