@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from numpyro_diffprior.layers import (
+from numpyro_diffprior.net_layers import (
     Embedding,
     Modulated,
     ResidualBlock,

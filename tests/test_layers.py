@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "numpyro_diffprior"
 
 LAYERS = (
-    ("matrices", "dependence", "schedules", "layers", "transport"),
+    ("matrices", "dependence", "schedules", "net_layers", "transport"),
     ("linalg", "nets", "metrics"),
     ("denoisers", "likelihoods", "solvers"),
     (

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_diffprior import layers
+from numpyro_diffprior import net_layers
 from numpyro_diffprior.nets import MLP, NETWORKS, UNet
 
 CASES = {
@@ -221,7 +221,7 @@ def test_convolution_by_matrix_products_is_xlas(shape, stride, monkeypatch):
 
         # Functions of their own, for a trace is cached by the function.
         def evaluate(x, kernel):
-            return layers._convolve(x, kernel, (stride, stride), "SAME", **options)
+            return net_layers._convolve(x, kernel, (stride, stride), "SAME", **options)
 
         def loss(x, kernel, evaluate=evaluate):
             return jnp.sum(jnp.sin(evaluate(x, kernel)))

@@ -244,7 +244,7 @@ def test_other_version_is_refused(path):
             '{"network": "eval", "config": {}}',
             "expected one of the networks MLP, UNet, got 'eval'",
         ),
-        ('{"network": "MLP", "config": {"layers": 3}}', "does not take the stored config"),
+        ('{"network": "MLP", "config": {"net_layers": 3}}', "does not take the stored config"),
         ('{"type": "Diagonal", "fields": {"a": {"value": 1}}}', "expected the fields"),
         (
             '{"type": "Diagonal", "fields": {"variances": {"array": "b"}}}',

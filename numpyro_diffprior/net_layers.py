@@ -1,6 +1,6 @@
 """Layers of noise-conditional networks, as flax nnx modules.
 
-Each takes the embedding of the noise level beside its features; images have shape
+Features are modulated by an embedding of the noise level; images have shape
 ``(batch, height, width, channels)``. Layers whose output is to start at zero say so.
 
 References:
