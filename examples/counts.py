@@ -55,7 +55,7 @@ def learn(rng_key, model, counts, args):
         digits.make_optimizer(digits.anneal(1e-3, num_steps)),
         num_sgd_steps=args.num_sgd_steps,
         num_particles=1,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
+        guidance=ndp.MMPS(ndp.CalibratedCovariance(), num_iterations=2),
         num_gaussian_iterations=args.num_gaussian_iterations,
     )
     prior = digits.make_prior(key_net, args.width)
@@ -118,9 +118,9 @@ def parse_args(argv=None):
     parser.add_argument("--num-images", type=int, default=digits.NUM_TRAIN)
     parser.add_argument("--num-iterations", type=int, default=8)
     parser.add_argument("--num-sgd-steps", type=int, default=256)
-    parser.add_argument("--num-gaussian-iterations", type=int, default=6)
+    parser.add_argument("--num-gaussian-iterations", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--num-judged", type=int, default=64, help="digits to restore")
+    parser.add_argument("--num-judged", type=int, default=32, help="digits to restore")
     parser.add_argument("--num-samples", type=int, default=32, help="draws per digit")
     return parser.parse_args(argv)
 
