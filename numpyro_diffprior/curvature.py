@@ -202,7 +202,10 @@ def _location_and_scale(
 def _by_component(
     fn: dist.Distribution, batch_shape: tuple[int, ...], value: jax.Array, depends: Sequence[bool]
 ) -> PseudoObservation | None:
-    """Observe the components of a mixture, if their moments depend on the latent and no weight."""
+    """Observe the components of a mixture, where their means tell of the latent.
+
+    None where weights depend on it, or the scale of a normal component.
+    """
     match fn:
         case dist.MixtureSameFamily():
             components, weights = [fn.component_distribution], fn.mixing_distribution
@@ -212,8 +215,11 @@ def _by_component(
             components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
         case _:
             return None
+    parts = [unwrap(component).fn for component in components]
+    scales = [part.scale for part in parts if isinstance(part, dist.Normal)]
+    beyond = jax.tree.leaves((weights, scales))
     marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]
-    if fn.event_shape or any(leaf is w for leaf in marked for w in jax.tree.leaves(weights)):
+    if fn.event_shape or any(leaf is other for leaf in marked for other in beyond):
         return None
     moments = [gaussian_moments(component) for component in components]
     known = [m for m in moments if m is not None and not m.full and m.transform is None]

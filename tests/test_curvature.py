@@ -119,6 +119,23 @@ def test_zero_inflated_counts_are_observed_by_component(gate):
     np.testing.assert_allclose(found[:, 0], jax.grad(log_prob)(rate), rtol=50 * tolerance())
 
 
+def test_mixtures_whose_scales_depend_go_by_their_log_density():
+    """Their means alone would tell nothing."""
+
+    def mixture(scale):
+        return dist.MixtureSameFamily(WEIGHTS, dist.Normal(0.0, scale))
+
+    scale = jnp.array([[0.7, 1.5]])
+    fn = mixture(scale)
+    depends = [leaf is fn.component_distribution.scale for leaf in jax.tree.leaves(fn)]
+    pseudo = pseudo_observe(fn, (1,), VALUE[:1], depends)
+    np.testing.assert_allclose(pseudo.theta, scale)
+    score = jax.grad(lambda scale: mixture(scale).log_prob(VALUE[:1]).sum())(scale)
+    along = jnp.einsum("nij,ni->nj", pseudo.directions, pseudo.y - pseudo.theta)
+    found = jnp.einsum("nij,nj->ni", pseudo.directions, along / pseudo.variances)
+    np.testing.assert_allclose(found, score, rtol=tolerance(1e-4), atol=tolerance(1e-5))
+
+
 def test_mixtures_whose_weights_depend_go_by_their_log_density():
     logits = jnp.array([[0.3, -0.4]])
     fn = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(LOC[:2], SPREAD))
