@@ -359,7 +359,7 @@ _LABELS = {
     _by_element: "moments",
     _of_logits: "moments of its logit",
     _of_squares: "moments of its square",
-    _of_components: "moments of its components, curvature where weights hold the latent",
+    _of_components: "moments of its components, curvature where weights or scales hold the latent",
     _no_moments: "curvature",
     _truncated: "moments of a truncated normal, curvature of others",
     _transformed: "moments of an affine map, curvature of others",
