@@ -31,7 +31,6 @@ __all__ = [
     "PseudoObservation",
     "Unwrapped",
     "from_log_prob",
-    "is_heteroscedastic",
     "pseudo_observe",
     "unwrap",
 ]
@@ -110,7 +109,7 @@ def pseudo_observe(
         for i, own in zip(chosen, own_shapes, strict=True)
     ]
     theta = jnp.concatenate(parts, axis=-1)
-    if is_heteroscedastic(fn, depends):
+    if _is_heteroscedastic(fn, depends):
         return _location_and_scale(fn, batch_shape, value)
     if (by_component := _by_component(fn, batch_shape, value, depends)) is not None:
         return by_component
@@ -129,7 +128,7 @@ def pseudo_observe(
     return from_log_prob(log_prob, theta)
 
 
-def is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
+def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
     """Whether it is a normal distribution whose scale is among the leaves that depend."""
     if not isinstance(fn, dist.Normal):
         return False

@@ -209,7 +209,10 @@ class MMPS(Guidance):
         # and a linear mean it is the same for all particles of an event, and would cancel. In
         # general twists may be any positive function: particle samplers stay exact.
         zeros = jnp.zeros_like(residual)
-        return _Solve(solution, zeros, residual, zeros.astype(int), correction)
+        # Where it stopped early, the rest is taken for noise.
+        rest = local.residual - local.noise.matvec(solution) - local.matvec(correction)
+        left_out = jnp.sum(rest * local.noise.solve(rest), axis=-1)
+        return _Solve(solution, zeros, residual, zeros.astype(int), correction, left_out)
 
 
 class _Solve(NamedTuple):
@@ -220,7 +223,7 @@ class _Solve(NamedTuple):
     residual: jax.Array
     num_truncated: jax.Array
     correction: jax.Array | None = None
-    left_out: jax.Array | float = 0.0  # what r^T w lacks, in truncated directions
+    left_out: jax.Array | float = 0.0  # what r^T w lacks, in directions without correction
 
 
 class _Newton(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.scipy.special import digamma, logit, polygamma
+from jax.scipy.special import digamma, polygamma
 from numpyro.distributions.transforms import AffineTransform
 
 __all__ = ["Moments", "gaussian_moments", "handling"]
@@ -130,8 +130,6 @@ for _family in (
     dist.BinomialLogits,
     dist.BinomialProbs,
     dist.Chi2,
-    dist.Dirichlet,
-    dist.DirichletMultinomial,
     dist.DiscreteUniform,
     dist.Exponential,
     dist.Gamma,
@@ -141,8 +139,6 @@ for _family in (
     dist.Kumaraswamy,
     dist.LogNormal,
     dist.LogUniform,
-    dist.MultinomialLogits,
-    dist.MultinomialProbs,
     dist.NegativeBinomial2,
     dist.NegativeBinomialLogits,
     dist.NegativeBinomialProbs,
@@ -171,17 +167,47 @@ def _of_squares(fn: dist.HalfNormal) -> Moments:
 
 
 @gaussian_moments.register(dist.Beta)
-def _of_logits(fn: dist.Beta) -> Moments:
-    """Of the values' logits, which know of values near zero and one what their size does not."""
-    a, b = (jnp.broadcast_to(c, fn.shape()) for c in (fn.concentration1, fn.concentration0))
-    mean, variance = digamma(a) - digamma(b), polygamma(1, a) + polygamma(1, b)
-    return Moments(mean, variance, transform=_logit)
+@gaussian_moments.register(dist.Dirichlet)
+def _of_logs(fn: dist.Beta | dist.Dirichlet) -> Moments:
+    """Of the parts' logarithms, which know all of the concentrations that the values know."""
+    if isinstance(fn, dist.Beta):
+        pair = jnp.broadcast_arrays(fn.concentration1, fn.concentration0)
+        concentration = jnp.broadcast_to(jnp.stack(pair, axis=-1), (*fn.batch_shape, 2))
+        transform = _log_parts
+    else:
+        concentration, transform = jnp.broadcast_to(fn.concentration, fn.shape()), _log
+    total = concentration.sum(-1, keepdims=True)
+    own = polygamma(1, concentration)[..., None] * jnp.eye(concentration.shape[-1])
+    cov = own - polygamma(1, total)[..., None]
+    return Moments(digamma(concentration) - digamma(total), cov, full=True, transform=transform)
 
 
-def _logit(y: jax.Array) -> jax.Array:
-    """Of values that rounding takes for zero or one, of the nearest that it does not."""
-    info = jnp.finfo(y.dtype)
-    return logit(jnp.clip(y, info.tiny, 1 - info.eps))
+def _log_parts(y: jax.Array) -> jax.Array:
+    """Of a part that rounding takes for one, the rest is what rounding leaves."""
+    return _log(jnp.stack([y, jnp.maximum(1 - y, jnp.finfo(y.dtype).eps)], axis=-1))
+
+
+def _log(y: jax.Array) -> jax.Array:
+    """Of zero, the logarithm of the smallest number."""
+    return jnp.log(jnp.maximum(y, jnp.finfo(y.dtype).tiny))
+
+
+@gaussian_moments.register(dist.DirichletMultinomial)
+@gaussian_moments.register(dist.MultinomialLogits)
+@gaussian_moments.register(dist.MultinomialProbs)
+def _of_counts(fn: dist.Distribution) -> Moments:
+    """Of independent counts with the same means, whose sum happens to be what was counted.
+
+    As the sum does not depend on the latent, they tell what counts with the full, singular
+    covariance tell.
+    """
+    mean = jnp.broadcast_to(fn.mean, fn.shape())
+    variance = jnp.maximum(mean, jnp.finfo(mean.dtype).eps)
+    if isinstance(fn, dist.DirichletMultinomial):
+        concentration = fn.concentration.sum(-1)
+        excess = (fn.total_count + concentration) / (1 + concentration)
+        variance = variance * excess[..., None]
+    return Moments(mean, variance)
 
 
 @gaussian_moments.register(dist.LeftTruncatedDistribution)
@@ -357,7 +383,8 @@ _LABELS = {
     _expanded: "as what it wraps",
     _masked: "as what it wraps",
     _by_element: "moments",
-    _of_logits: "moments of its logit",
+    _of_logs: "mean and covariance of its logarithms",
+    _of_counts: "moments, as independent counts",
     _of_squares: "moments of its square",
     _of_components: "moments of its components, curvature where weights or scales hold the latent",
     _no_moments: "curvature",

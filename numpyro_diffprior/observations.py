@@ -9,26 +9,21 @@ be any JAX function of the latent. A subsampled plate's factor does not touch wh
 plate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro import handlers
 
-from numpyro_diffprior.curvature import (
-    from_log_prob,
-    is_heteroscedastic,
-    pseudo_observe,
-    unwrap,
-)
+from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
 from numpyro_diffprior.dependence import depends
 from numpyro_diffprior.introspect import LatentSite
 from numpyro_diffprior.likelihoods import Likelihood, Reading
 from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Diagonal, Repeated
-from numpyro_diffprior.moments import gaussian_moments
+from numpyro_diffprior.moments import Moments, gaussian_moments
 
 __all__ = ["observed_log_density", "read_likelihood"]
 
@@ -52,7 +47,7 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
         trace = _trace(bound, latent, x)
         parts = []
         for site in sites:
-            if site.is_potential:
+            if site.by == "event":
                 parts.append(_read_potential(bound, site.name, latent, x))
             else:
                 parts.append(_read_site(site, trace, latent))
@@ -111,19 +106,18 @@ class _ObservedSite(NamedTuple):
     Attributes:
         name: Its name.
         is_peeled: Whether its values are transformed back to those of its base distribution.
-        has_moments: Whether there are moments to match, and they tell what there is to know.
+        by: What is read of it: its moments, the curvature of its log-density in those of its
+            parameters that depend on the latent or in the event itself, or its gradient only.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
-        is_potential: Whether it is a factor, read by its curvature in the event itself.
     """
 
     name: str
     is_peeled: bool
-    has_moments: bool
+    by: Literal["moments", "parameters", "event", "gradient"]
     depends: tuple[bool, ...]
-    is_potential: bool
 
 
-# Up to this size of an event, a factor's matrix of second derivatives is made.
+# Up to this size of an event, a potential's matrix of second derivatives is made.
 _MAX_POTENTIAL = 64
 
 
@@ -149,13 +143,13 @@ def _observed_sites(
         found = {}
         for name, site in observed(x).items():
             fn, value = site["fn"], site["value"]
-            leaves = [
-                [jnp.asarray(leaf) for leaf in jax.tree.leaves(unwrap(f).fn)]
-                for f in (fn, _peel(fn, value)[0])
-            ]
+            readable = fn, _peel(fn, value)[0]
             found[name] = {
                 "log_prob": fn.log_prob(value),
-                "leaves": leaves,
+                "leaves": [
+                    list(map(jnp.asarray, jax.tree.leaves(unwrap(f).fn))) for f in readable
+                ],
+                "moments": [_moments_of(f) for f in readable],
                 "transforms": [jnp.asarray(t) for t in jax.tree.leaves(_transforms(fn))],
             }
         return found
@@ -168,26 +162,67 @@ def _observed_sites(
             continue
         fn = site["fn"]
         is_peeled = bool(_transforms(fn)) and not any(marked["transforms"])
-        is_potential = (
-            isinstance(unwrap(fn).fn, dist.Unit)
-            and latent.prior.denoiser.event_size <= _MAX_POTENTIAL
-        )
         read_as = _peel(fn, site["value"])[0] if is_peeled else fn
         try:
             moments = gaussian_moments(read_as)
         except ValueError as error:
             raise ValueError(f"observed site '{name}': {error}") from None
+        own = unwrap(read_as).fn
         leaves = tuple(marked["leaves"][int(is_peeled)])
-        if is_heteroscedastic(unwrap(read_as).fn, leaves):
-            moments = None
-        if moments is None and not is_potential and not any(leaves):
+        fits = latent.prior.denoiser.event_size <= _MAX_POTENTIAL
+        by = "parameters"
+        if isinstance(own, dist.Unit):
+            by = "event" if fits else "gradient"
+        elif moments is not None:
+            tells = marked["moments"][int(is_peeled)]
+            if _tell_all(own, moments, leaves, **tells):
+                by = "moments"
+            elif moments.full:
+                by = "event" if fits else "moments" if tells["mean"] else "gradient"
+        if by == "parameters" and not any(leaves):
             raise ValueError(
                 f"observed site '{name}': {type(unwrap(fn).fn).__name__} has no moments, and "
                 "none of its parameters depends on the latent; add its log-density by "
                 "`numpyro.factor` instead."
             )
-        sites.append(_ObservedSite(name, is_peeled, moments is not None, leaves, is_potential))
+        sites.append(_ObservedSite(name, is_peeled, by, leaves))
     return sites
+
+
+def _moments_of(fn: dist.Distribution) -> dict[str, jax.Array]:
+    """Return mean and covariance, where there are such."""
+    try:
+        moments = gaussian_moments(fn)
+    except ValueError:
+        return {}
+    return {} if moments is None else {"mean": moments.mean, "cov": moments.cov}
+
+
+def _tell_all(
+    fn: dist.Distribution, moments: Moments, leaves: Sequence[bool], mean: bool, cov: bool
+) -> bool:
+    """Whether moments tell of all that depends on the latent.
+
+    Matched moments find what moves the mean. They do not see what moves only the covariance of a
+    Gaussian family, and little of the shape of a gamma or a Weibull distribution.
+
+    Args:
+        fn: The distribution, unwrapped.
+        moments: Its moments.
+        leaves: Which of its leaves depend on the latent.
+        mean: Whether the mean depends on it.
+        cov: Whether the covariance does.
+    """
+    match fn:
+        case dist.Gamma() | dist.Weibull():
+            pairs = zip(jax.tree.leaves(fn), leaves, strict=True)
+            return not any(marked and leaf is fn.concentration for leaf, marked in pairs)
+        case dist.Normal():
+            return not cov
+        case _ if moments.full and moments.transform is None:
+            return not cov
+        case _:
+            return mean
 
 
 def _transforms(fn: dist.Distribution) -> list[Any]:
@@ -234,7 +269,7 @@ def _read_site(
         fn, value = _peel(fn, value)
     scale = _local_scale(site, trace, latent)
     directions = None
-    if observed.has_moments:
+    if observed.by == "moments":
         moments = gaussian_moments(fn)
         assert moments is not None
         mean, cov, mask = moments.mean, moments.cov, moments.mask
@@ -245,9 +280,13 @@ def _read_site(
         value = value.reshape(mean.shape)
     else:
         base = unwrap(fn)
-        mean, value, cov, directions = pseudo_observe(
-            base.fn, base.batch_shape, value, observed.depends
-        )
+        if observed.by == "gradient":
+            log_prob = jnp.broadcast_to(base.fn.log_prob(value), base.batch_shape)[..., None]
+            mean, value, cov = log_prob, log_prob + 1, jnp.ones_like(log_prob)
+        else:
+            mean, value, cov, directions = pseudo_observe(
+                base.fn, base.batch_shape, value, observed.depends
+            )
         mask = base.mask if isinstance(base.mask, bool) else base.mask[..., None]
         if mean.shape[-1] == 1:
             directions = None
@@ -270,7 +309,7 @@ def _read_site(
         return seen[0], Diagonal(flat(jnp.where(mask, scaled(cov), 1))), seen[1], seen[2]
     size = mean.shape[-1]
     identity = jnp.eye(size, dtype=mean.dtype)
-    if observed.has_moments:
+    if observed.by == "moments":
         pairs = mask[..., :, None] & mask[..., None, :]
         matrix = by_event(jnp.where(pairs, scaled(cov), identity))
         block = Dense.from_matrix(matrix.reshape(*latent.batch_shape, -1, size, size))
@@ -287,11 +326,17 @@ def _read_site(
 def _read_potential(
     bound: Callable[[], Any], name: str, latent: LatentSite, x: jax.Array
 ) -> _SiteReading:
-    """Read a factor as an observation of the event itself."""
+    """Read a log-density as an observation of the event itself."""
     theta = x.reshape(*latent.batch_shape, -1)
 
     def log_prob(theta: jax.Array) -> jax.Array:
         trace = _trace(bound, latent, theta.reshape(x.shape))
+        site = trace[name]
+        mask, event_dim = unwrap(site["fn"]).mask, unwrap(site["fn"]).fn.event_dim
+        if not isinstance(mask, bool):
+            # What is hidden may be NaN, which derivatives do not bear.
+            mask = mask.reshape(*mask.shape, *(1,) * event_dim)
+            site["value"] = jnp.where(mask, site["value"], 0)
         return _log_prob_by_event(name, trace, latent)
 
     pseudo = from_log_prob(log_prob, theta)

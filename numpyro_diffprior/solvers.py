@@ -78,8 +78,9 @@ def conjugate_gradient(
 
     Each event has its own step lengths and stops on its own: it gets what it would get alone. It
     stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
-    ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p \le p^T N p`. With
-    :math:`M = N + A V A^T` that is one in which a learned :math:`V` has no positive variance.
+    ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p < p^T N p` by more
+    than rounding. With :math:`M = N + A V A^T` that is one in which a learned :math:`V` has a
+    negative variance.
     Where the map is not symmetric, as a learned :math:`V` may be, steps can lead away without
     bound: an event also stops before one that would raise the energy
     :math:`\tfrac{1}{2} x^T M x - b^T x`, as none does for a symmetric map.
@@ -111,7 +112,11 @@ def conjugate_gradient(
         x, inner_x, r, p, r_square, active, num_steps, step = state
         m_p, inner_p = evaluate(p)
         curvature = _dot(p, m_p)
-        active &= curvature > (0 if floor is None else _dot(p, floor(p)))
+        if floor is None:
+            active &= curvature > 0
+        else:
+            least = _dot(p, floor(p))
+            active &= curvature > least * (1 - 8 * jnp.finfo(b.dtype).eps)
         # Zero for a symmetric map, but for rounding; the step changes the energy by its length
         # times (skew - r_square / 2).
         skew = (_dot(x, m_p) - _dot(b - r, p)) / 2

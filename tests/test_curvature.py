@@ -6,12 +6,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_diffprior.curvature import (
-    from_log_prob,
-    is_heteroscedastic,
-    pseudo_observe,
-    unwrap,
-)
+from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
 from tests.oracles import spd, tolerance
 
 LOC, VALUE = jnp.array([0.3, -1.0, 2.0]), jnp.array([0.5, 1.5, -1.0])
@@ -47,9 +42,6 @@ def test_a_normal_observation_of_its_scale():
     np.testing.assert_allclose(score, np.stack(expected, -1), rtol=20 * tolerance())
     information = np.stack([1 / scale**2, 2 * np.ones(3)], -1)
     np.testing.assert_allclose(1 / pseudo.variances, information, rtol=10 * tolerance())
-    for name, expected in {"loc": False, "scale": True}.items():
-        marks = [leaf is getattr(fn, name) for leaf in jax.tree.leaves(fn)]
-        assert is_heteroscedastic(fn, marks) == expected
 
 
 def test_logits():

@@ -425,7 +425,7 @@ def test_fixed_transformations_are_undone():
 
 
 def test_values_whose_transform_has_the_moments():
-    """A Beta observation is one of its logit; values that rounding takes for one are finite."""
+    """A Beta observation is one of two logarithms; that of what rounding leaves is finite."""
     shares = np.where(Y > 0, 1 / (1 + np.exp(-Y)), np.nan)
     shares[np.unravel_index(np.nanargmax(shares), shares.shape)] = 1
 
@@ -435,10 +435,12 @@ def test_values_whose_transform_has_the_moments():
             numpyro.sample("y", fn.mask(Y > 0).to_event(1), obs=jnp.asarray(shares))
 
     likelihood = read(beta, make_prior())
+    y = likelihood.y.reshape(N, D, 2)
     inside = (Y > 0) & (shares < 1)
-    np.testing.assert_allclose(likelihood.y[inside], Y[inside], rtol=100 * tolerance())
-    assert np.all(np.isfinite(likelihood.y))
-    assert np.all(likelihood.y[~(Y > 0)] == 0)
+    logs = np.log(np.stack([shares, np.where(inside, 1 - shares, 1)], axis=-1))
+    np.testing.assert_allclose(y[inside], logs[inside], rtol=100 * tolerance())
+    assert np.all(np.isfinite(y))
+    assert np.all(y[~(Y > 0)] == 0)
 
 
 def test_a_transformation_that_holds_the_latent_goes_by_moments():
@@ -501,6 +503,77 @@ def test_several_parameters_and_many_elements_go_by_curvature():
     expected = jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
     np.testing.assert_allclose(gradient, expected, atol=100 * tolerance(1e-5, 1e-8))
     assert np.all(local.residual.reshape(N, 2, D)[labels == 1] == 0)
+
+
+COUNTS = np.array([0, 1, 1, 2, 3])
+SHAPES_AND_SCALES = {
+    "Gamma": lambda x: dist.Gamma(jnp.exp(x[:, 0]), 2.0),
+    "Gamma, both": lambda x: dist.Gamma(jnp.exp(x[:, 0]), jnp.exp(x[:, 1])),
+    "Chi2": lambda x: dist.Chi2(jnp.exp(x[:, 0])),
+    "Weibull": lambda x: dist.Weibull(1.5, jnp.exp(x[:, 0])),
+    "Beta": lambda x: dist.BetaProportion(0.4, jnp.exp(x[:, 0])),
+    "Dirichlet": lambda x: dist.Dirichlet(jnp.exp(x)),
+    "Multinomial": lambda x: dist.Multinomial(4, logits=x, total_count_max=4),
+    "MultivariateNormal": lambda x: dist.MultivariateNormal(
+        x[:, :2], scale_tril=jnp.exp(x[:, 2, None, None]) * jnp.linalg.cholesky(COV)
+    ),
+    "GaussianRandomWalk": lambda x: dist.GaussianRandomWalk(jnp.exp(x[:, 0]), 3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES_AND_SCALES)
+def test_shapes_and_scales_are_read(name):
+    """Also what does not move the mean: guidance has the gradient of the density."""
+    family = SHAPES_AND_SCALES[name]
+    y = family(jnp.asarray(X)).sample(jax.random.key(0))
+
+    def model(prior):
+        with numpyro.plate("n", N):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", family(x).mask(COUNTS != 1), obs=y)
+
+    likelihood = read(model, make_prior())
+    x = jnp.asarray(X)
+    local = likelihood.linearize(x)
+    gradient = local.transpose(local.noise.solve(local.residual))
+    expected = jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(gradient, expected, atol=tolerance(1e-4, 1e-8) * scale)
+
+
+def test_a_vector_whose_covariance_depends_on_a_large_event():
+    """Without a mean that tells, there is its gradient; with one, its mean tells."""
+
+    def walk(prior):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.GaussianRandomWalk(jnp.exp(x[0]), 3), obs=np.arange(3.0))
+
+    def both(prior):
+        x = numpyro.sample("x", prior)
+        fn = dist.MultivariateNormal(x[:3], scale_tril=jnp.exp(x[3]) * jnp.eye(3))
+        numpyro.sample("y", fn, obs=np.arange(3.0))
+
+    likelihood = read(walk, make_prior((65,)))
+    assert likelihood.num_observed == 1
+    x = jnp.linspace(-1.0, 1.0, 65)
+    local = likelihood.linearize(x)
+    expected = jax.grad(likelihood.log_prob)(x)
+    np.testing.assert_allclose(local.transpose(local.residual), expected, rtol=1e-5)
+    assert read(both, make_prior((65,))).num_observed == 3
+
+
+def test_hidden_values_of_vectors_may_be_nan():
+    hidden = np.where(COUNTS[:, None] == 1, np.nan, Y)
+
+    def model(prior):
+        with numpyro.plate("n", N):
+            scale_tril = jnp.exp(numpyro.sample("x", prior)[:, :1, None]) * jnp.eye(D)
+            fn = dist.MultivariateNormal(jnp.zeros(D), scale_tril=scale_tril)
+            numpyro.sample("y", fn.mask(COUNTS != 1), obs=hidden)
+
+    local = read(model, make_prior()).linearize(jnp.asarray(X))
+    assert np.all(np.isfinite(local.residual))
+    np.testing.assert_allclose(local.transpose(local.residual)[COUNTS == 1], 0, atol=1e-6)
 
 
 def test_plate_data_that_is_not_subsampled_is_refused():

@@ -27,6 +27,7 @@ from tests.covariances import (
     normal,
     over_cases,
 )
+from tests.oracles import spd, tolerance
 
 
 @over_cases
@@ -163,6 +164,24 @@ class TestConjugateGradient:
         assert_close(floored.solution[:, 0], np.array([0.5, 0.0, 0.0]))
         assert_close(floored.residual, np.array([0.0, 1.0, 1.0]))
         assert floored.num_steps.tolist() == [1, 0, 0]
+
+    def test_directions_without_gain_are_solved(self):
+        """What noise alone explains, or all but rounding of it, is no truncated direction."""
+        rng = np.random.default_rng(0)
+        noise = spd(rng, 6)
+        row = rng.normal(size=6)
+        b = rng.normal(size=6)
+        b -= row * (row @ b) / (row @ row)
+        for gain in (1e-12, 1.0):
+            matrix = noise + gain * np.outer(row, row)
+            result = conjugate_gradient(
+                lambda v, m=jnp.asarray(matrix): m @ v,
+                jnp.asarray(b),
+                floor=lambda v: jnp.asarray(noise) @ v,
+                max_steps=60,
+            )
+            expected = np.linalg.solve(matrix, b)
+            np.testing.assert_allclose(result.solution, expected, atol=tolerance(1e-3, 1e-4))
 
     def test_nan_stays_with_its_event(self):
         b = jnp.array([[1.0, 2.0], [jnp.nan, 1.0]])
