@@ -423,6 +423,23 @@ def test_nearly_symmetric_jacobian_needs_no_matrix():
     np.testing.assert_allclose(iterated.x_hat_y, guided.x_hat_y, atol=0.02)
 
 
+@pytest.mark.parametrize("sigma", [1e-4, 1.0])
+def test_twists_without_a_matrix_differ_by_a_constant(sigma):
+    """Also where all but one direction of the observed values have no gain, or next to none."""
+    rng = np.random.default_rng(6)
+    denoiser = GaussianDenoiser(jnp.zeros(EVENT), oracles.covariance("Dense", rng, 6))
+    matrix = np.broadcast_to(rng.normal(size=6), (NUM_OBSERVED, 6))
+    noise = oracles.covariance("Dense", rng, NUM_OBSERVED)
+    observed = rng.normal(size=NUM_OBSERVED), matrix, noise
+    x_t = 3 * rng.normal(size=(8, *EVENT))  # particles
+    sigmas = np.full(8, sigma)
+    dense = guide(MMPS(), denoiser, observed, x_t, sigmas)
+    iterated = guide(MMPS(max_dense=0, rtol=RTOL), denoiser, observed, x_t, sigmas)
+    differences = iterated.log_twist - dense.log_twist
+    assert np.ptp(dense.log_twist) > 1
+    np.testing.assert_allclose(differences, differences.mean(), atol=100 * TOL)
+
+
 @pytest.mark.parametrize("prior", oracles.COVARIANCES)
 def test_diagonal_operator_needs_no_products(prior):
     """Masks and gains of each value take another way than the matrices that they are."""
