@@ -29,13 +29,16 @@ COV = jnp.array([[1.0, 0.6, 0.2], [0.6, 1.0, 0.4], [0.2, 0.4, 1.0]])
 TRIL = jnp.linalg.cholesky(COV)
 RING = jnp.array([1.0, 0.4, 0.1, 0.4])
 ADJACENCY = jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-NUM_VALUES = 10
-IS_CENSORED = jnp.arange(NUM_VALUES) < NUM_VALUES // 2
 
 
 def times(x, vector):
     """The vector times the unknown."""
     return x[..., None] * vector
+
+
+def censored(x):
+    """Which values are: half of them."""
+    return jnp.arange(x.shape[-1]) < x.shape[-1] // 2
 
 
 def scaled(x, matrix):
@@ -82,8 +85,8 @@ FAMILIES = {
     "LeftTruncatedGamma": lambda x: dist.LeftTruncatedGamma(
         dist.Gamma(2.0, jnp.exp(x)), jnp.full_like(x, 0.5)
     ),
-    "RightCensored": lambda x: dist.RightCensoredDistribution(dist.Normal(x, 1.0), IS_CENSORED),
-    "LeftCensored": lambda x: dist.LeftCensoredDistribution(dist.Normal(x, 1.0), IS_CENSORED),
+    "RightCensored": lambda x: dist.RightCensoredDistribution(dist.Normal(x, 1.0), censored(x)),
+    "LeftCensored": lambda x: dist.LeftCensoredDistribution(dist.Normal(x, 1.0), censored(x)),
     "VonMises": lambda x: dist.VonMises(x, 2.0),
     "SineSkewed": lambda x: dist.SineSkewed(
         dist.VonMises(x[..., None], 2.0).to_event(1), jnp.array([0.3])
@@ -143,7 +146,7 @@ FAMILIES = {
     ),
 }
 MAX_VALUES = 32_000  # at once; see docs/distributions.md on larger sums
-MAX_EVENTS = 16  # of these, with 200 particles
+MAX_EVENTS = 16  # of ten values, with 200 particles
 PRIORS = {
     "Gaussian": ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.zeros(1), jnp.eye(1))),
     "two modes": ndp.DiffusionPrior(
@@ -159,17 +162,18 @@ METHODS = {
 }
 
 
-def model(prior, family, num_events, y=None):
+def model(prior, family, num_events, num_values, y=None):
     with numpyro.plate("n", num_events):
         y = None if y is None else numpyro.subsample(y, event_dim=y.ndim - 1)
         x = numpyro.sample("x", prior)
-        fn = family(jnp.broadcast_to(x, (*x.shape[:-1], NUM_VALUES)))
+        fn = family(jnp.broadcast_to(x, (*x.shape[:-1], num_values)))
         numpyro.sample("y", fn.to_event(1), obs=y)
 
 
-def simulate(rng_key, prior, family, num_events):
+def simulate(rng_key, prior, family, num_events, num_values):
     """Data of unknowns drawn from the prior; censored values are what censoring leaves."""
-    draws = numpyro.infer.Predictive(model, num_samples=1)(rng_key, prior, family, num_events)
+    predictive = numpyro.infer.Predictive(model, num_samples=1)
+    draws = predictive(rng_key, prior, family, num_events, num_values)
     return draws["y"][0]
 
 
@@ -184,7 +188,7 @@ def quadrature(prior, family, y):
         log_prior = jax.nn.logsumexp(parts, axis=-1)
 
     def one(y):
-        x = jnp.broadcast_to(GRID[:, None], (len(GRID), NUM_VALUES))
+        x = jnp.broadcast_to(GRID[:, None], (len(GRID), len(y)))
         y = jnp.broadcast_to(y, (len(GRID), *y.shape))
         weights = jax.nn.softmax(log_prior + family(x).log_prob(y).sum(-1))
         mean = weights @ GRID
@@ -195,7 +199,7 @@ def quadrature(prior, family, y):
 
 def evaluate(rng_key, prior, family, options, args):
     key_data, key_draw = jax.random.split(rng_key)
-    y = simulate(key_data, prior, family, args.num_events)
+    y = simulate(key_data, prior, family, args.num_events, args.num_values)
     mean, deviation = quadrature(prior, family, y)
     draws = [
         ndp.sample_posterior(
@@ -204,10 +208,11 @@ def evaluate(rng_key, prior, family, options, args):
             prior,
             family,
             min(MAX_EVENTS, args.num_events - start),
+            args.num_values,
             y[start : start + MAX_EVENTS],
             num_samples=args.num_samples,
             sampler=ndp.MultistepSDE(args.num_steps),
-            max_batch_size=MAX_VALUES // NUM_VALUES,
+            max_batch_size=MAX_VALUES // args.num_values,
             **options,
         )
         for start in range(0, args.num_events, MAX_EVENTS)
@@ -244,6 +249,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-events", type=int, default=32)
+    parser.add_argument("--num-values", type=int, default=10)
     parser.add_argument("--num-samples", type=int, default=200)
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))

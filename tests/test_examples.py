@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import (
     calibration,
+    conjugate,
     e_step,
     families,
     guidance,
@@ -150,6 +151,17 @@ def test_benchmark_of_families(tmp_path):
     # An exact case: the mean's error is that of fifty draws.
     assert rows[0]["MMPS"]["mean"] < 0.5
     assert 0.8 < rows[0]["MMPS"]["deviation"] < 1.2
+
+
+def test_benchmark_of_conjugate_priors(tmp_path):
+    args = conjugate.parse_args(
+        f"--numbers 3 --num-events 4 --num-samples 50 --num-steps 16 --output {tmp_path}".split()
+    )
+    args.families = ["Poisson"]
+    for row in conjugate.main(args):
+        together, alone = row["conjugate, together"], row["conjugate, each alone"]
+        assert 0.6 < together["deviation"] < 1.3
+        assert alone["deviation"] < together["deviation"]
 
 
 def test_benchmark_of_the_mixture(tmp_path):
