@@ -190,7 +190,9 @@ def quadrature(prior, family, y):
     def one(y):
         x = jnp.broadcast_to(GRID[:, None], (len(GRID), len(y)))
         y = jnp.broadcast_to(y, (len(GRID), *y.shape))
-        weights = jax.nn.softmax(log_prior + family(x).log_prob(y).sum(-1))
+        # Rounding makes the density of a `ProjectedNormal` NaN far from a value.
+        log_likelihood = jnp.nan_to_num(family(x).log_prob(y).sum(-1), nan=-jnp.inf)
+        weights = jax.nn.softmax(log_prior + log_likelihood)
         mean = weights @ GRID
         return mean, jnp.sqrt(weights @ (GRID - mean) ** 2)
 

@@ -113,9 +113,8 @@ def pseudo_observe(
         return _location_and_scale(fn, batch_shape, value)
     if (by_component := _by_component(fn, batch_shape, value, depends)) is not None:
         return by_component
-    if isinstance(fn, dist.StudentT | dist.Cauchy) and [leaves[i] is fn.loc for i in chosen] == [
-        True
-    ]:
+    is_scale_mixture = isinstance(fn, dist.StudentT | dist.Cauchy | dist.MultivariateStudentT)
+    if is_scale_mixture and all(leaves[i] is fn.loc for i in chosen):
         return _scale_mixture(fn, theta, value)
     ends = [sum(map(prod, own_shapes[: i + 1])) for i in range(len(chosen) - 1)]
 
@@ -173,8 +172,19 @@ def _derivatives(
 
 
 def _scale_mixture(
-    fn: dist.StudentT | dist.Cauchy, theta: jax.Array, value: jax.Array
+    fn: dist.StudentT | dist.Cauchy | dist.MultivariateStudentT,
+    theta: jax.Array,
+    value: jax.Array,
 ) -> PseudoObservation:
+    if isinstance(fn, dist.MultivariateStudentT):
+        variances, directions = eigh(
+            jnp.broadcast_to(fn.covariance_matrix, (*theta.shape, theta.shape[-1]))
+        )
+        along = jnp.einsum("...ij,...i->...j", directions, value - theta)
+        square = jnp.sum(along**2 / variances, axis=-1)
+        df = jnp.broadcast_to(fn.df, square.shape)
+        factor = (df + square) / (df + theta.shape[-1])
+        return PseudoObservation(theta, value, variances * factor[..., None], directions)
     df = fn.df if isinstance(fn, dist.StudentT) else 1
     variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
     return PseudoObservation(theta, value[..., None], variance[..., None], None)

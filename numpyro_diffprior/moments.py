@@ -125,7 +125,6 @@ def _by_element(fn: dist.Distribution) -> Moments:
 for _family in (
     dist.BernoulliLogits,
     dist.BernoulliProbs,
-    dist.BetaBinomial,
     dist.BetaNegativeBinomial,
     dist.BinomialLogits,
     dist.BinomialProbs,
@@ -146,12 +145,7 @@ for _family in (
     dist.Poisson,
     dist.Uniform,
     dist.Weibull,
-    # What wraps a distribution with moments: a hurdle, a bound.
-    dist.HurdleGamma,
-    dist.HurdleLogNormal,
-    dist.HurdleLogits,
-    dist.HurdlePoisson,
-    dist.HurdleProbs,
+    # What bounds a distribution with moments.
     dist.LeftTruncatedGamma,
     dist.RightTruncatedGamma,
     dist.TwoSidedTruncatedGamma,
@@ -192,7 +186,6 @@ def _log(y: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(y, jnp.finfo(y.dtype).tiny))
 
 
-@gaussian_moments.register(dist.DirichletMultinomial)
 @gaussian_moments.register(dist.MultinomialLogits)
 @gaussian_moments.register(dist.MultinomialProbs)
 def _of_counts(fn: dist.Distribution) -> Moments:
@@ -202,12 +195,21 @@ def _of_counts(fn: dist.Distribution) -> Moments:
     covariance tell.
     """
     mean = jnp.broadcast_to(fn.mean, fn.shape())
-    variance = jnp.maximum(mean, jnp.finfo(mean.dtype).eps)
-    if isinstance(fn, dist.DirichletMultinomial):
-        concentration = fn.concentration.sum(-1)
-        excess = (fn.total_count + concentration) / (1 + concentration)
-        variance = variance * excess[..., None]
-    return Moments(mean, variance)
+    return Moments(mean, jnp.maximum(mean, jnp.finfo(mean.dtype).eps))
+
+
+@gaussian_moments.register
+def _of_spread_counts(fn: dist.DirichletMultinomial) -> Moments | None:
+    """As multinomial counts, with the spread of their probabilities, where they are many."""
+    if fn.event_shape[0] <= _MAX_CATEGORIES:
+        return None
+    mean, variance, *_ = _of_counts(fn)
+    total = fn.concentration.sum(-1)
+    spread = (fn.total_count + total) / (1 + total)
+    return Moments(mean, variance * spread[..., None])
+
+
+_MAX_CATEGORIES = 16
 
 
 @gaussian_moments.register(dist.LeftTruncatedDistribution)
@@ -234,16 +236,6 @@ def _(fn: dist.Distribution) -> Moments:
         cov = fn.covariance_matrix
     cov = jnp.broadcast_to(cov, (*fn.batch_shape, size, size))
     return Moments(jnp.broadcast_to(fn.mean, fn.shape()), cov, full=True)
-
-
-@gaussian_moments.register
-def _(fn: dist.MultivariateStudentT) -> Moments:
-    """The covariance where there is one (more than two degrees of freedom)."""
-    size = fn.event_shape[0]
-    df = jnp.broadcast_to(fn.df, fn.batch_shape)[..., None, None]
-    cov = jnp.where(df > 2, df / (df - 2), jnp.inf) * fn.covariance_matrix
-    cov = jnp.broadcast_to(cov, (*fn.batch_shape, size, size))
-    return Moments(jnp.broadcast_to(fn.loc, fn.shape()), cov, full=True)
 
 
 @gaussian_moments.register
@@ -313,6 +305,7 @@ def _no_moments(fn: dist.Distribution) -> None:
 for _family in (
     dist.AsymmetricLaplace,
     dist.AsymmetricLaplaceQuantile,
+    dist.BetaBinomial,
     dist.CategoricalLogits,
     dist.CategoricalProbs,
     dist.Cauchy,
@@ -322,6 +315,8 @@ for _family in (
     dist.Gompertz,
     dist.Gumbel,
     dist.HalfCauchy,
+    dist.HurdleLogits,
+    dist.HurdleProbs,
     dist.IntervalCensoredDistribution,
     dist.InverseGamma,
     dist.Laplace,
@@ -329,6 +324,7 @@ for _family in (
     dist.Levy,
     dist.Logistic,
     dist.LowerTruncatedPowerLaw,
+    dist.MultivariateStudentT,
     dist.OrderedLogistic,
     dist.Pareto,
     dist.ProjectedNormal,
@@ -385,6 +381,7 @@ _LABELS = {
     _by_element: "moments",
     _of_logs: "mean and covariance of its logarithms",
     _of_counts: "moments, as independent counts",
+    _of_spread_counts: f"curvature up to {_MAX_CATEGORIES} classes, else moments",
     _of_squares: "moments of its square",
     _of_components: "moments of its components, curvature where weights or scales hold the latent",
     _no_moments: "curvature",

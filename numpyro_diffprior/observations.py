@@ -171,7 +171,7 @@ def _observed_sites(
         leaves = tuple(marked["leaves"][int(is_peeled)])
         fits = latent.prior.denoiser.event_size <= _MAX_POTENTIAL
         by = "parameters"
-        if isinstance(own, dist.Unit):
+        if isinstance(own, dist.Unit) or _holds_a_matrix(own, leaves):
             by = "event" if fits else "gradient"
         elif moments is not None:
             tells = marked["moments"][int(is_peeled)]
@@ -187,6 +187,14 @@ def _observed_sites(
             )
         sites.append(_ObservedSite(name, is_peeled, by, leaves))
     return sites
+
+
+def _holds_a_matrix(fn: dist.Distribution, leaves: Sequence[bool]) -> bool:
+    """Whether the matrix of a distribution without moments depends on the latent."""
+    pairs = zip(jax.tree.leaves(fn), leaves, strict=True)
+    return isinstance(fn, dist.MultivariateStudentT) and any(
+        marked and leaf is fn.scale_tril for leaf, marked in pairs
+    )
 
 
 def _moments_of(fn: dist.Distribution) -> dict[str, jax.Array]:

@@ -514,6 +514,17 @@ SHAPES_AND_SCALES = {
     "Beta": lambda x: dist.BetaProportion(0.4, jnp.exp(x[:, 0])),
     "Dirichlet": lambda x: dist.Dirichlet(jnp.exp(x)),
     "Multinomial": lambda x: dist.Multinomial(4, logits=x, total_count_max=4),
+    "DirichletMultinomial": lambda x: dist.DirichletMultinomial(jnp.exp(x), 4, total_count_max=4),
+    "BetaBinomial": lambda x: dist.BetaBinomial(jnp.exp(x[:, 0]), jnp.exp(x[:, 1]), 5),
+    "HurdlePoisson": lambda x: dist.HurdlePoisson(jax.nn.sigmoid(x[:, 0]), jnp.exp(x[:, 1])),
+    "HurdleGamma": lambda x: dist.HurdleGamma(0.5, jnp.exp(x[:, 0]), jnp.exp(x[:, 1])),
+    "HurdleLogNormal": lambda x: dist.HurdleLogNormal(0.5, x[:, 0], 0.5),
+    "MultivariateStudentT": lambda x: dist.MultivariateStudentT(
+        4.0, x[:, :2], jnp.linalg.cholesky(COV)
+    ),
+    "MultivariateStudentT, scale": lambda x: dist.MultivariateStudentT(
+        4.0, jnp.zeros(2), jnp.exp(x[:, 2, None, None]) * jnp.linalg.cholesky(COV)
+    ),
     "MultivariateNormal": lambda x: dist.MultivariateNormal(
         x[:, :2], scale_tril=jnp.exp(x[:, 2, None, None]) * jnp.linalg.cholesky(COV)
     ),
