@@ -177,15 +177,15 @@ def _scale_mixture(
     value: jax.Array,
 ) -> PseudoObservation:
     if isinstance(fn, dist.MultivariateStudentT):
-        variances, directions = eigh(
-            jnp.broadcast_to(fn.covariance_matrix, (*theta.shape, theta.shape[-1]))
-        )
+        size = theta.shape[-1]
+        matrix = jnp.broadcast_to(fn.covariance_matrix, (*theta.shape, size))
+        variances, directions = eigh(matrix)
         along = jnp.einsum("...ij,...i->...j", directions, value - theta)
-        square = jnp.sum(along**2 / variances, axis=-1)
-        df = jnp.broadcast_to(fn.df, square.shape)
-        factor = (df + square) / (df + theta.shape[-1])
-        return PseudoObservation(theta, value, variances * factor[..., None], directions)
-    df = fn.df if isinstance(fn, dist.StudentT) else 1
+        square = jnp.sum(along**2 / variances, axis=-1, keepdims=True)
+        df = jnp.expand_dims(fn.df, -1)
+        factor = (df + square) / (df + size)
+        return PseudoObservation(theta, value, variances * factor, directions)
+    df = fn.df if isinstance(fn, dist.StudentT) else jnp.ones(())
     variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
     return PseudoObservation(theta, value[..., None], variance[..., None], None)
 

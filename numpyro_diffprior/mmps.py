@@ -210,6 +210,7 @@ class MMPS(Guidance):
         # general twists may be any positive function: particle samplers stay exact.
         zeros = jnp.zeros_like(residual)
         # Where it stopped early, the rest is taken for noise.
+        assert correction is not None
         rest = local.residual - local.noise.matvec(solution) - local.matvec(correction)
         left_out = jnp.sum(rest * local.noise.solve(rest), axis=-1)
         return _Solve(solution, zeros, residual, zeros.astype(int), correction, left_out)

@@ -100,6 +100,9 @@ def _trace(bound: Callable[[], Any], latent: LatentSite, x: jax.Array) -> dict[s
     return handlers.trace(handlers.substitute(bound, data=latent.values(x))).get_trace()
 
 
+_By = Literal["moments", "parameters", "event", "gradient"]
+
+
 class _ObservedSite(NamedTuple):
     """How an observed site is read; static.
 
@@ -113,7 +116,7 @@ class _ObservedSite(NamedTuple):
 
     name: str
     is_peeled: bool
-    by: Literal["moments", "parameters", "event", "gradient"]
+    by: _By
     depends: tuple[bool, ...]
 
 
@@ -170,7 +173,7 @@ def _observed_sites(
         own = unwrap(read_as).fn
         leaves = tuple(marked["leaves"][int(is_peeled)])
         fits = latent.prior.denoiser.event_size <= _MAX_POTENTIAL
-        by = "parameters"
+        by: _By = "parameters"
         if isinstance(own, dist.Unit) or _holds_a_matrix(own, leaves):
             by = "event" if fits else "gradient"
         elif moments is not None:
