@@ -9,13 +9,12 @@ be any JAX function of the latent. A subsampled plate's factor does not touch wh
 plate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from numpyro import handlers
 
 from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
@@ -23,7 +22,8 @@ from numpyro_diffprior.dependence import depends
 from numpyro_diffprior.introspect import LatentSite
 from numpyro_diffprior.likelihoods import Likelihood, Reading
 from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Diagonal, Repeated
-from numpyro_diffprior.moments import Moments, gaussian_moments
+from numpyro_diffprior.moments import gaussian_moments
+from numpyro_diffprior.observed_sites import ObservedSite, find_observed_sites, peel, trace_at
 
 __all__ = ["observed_log_density", "read_likelihood"]
 
@@ -36,7 +36,7 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
             concrete data hold NaN outside the masks or noise without variance.
     """
     template = jnp.broadcast_to(latent.prior.mean, latent.shape)
-    sites = _observed_sites(bound, latent, template)
+    sites = find_observed_sites(bound, latent, template)
     if not sites:
         raise ValueError(
             f"no observed site depends on the latent site {_quote(latent)}; pass the data that "
@@ -44,7 +44,7 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
         )
 
     def read_all(x: jax.Array) -> tuple[Reading, jax.Array]:
-        trace = _trace(bound, latent, x)
+        trace = trace_at(bound, latent, x)
         parts = []
         for site in sites:
             if site.by == "event":
@@ -59,7 +59,7 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
         return Reading(mean, noise, value), visible
 
     def log_prob(x: jax.Array) -> jax.Array:
-        trace = _trace(bound, latent, x)
+        trace = trace_at(bound, latent, x)
         parts = [_log_prob_by_event(site.name, trace, latent) for site in sites]
         return jnp.stack(parts).sum(0).astype(x.dtype)
 
@@ -96,188 +96,17 @@ def _quote(latent: LatentSite) -> str:
     return " and ".join(f"'{name}'" for name in latent.names)
 
 
-def _trace(bound: Callable[[], Any], latent: LatentSite, x: jax.Array) -> dict[str, Any]:
-    return handlers.trace(handlers.substitute(bound, data=latent.values(x))).get_trace()
-
-
-_By = Literal["moments", "parameters", "event", "gradient"]
-
-
-class _ObservedSite(NamedTuple):
-    """How an observed site is read; static.
-
-    Attributes:
-        name: Its name.
-        is_peeled: Whether its values are transformed back to those of its base distribution.
-        by: What is read of it: its moments, the curvature of its log-density in those of its
-            parameters that depend on the latent or in the event itself, or its gradient only.
-        depends: Which leaves of its distribution, unwrapped, depend on the latent.
-    """
-
-    name: str
-    is_peeled: bool
-    by: _By
-    depends: tuple[bool, ...]
-
-
-# Up to this size of an event, a potential's matrix of second derivatives is made.
-_MAX_POTENTIAL = 64
-
-
-def _observed_sites(
-    bound: Callable[[], Any], latent: LatentSite, template: jax.Array
-) -> list[_ObservedSite]:
-    """Return the observed sites whose density depends on the latent."""
-
-    def observed(x: jax.Array) -> dict[str, Any]:
-        trace = _trace(bound, latent, x)
-        sites = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-        for name, site in sites.items():
-            fn, value = site["fn"], site["value"]
-            if jnp.shape(value) != fn.shape() and not isinstance(fn, dist.Unit):
-                raise ValueError(
-                    f"observed site '{name}': expected values of shape {fn.shape()}, got "
-                    f"{jnp.shape(value)}; what belongs to a plate's elements must pass "
-                    "through `numpyro.subsample` inside of the plate."
-                )
-        return sites
-
-    def parts(x: jax.Array) -> dict[str, Any]:
-        found = {}
-        for name, site in observed(x).items():
-            fn, value = site["fn"], site["value"]
-            readable = fn, _peel(fn, value)[0]
-            found[name] = {
-                "log_prob": fn.log_prob(value),
-                "leaves": [
-                    list(map(jnp.asarray, jax.tree.leaves(unwrap(f).fn))) for f in readable
-                ],
-                "moments": [_moments_of(f) for f in readable],
-                "transforms": [jnp.asarray(t) for t in jax.tree.leaves(_transforms(fn))],
-            }
-        return found
-
-    marks = depends(parts, template)
-    sites = []
-    for name, site in observed(template).items():
-        marked = marks[name]
-        if not marked["log_prob"]:
-            continue
-        fn = site["fn"]
-        is_peeled = bool(_transforms(fn)) and not any(marked["transforms"])
-        read_as = _peel(fn, site["value"])[0] if is_peeled else fn
-        try:
-            moments = gaussian_moments(read_as)
-        except ValueError as error:
-            raise ValueError(f"observed site '{name}': {error}") from None
-        own = unwrap(read_as).fn
-        leaves = tuple(marked["leaves"][int(is_peeled)])
-        fits = latent.prior.denoiser.event_size <= _MAX_POTENTIAL
-        by: _By = "parameters"
-        if isinstance(own, dist.Unit) or _holds_a_matrix(own, leaves):
-            by = "event" if fits else "gradient"
-        elif moments is not None:
-            tells = marked["moments"][int(is_peeled)]
-            if _tell_all(own, moments, leaves, **tells):
-                by = "moments"
-            elif moments.full:
-                by = "event" if fits else "moments" if tells["mean"] else "gradient"
-        if by == "parameters" and not any(leaves):
-            raise ValueError(
-                f"observed site '{name}': {type(unwrap(fn).fn).__name__} has no moments, and "
-                "none of its parameters depends on the latent; add its log-density by "
-                "`numpyro.factor` instead."
-            )
-        sites.append(_ObservedSite(name, is_peeled, by, leaves))
-    return sites
-
-
-def _holds_a_matrix(fn: dist.Distribution, leaves: Sequence[bool]) -> bool:
-    """Whether the matrix of a distribution without moments depends on the latent."""
-    pairs = zip(jax.tree.leaves(fn), leaves, strict=True)
-    return isinstance(fn, dist.MultivariateStudentT) and any(
-        marked and leaf is fn.scale_tril for leaf, marked in pairs
-    )
-
-
-def _moments_of(fn: dist.Distribution) -> dict[str, jax.Array]:
-    """Return mean and covariance, where there are such."""
-    try:
-        moments = gaussian_moments(fn)
-    except ValueError:
-        return {}
-    return {} if moments is None else {"mean": moments.mean, "cov": moments.cov}
-
-
-def _tell_all(
-    fn: dist.Distribution, moments: Moments, leaves: Sequence[bool], mean: bool, cov: bool
-) -> bool:
-    """Whether moments tell of all that depends on the latent.
-
-    Matched moments find what moves the mean. They do not see what moves only the covariance of a
-    Gaussian family, and little of the shape of a gamma or a Weibull distribution.
-
-    Args:
-        fn: The distribution, unwrapped.
-        moments: Its moments.
-        leaves: Which of its leaves depend on the latent.
-        mean: Whether the mean depends on it.
-        cov: Whether the covariance does.
-    """
-    match fn:
-        case dist.Gamma() | dist.Weibull():
-            pairs = zip(jax.tree.leaves(fn), leaves, strict=True)
-            return not any(marked and leaf is fn.concentration for leaf, marked in pairs)
-        case dist.Normal():
-            return not cov
-        case _ if moments.full and moments.transform is None:
-            return not cov
-        case _:
-            return mean
-
-
-def _transforms(fn: dist.Distribution) -> list[Any]:
-    """Return the transformations that `_peel` takes off: of each value for itself."""
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
-        fn = fn.base_dist
-    if not isinstance(fn, dist.TransformedDistribution) or isinstance(fn, dist.FoldedDistribution):
-        return []
-    if any(t.domain.event_dim or t.codomain.event_dim for t in fn.transforms):
-        return []
-    return [*fn.transforms, *_transforms(fn.base_dist)]
-
-
-def _peel(fn: dist.Distribution, value: jax.Array) -> tuple[dist.Distribution, jax.Array]:
-    """Transform values back to those of the base distribution."""
-    match fn:
-        case dist.Independent():
-            base, value = _peel(fn.base_dist, value)
-            return base.to_event(fn.reinterpreted_batch_ndims), value
-        case dist.ExpandedDistribution():
-            base, value = _peel(fn.base_dist, value)
-            return base.expand(fn.batch_shape), value
-        case dist.MaskedDistribution():
-            base, value = _peel(fn.base_dist, value)
-            return base.mask(fn._mask), value
-        case dist.TransformedDistribution() if _transforms(fn):
-            for transform in reversed(fn.transforms):
-                value = transform.inv(value)
-            return _peel(fn.base_dist.expand(fn.batch_shape), value)
-        case _:
-            return fn, value
-
-
 _SiteReading = tuple[jax.Array, Covariance, jax.Array, jax.Array]
 
 
 def _read_site(
-    observed: _ObservedSite, trace: Mapping[str, Any], latent: LatentSite
+    observed: ObservedSite, trace: Mapping[str, Any], latent: LatentSite
 ) -> _SiteReading:
     """Return a site's mean, noise and value without hidden entries, and which are visible."""
     site = trace[observed.name]
     fn, value = site["fn"], jnp.asarray(site["value"])
     if observed.is_peeled:
-        fn, value = _peel(fn, value)
+        fn, value = peel(fn, value)
     scale = _local_scale(site, trace, latent)
     directions = None
     if observed.by == "moments":
@@ -341,7 +170,7 @@ def _read_potential(
     theta = x.reshape(*latent.batch_shape, -1)
 
     def log_prob(theta: jax.Array) -> jax.Array:
-        trace = _trace(bound, latent, theta.reshape(x.shape))
+        trace = trace_at(bound, latent, theta.reshape(x.shape))
         site = trace[name]
         mask, event_dim = unwrap(site["fn"]).mask, unwrap(site["fn"]).fn.event_dim
         if not isinstance(mask, bool):
