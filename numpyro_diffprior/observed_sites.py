@@ -130,7 +130,8 @@ def _read_by(
     """Say what is to be read of a distribution.
 
     Matched moments find what moves the mean. They do not see what moves only the covariance of a
-    Gaussian family, and little of the shape of a gamma or a Weibull distribution.
+    Gaussian family or the spread of counts, and little of the shape of a gamma or a Weibull
+    distribution.
 
     Args:
         fn: The distribution, unwrapped.
@@ -151,7 +152,7 @@ def _read_by(
             return "event"
         case _ if moments is None:
             return "parameters"
-        case dist.Gamma() | dist.Weibull() if holds(fn.concentration):
+        case dist.Gamma() | dist.Weibull() | dist.GammaPoisson() if holds(fn.concentration):
             return "parameters"
         case dist.Normal():
             return "parameters" if cov else "moments"

@@ -511,11 +511,16 @@ SHAPES_AND_SCALES = {
     "Gamma, both": lambda x: dist.Gamma(jnp.exp(x[:, 0]), jnp.exp(x[:, 1])),
     "Chi2": lambda x: dist.Chi2(jnp.exp(x[:, 0])),
     "Weibull": lambda x: dist.Weibull(1.5, jnp.exp(x[:, 0])),
+    "NegativeBinomial2": lambda x: dist.NegativeBinomial2(2.0, jnp.exp(x[:, 0])),
     "Beta": lambda x: dist.BetaProportion(0.4, jnp.exp(x[:, 0])),
+    "Kumaraswamy": lambda x: dist.Kumaraswamy(jnp.exp(x[:, 0]), jnp.exp(x[:, 1])),
     "Dirichlet": lambda x: dist.Dirichlet(jnp.exp(x)),
     "Multinomial": lambda x: dist.Multinomial(4, logits=x, total_count_max=4),
     "DirichletMultinomial": lambda x: dist.DirichletMultinomial(jnp.exp(x), 4, total_count_max=4),
     "BetaBinomial": lambda x: dist.BetaBinomial(jnp.exp(x[:, 0]), jnp.exp(x[:, 1]), 5),
+    "BetaNegativeBinomial": lambda x: dist.BetaNegativeBinomial(
+        jnp.exp(x[:, 0]), jnp.exp(x[:, 1]), 3.0
+    ),
     "HurdlePoisson": lambda x: dist.HurdlePoisson(jax.nn.sigmoid(x[:, 0]), jnp.exp(x[:, 1])),
     "HurdleGamma": lambda x: dist.HurdleGamma(0.5, jnp.exp(x[:, 0]), jnp.exp(x[:, 1])),
     "HurdleLogNormal": lambda x: dist.HurdleLogNormal(0.5, x[:, 0], 0.5),

@@ -33,7 +33,6 @@ BY_ELEMENT = {
     "GeometricLogits": lambda: dist.Geometric(logits=LOGITS),
     "GeometricProbs": lambda: dist.Geometric(PROBS),
     "HalfNormal": lambda: dist.HalfNormal(SCALE),
-    "Kumaraswamy": lambda: dist.Kumaraswamy(RATES, 2.0),
     "LeftTruncatedDistribution": lambda: dist.TruncatedNormal(LOC, SCALE, low=0.0),
     "LogNormal": lambda: dist.LogNormal(LOC, 0.5),
     "LogUniform": lambda: dist.LogUniform(RATES, 2 * RATES),
