@@ -373,8 +373,8 @@ def _refuse(fn: dist.Distribution) -> Moments:
 
 _LABELS = {
     gaussian_moments.dispatch(object): "unknown: register it",
-    _refuse: "refused",
-    _refuse_delta: "refused",
+    _refuse: "refused: add its log-density by `numpyro.factor`",
+    _refuse_delta: "refused: it has no noise",
     _independent: "as what it wraps",
     _expanded: "as what it wraps",
     _masked: "as what it wraps",

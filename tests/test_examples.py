@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.scipy.special import betaln, digamma, polygamma
 
 from benchmarks import (
     calibration,
@@ -151,6 +153,33 @@ def test_benchmark_of_families(tmp_path):
     # An exact case: the mean's error is that of fifty draws.
     assert rows[0]["MMPS"]["mean"] < 0.5
     assert 0.8 < rows[0]["MMPS"]["deviation"] < 1.2
+
+
+def test_scores_of_conjugate_priors():
+    """Priors have the moments asked for; scores are differences of their evidence."""
+    mean, variance, total, count = jnp.array([-1.0, 0.5, 1.5]), jnp.array([0.02, 0.2, 1.0]), 2.0, 3
+
+    def gamma_evidence(mean):
+        shape, rate = conjugate.gamma_prior(mean, variance)
+        return shape * jnp.log(rate) - (shape + total) * jnp.log(rate + count)
+
+    def beta_evidence(mean):
+        a, b, _ = conjugate.beta_prior(mean, variance)
+        return betaln(a + total, b + count - total) - betaln(a, b)
+
+    shape, rate = conjugate.gamma_prior(mean, variance)
+    np.testing.assert_allclose(digamma(shape) - jnp.log(rate), mean, rtol=1e-4)
+    np.testing.assert_allclose(polygamma(1, shape), variance, rtol=1e-4)
+    a, b, _ = conjugate.beta_prior(mean, variance)
+    np.testing.assert_allclose(digamma(a) - digamma(b), mean, rtol=1e-4)
+    np.testing.assert_allclose(polygamma(1, a) + polygamma(1, b), variance, rtol=1e-4)
+    step = 0.05
+    for evidence, score in (
+        (gamma_evidence, conjugate.poisson_score),
+        (beta_evidence, conjugate.bernoulli_score),
+    ):
+        slope = (evidence(mean + step) - evidence(mean - step)) / (2 * step)
+        np.testing.assert_allclose(score(mean, variance, total, count), slope, atol=0.02)
 
 
 def test_benchmark_of_conjugate_priors(tmp_path):
