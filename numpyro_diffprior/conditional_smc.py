@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.guidance import GuidedDenoiser
 from numpyro_diffprior.likelihoods import Likelihood
+from numpyro_diffprior.matrices import einsum
 from numpyro_diffprior.proposals import Cloud, propose, take
 from numpyro_diffprior.samplers import Levels, Sampler
 from numpyro_diffprior.smc import (
@@ -74,7 +75,7 @@ def diffuse_path(
     sigmas = sampler.sigmas(denoiser)
     increments = jnp.sqrt(jnp.diff(sigmas[::-1] ** 2, prepend=0))
     noise = jax.random.normal(rng_key, (sampler.num_steps, *x.shape), x.dtype)
-    return x + jnp.cumsum(jnp.einsum("t,t...->t...", increments, noise), axis=0)[::-1]
+    return x + jnp.cumsum(einsum("t,t...->t...", increments, noise), axis=0)[::-1]
 
 
 def update_path(

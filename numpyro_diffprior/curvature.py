@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from numpyro_diffprior.matrices import eigh
+from numpyro_diffprior.matrices import apply, apply_transpose, eigh
 from numpyro_diffprior.moments import gaussian_moments
 
 __all__ = [
@@ -146,7 +146,7 @@ def from_log_prob(
     """
     gradient, hessian = _derivatives(log_prob, theta)
     curvature, directions = eigh(-(hessian + hessian.mT) / 2)
-    along = jnp.einsum("...ij,...i->...j", directions, gradient)
+    along = apply_transpose(directions, gradient)
     eps = jnp.finfo(theta.dtype).eps
     rounding = eps * theta.shape[-1] * jnp.abs(curvature).max(-1, keepdims=True)
     curvature = jnp.where(curvature > rounding, curvature, along**2)
@@ -154,7 +154,7 @@ def from_log_prob(
     known = curvature > rounding
     along = jnp.where(known, along, 0)
     curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
-    y = theta + jnp.einsum("...ij,...j->...i", directions, along / curvature)
+    y = theta + apply(directions, along / curvature)
     return PseudoObservation(theta, y, 1 / curvature, directions)
 
 
@@ -180,7 +180,7 @@ def _scale_mixture(
         size = theta.shape[-1]
         matrix = jnp.broadcast_to(fn.covariance_matrix, (*theta.shape, size))
         variances, directions = eigh(matrix)
-        along = jnp.einsum("...ij,...i->...j", directions, value - theta)
+        along = apply_transpose(directions, value - theta)
         square = jnp.sum(along**2 / variances, axis=-1, keepdims=True)
         df = jnp.expand_dims(fn.df, -1)
         factor = (df + square) / (df + size)

@@ -26,6 +26,7 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg import Covariance, Dense
+from numpyro_diffprior.matrices import einsum
 
 __all__ = [
     "ConditionedDenoiser",
@@ -243,11 +244,11 @@ class MixtureDenoiser(Denoiser):
                 f"length {num}, or none; got leading axes {batch_shape}."
             )
         weights = (weights / weights.sum()).astype(means.dtype)
-        mean = jnp.tensordot(weights, means, axes=1)
+        mean = einsum("k,k...->...", weights, means)
         within = jnp.broadcast_to(covs.dense(), (num, covs.size, covs.size))
         between = (means - mean).reshape(num, -1)
-        cov = jnp.einsum("k,kij->ij", weights, within)
-        cov = cov + jnp.einsum("k,ki,kj->ij", weights, between, between)
+        cov = einsum("k,kij->ij", weights, within)
+        cov = cov + einsum("k,ki,kj->ij", weights, between, between)
         summary = {"mean": mean, "cov": Dense.from_matrix(cov)}
         set_attributes(self, weights=weights, means=means, covs=covs, **summary)
 

@@ -50,10 +50,18 @@ def _taint(jaxpr: Jaxpr, tainted: list[bool]) -> list[bool]:
             if eqn.primitive.name in _CALLS and inner is not None:
                 outs = _taint(inner, marks)
             elif eqn.primitive.name == "scan" and inner is not None:
-                start = eqn.params["num_consts"]
-                outs = _taint_scan(inner, marks, slice(start, start + eqn.params["num_carry"]))
+                outs = _taint_scan(inner, marks, _carry(eqn.params))
             marked.update(var for var, mark in zip(eqn.outvars, outs, strict=True) if mark)
     return [isinstance(var, Var) and var in marked for var in jaxpr.outvars]
+
+
+def _carry(params: dict[str, Any]) -> slice:
+    """Return which inputs of a scan are its carry."""
+    if "num_carry" in params:  # JAX before 0.11
+        start, size = params["num_consts"], params["num_carry"]
+    else:
+        start, size, _ = map(len, params["ft_in"].unpack())
+    return slice(start, start + size)
 
 
 def _taint_scan(body: Jaxpr, tainted: list[bool], carry: slice) -> list[bool]:

@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.linalg import Covariance, Dense, DiagonalPlusLowRank
-from numpyro_diffprior.matrices import by_matrix, inverse_lower
+from numpyro_diffprior.matrices import by_matrix, einsum, inverse_lower
 
 __all__ = ["GaussianFit", "fit_gaussian"]
 
@@ -250,8 +250,8 @@ def _observe(likelihood: Likelihood, elementwise: bool, dtype: DTypeLike) -> _Ob
     if not elementwise and residual.shape[-1] > size:
         # More values than elements: only their projections on the columns tell of the event.
         basis, white = by_matrix(jnp.linalg.qr, white)
-        projected = _einsum("nmk,nm->nk", basis, residual)
-        rest = residual - _einsum("nmk,nk->nm", basis, projected)
+        projected = einsum("nmk,nm->nk", basis, residual)
+        rest = residual - einsum("nmk,nk->nm", basis, projected)
         residual, constant = projected, constant - 0.5 * jnp.square(rest).sum(-1)
         num_values = jnp.minimum(num_values, size)
     return _Observations(white, residual, constant, num_values.reshape(num).astype(dtype))
@@ -307,17 +307,17 @@ def _posterior(gain: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Arr
     num, m, size = gain.shape
     identity = jnp.broadcast_to(jnp.eye(m, dtype=gain.dtype), (num, m, m))
     q, r = by_matrix(jnp.linalg.qr, jnp.concatenate([gain.mT, identity], axis=1))
-    t = _einsum("nij,ni->nj", q[:, size:], residual)
+    t = einsum("nij,ni->nj", q[:, size:], residual)
     logdet = 2 * jnp.log(jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))).sum(-1)
     w = q[:, :size].mT
-    return w, _einsum("nmi,nm->ni", w, t), -0.5 * (jnp.square(t).sum(-1) + logdet)
+    return w, einsum("nmi,nm->ni", w, t), -0.5 * (jnp.square(t).sum(-1) + logdet)
 
 
 def _expect_full(state: _Full, seen: _Observations) -> tuple[jax.Array, _FullMoments]:
-    residual = seen.residual - _einsum("nmd,d->nm", seen.operator, state.mean)
-    gain = _einsum("nmd,dk->nmk", seen.operator, state.root)
+    residual = seen.residual - einsum("nmd,d->nm", seen.operator, state.mean)
+    gain = einsum("nmd,dk->nmk", seen.operator, state.root)
     w, mean, log_evidence = _posterior(gain, residual)
-    excess = _einsum("ni,nj->ij", mean, mean) - _einsum("nmi,nmj->ij", w, w)
+    excess = einsum("ni,nj->ij", mean, mean) - einsum("nmi,nmj->ij", w, w)
     return (log_evidence + seen.constant).sum(), _FullMoments(mean.sum(0), excess)
 
 
@@ -325,14 +325,14 @@ def _maximise_full(state: _Full, moments: _FullMoments) -> _Full:
     excess = moments.excess - jnp.outer(moments.mean, moments.mean)
     # The square root is updated by a factor, so that small variances keep their digits.
     eigenvalues, eigenvectors = jnp.linalg.eigh(excess + jnp.eye(len(excess), dtype=excess.dtype))
-    root = _einsum("dk,ki->di", state.root, eigenvectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0))
-    return _Full(state.mean + _einsum("dk,k->d", state.root, moments.mean), root)
+    root = einsum("dk,ki->di", state.root, eigenvectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    return _Full(state.mean + einsum("dk,k->d", state.root, moments.mean), root)
 
 
 def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:
-    residual = seen.residual - _einsum("nmd,d->nm", seen.operator, state.mean)
+    residual = seen.residual - einsum("nmd,d->nm", seen.operator, state.mean)
     own = seen.operator * state.scale
-    shared = _einsum("nmd,dr->nmr", seen.operator, state.factor)
+    shared = einsum("nmd,dr->nmr", seen.operator, state.factor)
     w, mean, log_evidence = _posterior(jnp.concatenate([own, shared], axis=-1), residual)
     size = state.scale.size
     e, z, w_e, w_z = mean[:, :size], mean[:, size:], w[..., :size], w[..., size:]
@@ -340,8 +340,8 @@ def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _F
         e=e.sum(0),
         z=z.sum(0),
         ee=jnp.square(e).sum(0) - jnp.square(w_e).sum((0, 1)),
-        ez=_einsum("nd,nr->dr", e, z) - _einsum("nmd,nmr->dr", w_e, w_z),
-        zz=_einsum("nr,ns->rs", z, z) - _einsum("nmr,nms->rs", w_z, w_z),
+        ez=einsum("nd,nr->dr", e, z) - einsum("nmd,nmr->dr", w_e, w_z),
+        zz=einsum("nr,ns->rs", z, z) - einsum("nmr,nms->rs", w_z, w_z),
     )
     return (log_evidence + seen.constant).sum(), moments
 
@@ -359,16 +359,16 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     loading = (seen.operator / jnp.sqrt(c))[..., None] * state.factor
     rho = (seen.residual - seen.operator * state.mean) / jnp.sqrt(c)
 
-    gram = _einsum("ndr,nds->nrs", loading, loading)
+    gram = einsum("ndr,nds->nrs", loading, loading)
     # What rounding may take from the diagonal is put on top.
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
     chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
     inverse = inverse_lower(chol)
-    cov_z = _einsum("nri,nrj->nij", inverse, inverse)
-    cov_load = _einsum("ndr,nrs->nds", loading, cov_z)
-    z = _einsum("ndr,nd->nr", cov_load, rho)
-    rest = rho - _einsum("ndr,nr->nd", loading, z)
+    cov_z = einsum("nri,nrj->nij", inverse, inverse)
+    cov_load = einsum("ndr,nrs->nds", loading, cov_z)
+    z = einsum("ndr,nd->nr", cov_load, rho)
+    rest = rho - einsum("ndr,nr->nd", loading, z)
     e = share * rest
 
     quadratic = jnp.square(rest).sum(-1) + jnp.square(z).sum(-1)
@@ -378,8 +378,8 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
         e=e.sum(0),
         z=z.sum(0),
         ee=(jnp.square(e) - jnp.square(share) * explained).sum(0),
-        ez=_einsum("nd,nr->dr", e, z) - _einsum("nd,ndr->dr", share, cov_load),
-        zz=_einsum("nr,ns->rs", z, z) + (cov_z - identity).sum(0),
+        ez=einsum("nd,nr->dr", e, z) - einsum("nd,ndr->dr", share, cov_load),
+        zz=einsum("nr,ns->rs", z, z) + (cov_z - identity).sum(0),
     )
     return (seen.constant - 0.5 * (quadratic + logdet)).sum(), moments
 
@@ -394,9 +394,9 @@ def _maximise_factors(state: _Factors, moments: _FactorMoments) -> _Factors:
     factor = state.factor + state.scale[:, None] * slope
     variance = 1 + ee - jnp.square(e) - (slope * cov_ez).sum(-1)
     return _Factors(
-        state.mean + state.scale * e + _einsum("dr,r->d", state.factor, z),
+        state.mean + state.scale * e + einsum("dr,r->d", state.factor, z),
         state.scale * jnp.sqrt(jnp.maximum(variance, jnp.finfo(e.dtype).eps)),
-        _einsum("dr,rs->ds", factor, jnp.linalg.cholesky(cov_z)),
+        einsum("dr,rs->ds", factor, jnp.linalg.cholesky(cov_z)),
     )
 
 
@@ -431,8 +431,3 @@ def _compile(function: Callable[[], Any]) -> Any:
         return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, data))()
 
     return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(call)(closed.consts))
-
-
-def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
-    # Full precision: accelerators round the factors of a float32 product unless told otherwise.
-    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.linalg import Covariance
+from numpyro_diffprior.matrices import apply
 
 __all__ = ["Likelihood", "Linearization", "Reading", "linear_gaussian"]
 
@@ -170,8 +171,7 @@ def linear_gaussian(
 
     def read(x: jax.Array) -> Reading:
         flat = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
-        # Full precision: accelerators round the factors of a float32 product otherwise.
-        y_hat = jnp.einsum("...md,...d->...m", matrix, flat, precision=jax.lax.Precision.HIGHEST)
+        y_hat = apply(matrix, flat)
         return Reading(y_hat, noise, y)
 
     def log_prob(x: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ __all__ = [
     "apply_transpose",
     "by_matrix",
     "eigh",
+    "einsum",
     "inverse_lower",
     "matmul",
 ]
@@ -57,6 +58,11 @@ class Factor:
         return 2 * jnp.log(jnp.diagonal(self.lower, axis1=-2, axis2=-1)).sum(-1)
 
 
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """Return a sum of products of any arrays; the notation is `jax.numpy.einsum`'s."""
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the product of two matrices."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -64,12 +70,12 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
     """Return the product with a vector."""
-    return jnp.einsum("...ij,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+    return einsum("...ij,...j->...i", matrix, v)
 
 
 def apply_transpose(matrix: jax.Array, v: jax.Array) -> jax.Array:
     """Return the product of the transpose with a vector."""
-    return jnp.einsum("...ji,...j->...i", matrix, v, precision=jax.lax.Precision.HIGHEST)
+    return einsum("...ji,...j->...i", matrix, v)
 
 
 def inverse_lower(chol: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from numpyro_diffprior.denoisers import Denoiser
 from numpyro_diffprior.guidance import Guidance, Guided, GuidedDenoiser, Outlook, pull_back
 from numpyro_diffprior.likelihoods import Likelihood, Linearization, gaussian_log_density
 from numpyro_diffprior.linalg import Covariance
+from numpyro_diffprior.matrices import einsum
 from numpyro_diffprior.posterior_covariances import PosteriorCovariance, TweedieCovariance
 from numpyro_diffprior.solvers import (
     conjugate_gradient,
@@ -281,7 +282,7 @@ def _solve_tweedie(local: Linearization, pull: _Pull) -> _Solve:
     rows = jax.vmap(lambda e: pull(jnp.broadcast_to(e, local.residual.shape)))(basis)
     gain = jax.vmap(local.matvec, out_axes=-1)(rows)
     solve = truncated_solve(gain, local.noise, local.residual)
-    correction = jnp.einsum("m...d,...m->...d", rows, solve.solution)
+    correction = einsum("m...d,...m->...d", rows, solve.solution)
     return _Solve(
         solve.solution,
         solve.logdet,

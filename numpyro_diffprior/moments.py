@@ -18,6 +18,8 @@ import numpyro.distributions as dist
 from jax.scipy.special import digamma, polygamma
 from numpyro.distributions.transforms import AffineTransform
 
+from numpyro_diffprior.matrices import einsum, matmul
+
 __all__ = ["Moments", "gaussian_moments", "handling"]
 
 
@@ -253,9 +255,9 @@ def _(fn: dist.GaussianRandomWalk) -> Moments:
 
 @gaussian_moments.register
 def _(fn: dist.MatrixNormal) -> Moments:
-    row, column = (s @ s.mT for s in (fn.scale_tril_row, fn.scale_tril_column))
+    row, column = (matmul(s, s.mT) for s in (fn.scale_tril_row, fn.scale_tril_column))
     size = prod(fn.event_shape)
-    cov = jnp.einsum("...ij,...kl->...ikjl", row, column)
+    cov = einsum("...ij,...kl->...ikjl", row, column)
     cov = jnp.broadcast_to(cov, (*fn.batch_shape, *fn.event_shape * 2))
     cov = cov.reshape(*fn.batch_shape, size, size)
     mean = jnp.broadcast_to(fn.loc, fn.shape()).reshape(*fn.batch_shape, size)
@@ -286,10 +288,10 @@ def _affine(fn: dist.TransformedDistribution) -> Moments:
     matrix = jax.vmap(column, out_axes=-1)(basis)
     if base.full:
         matrix = matrix.reshape(*matrix.shape[:-1], *blocks)
-        cov = jnp.einsum("...its,...tsu,...jtu->...ij", matrix, base.cov, matrix)
+        cov = einsum("...its,...tsu,...jtu->...ij", matrix, base.cov, matrix)
     else:
         variance = base.cov.reshape(*base.cov.shape[: -len(blocks)], -1)
-        cov = jnp.einsum("...id,...d,...jd->...ij", matrix, variance, matrix)
+        cov = einsum("...id,...d,...jd->...ij", matrix, variance, matrix)
     return Moments(transform(origin), cov, full=True)
 
 

@@ -1,4 +1,6 @@
-"""A module imports only from lower layers, and the numeric core does not know NumPyro."""
+"""A module imports only from lower layers, the numeric core does not know NumPyro, and products
+are in full precision.
+"""
 
 import ast
 import re
@@ -135,3 +137,31 @@ def test_forbidden_import_is_found(module, source):
 )
 def test_allowed_import_passes(module, source):
     assert violations(module, source) == []
+
+
+# Networks may be as rough as the accelerator likes; all else asks `matrices`, or says how precise.
+ROUGH = frozenset({"matrices", "net_layers"})
+PRODUCTS = frozenset({"dot", "einsum", "inner", "matmul", "tensordot", "vdot", "dot_general"})
+
+
+def rough_products(source: str) -> list[str]:
+    """Products of arrays whose factors an accelerator may round."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.BinOp(op=ast.MatMult()) | ast.AugAssign(op=ast.MatMult()):
+                found.append(ast.unparse(node))
+            case ast.Call(func=ast.Attribute(attr=name), keywords=keywords) if name in PRODUCTS:
+                if not any(keyword.arg == "precision" for keyword in keywords):
+                    found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - ROUGH))
+def test_products_are_in_full_precision(module):
+    assert rough_products(SOURCES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("source", ["x = a @ b", "x @= b", "jnp.einsum('ij,j->i', a, b)"])
+def test_rough_product_is_found(source):
+    assert rough_products(source)

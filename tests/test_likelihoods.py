@@ -66,7 +66,8 @@ def test_nonlinear_mean(num_observed):
     y = jnp.asarray(rng.normal(size=(3, num_observed)))
 
     def mean_one(x):
-        return jnp.sin(weight @ x.reshape(-1)) * jnp.sum(x**2)
+        product = jnp.matmul(weight, x.reshape(-1), precision="highest")
+        return jnp.sin(product) * jnp.sum(x**2)
 
     def read(x):
         y_hat = jnp.vectorize(mean_one, signature="(a,b)->(m)")(x)

@@ -41,6 +41,13 @@ few_cases = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def _full_precision():
+    """Networks are compared to more digits than accelerators give them by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def perturbed(net, scale=0.3):
     """The same network with noise added to every weight, zeros included."""
     # By NumPy: JAX would compile a draw for every shape.
