@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm.auto import trange
 
 from numpyro_diffprior.denoisers import GaussianDenoiser
@@ -47,6 +48,7 @@ from numpyro_diffprior.posterior import (
     PosteriorSamples,
     bind_whole_plates,
     read_whole_plates,
+    replicate_arguments,
     resolve_settings,
     sample_blocks,
 )
@@ -178,6 +180,8 @@ class EM:
         rank: The rank of Gaussian covariances of large events.
         params_optimizer: The optimiser of ``numpyro.param`` sites, where they are not constrained.
         num_params_steps: Its steps at each iteration, on minibatches of ``batch_size`` events.
+        mesh: Devices to spread E-steps and minibatches over (`jax.make_mesh`), of whose number
+            ``batch_size`` is a multiple; see `sample_posterior`.
     """
 
     def __init__(
@@ -200,6 +204,7 @@ class EM:
         rank: int | None = None,
         params_optimizer: optax.GradientTransformation = optax.adam(0.03),
         num_params_steps: int = 32,
+        mesh: Mesh | None = None,
     ) -> None:
         if guidance is None and num_particles > 1:
             # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
@@ -221,6 +226,7 @@ class EM:
         self.rank = rank
         self.params_optimizer = params_optimizer
         self.num_params_steps = num_params_steps
+        self.mesh = mesh
         self._model = with_params(model)
 
     def init(self, rng_key: jax.Array, prior: Any, *args: Any, **kwargs: Any) -> EMState:
@@ -244,6 +250,7 @@ class EM:
                 f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
                 "priors have nothing to learn."
             )
+        args, kwargs = replicate_arguments((args, kwargs), self.mesh)
         resolve_settings(all_of(prior)[0], self.num_particles, self.sampler, self.guidance)
         bound = bind(self.model, (prior, *args), kwargs)
         params, params_opt_state = init_params(bound, self.params_optimizer)
@@ -292,6 +299,7 @@ class EM:
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
         """
+        args, kwargs = replicate_arguments((args, kwargs), self.mesh)
         rng_key, *keys = jax.random.split(state.rng_key, 6)
         key_draw, key_compare, key_measure, key_train, key_params = keys
         started = time.perf_counter()
@@ -393,6 +401,7 @@ class EM:
             context=context,
             noise=self.noise,
             ema_decay=self.ema_decay,
+            mesh=self.mesh,
         )
         denoiser = replace(self._choose(training), error_ratios=current.error_ratios)
         return _Trained(denoiser, training, losses)
@@ -486,6 +495,7 @@ class EM:
             num_particles=max(_NUM_HELDOUT_PARTICLES, self.num_particles),
             sampler=self.sampler,
             max_batch_size=self.batch_size,
+            mesh=self.mesh,
             **kwargs,
         )
         return metrics._replace(
@@ -511,6 +521,7 @@ class EM:
             resolve_settings(all_of(prior)[0], self.num_particles, sampler, guidance),
             num_draws=num_draws,
             batch_size=self.batch_size,
+            mesh=self.mesh,
         )
 
     def _read_contexts(

@@ -12,11 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.sharding import Mesh
 
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import Model
-from numpyro_diffprior.posterior import read_whole_plates, resolve_settings, sample_blocks
+from numpyro_diffprior.posterior import (
+    read_whole_plates,
+    replicate_arguments,
+    resolve_settings,
+    sample_blocks,
+)
 from numpyro_diffprior.samplers import Sampler
 
 if TYPE_CHECKING:
@@ -83,6 +89,7 @@ def log_evidence(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     max_batch_size: int = 256,
+    mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> LogEvidence:
     r"""Estimate :math:`\log p(y)` for every event of the plate of a model's diffusion site.
@@ -98,7 +105,8 @@ def log_evidence(
             faster than with that of the estimates.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
-        max_batch_size: How many estimates are made at once; bounds the memory.
+        max_batch_size: How many estimates are made at once on one device; bounds the memory.
+        mesh: Devices to spread the work over, see `sample_posterior`.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -112,7 +120,7 @@ def log_evidence(
     for name, count in (("num_estimates", num_estimates), ("num_particles", num_particles)):
         if count < 2:
             raise ValueError(f"log_evidence: expected {name} >= 2, got {count}.")
-    arguments = ((prior, *args), kwargs)
+    arguments = replicate_arguments(((prior, *args), kwargs), mesh)
     latent, _ = read_whole_plates(model, *arguments)
     settings = resolve_settings(latent.prior, num_particles, sampler, guidance)
     draws = sample_blocks(
@@ -122,6 +130,7 @@ def log_evidence(
         settings,
         num_draws=num_estimates,
         batch_size=max_batch_size,
+        mesh=mesh,
     )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaincc
+from jax.sharding import Mesh
 
+from numpyro_diffprior.devices import num_devices, on_devices, replicate, round_up
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
@@ -30,6 +32,7 @@ __all__ = [
     "PosteriorSamples",
     "bind_whole_plates",
     "read_whole_plates",
+    "replicate_arguments",
     "resolve_settings",
     "sample_blocks",
     "sample_posterior",
@@ -90,6 +93,7 @@ def sample_posterior(
     guidance: Guidance | None = None,
     independent: bool = True,
     max_batch_size: int = 256,
+    mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> PosteriorSamples:
     """Draw from the posterior of a model's diffusion sites, for all events of their plate.
@@ -109,7 +113,10 @@ def sample_posterior(
             system gives as many draws as it has particles, at a fraction of the cost: a thousand
             draws of one system of a thousand particles, say. They are exact in the limit of many
             particles, but not independent: an event may be drawn more than once.
-        max_batch_size: How many draws are made at once; bounds the memory.
+        max_batch_size: How many draws are made at once on one device; bounds the memory.
+        mesh: Devices to spread the work over (`jax.make_mesh`), by the elements of the largest
+            plate; where they are fewer than the devices, by the draws. Data and prior are copied
+            to each. Other meshes give other draws.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -120,11 +127,17 @@ def sample_posterior(
         ValueError: If the model cannot be read (see `numpyro_diffprior.introspect`), or particles
             and sampler do not fit.
     """
-    arguments = ((prior, *args), kwargs)
+    arguments = replicate_arguments(((prior, *args), kwargs), mesh)
     latent, likelihood = read_whole_plates(model, *arguments)
     settings = resolve_settings(latent.prior, num_particles, sampler, guidance, independent)
     samples, stats = sample_blocks(
-        rng_key, model, *arguments, settings, num_draws=num_samples, batch_size=max_batch_size
+        rng_key,
+        model,
+        *arguments,
+        settings,
+        num_draws=num_samples,
+        batch_size=max_batch_size,
+        mesh=mesh,
     )
     _warn_of_misfit(stats["chi_square"], likelihood.num_visible)
     per_draw = num_particles if independent else 1
@@ -171,6 +184,7 @@ def sample_blocks(
     *,
     num_draws: int,
     batch_size: int,
+    mesh: Mesh | None = None,
 ) -> PosteriorSamples:
     """Draw for all elements of the latent's plate, ``batch_size`` draws at a time, compiled.
 
@@ -183,16 +197,17 @@ def sample_blocks(
         kwargs: Its keyword arguments.
         settings: Resolved settings (`resolve_settings`).
         num_draws: The number of draws per event.
-        batch_size: How many draws are made at once.
+        batch_size: How many draws are made at once on one device.
+        mesh: Devices to spread the work over, which have all arguments (`replicate_arguments`).
 
     Returns:
         Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
     """
     dynamic, static = split_arguments((args, dict(kwargs)))
-    return _sweep(rng_key, dynamic, model, static, settings, num_draws, max(1, batch_size))
+    return _sweep(rng_key, dynamic, model, static, settings, num_draws, max(1, batch_size), mesh)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _sweep(
     rng_key: jax.Array,
     dynamic: list[jax.Array],
@@ -201,15 +216,22 @@ def _sweep(
     settings: Settings,
     num_draws: int,
     batch_size: int,
+    mesh: Mesh | None,
 ) -> PosteriorSamples:
     args, kwargs = merge_arguments(dynamic, static)
-    bound = bind_whole_plates(model, args, kwargs)
-    latent = read_latent(bound)
+    latent = read_latent(bind_whole_plates(model, args, kwargs))
     plate = max(range(len(latent.plates)), key=lambda i: latent.plate_sizes[i], default=None)
-    if plate is None or latent.plate_sizes[plate] <= batch_size:
+    largest = 1 if plate is None else latent.plate_sizes[plate]
+    if plate is None or (largest <= batch_size and not 1 < num_devices(mesh) <= largest):
         num_events = max(1, prod(latent.plate_sizes))
-        chunk_size = max(1, batch_size // num_events)
-        draws = _draw_chunks(rng_key, bound, settings, num_draws, chunk_size)
+        keys, chunk_size = _chunk(rng_key, num_draws, batch_size // num_events, settings, mesh)
+
+        def draw(dynamic: list[jax.Array], keys: jax.Array) -> Draws:
+            args, kwargs = merge_arguments(dynamic, static)
+            return _draw_chunks(keys, bind_whole_plates(model, args, kwargs), settings, chunk_size)
+
+        draws = on_devices(draw, dynamic, keys, mesh)
+        draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
         return PosteriorSamples(latent.values(draws.x), draws.stats)
     name, size, dim = (
         latent.plates[plate],
@@ -217,16 +239,24 @@ def _sweep(
         latent.plate_dims[plate],
     )
     # All draws of an event in one block, which share its solves.
-    block_size = max(1, batch_size // num_draws)
-    num_blocks = -(-size // block_size)
+    block_size = min(max(1, batch_size // num_draws), -(-size // num_devices(mesh)))
+    num_blocks = round_up(-(-size // block_size), mesh)
     indices = jnp.arange(num_blocks * block_size).reshape(num_blocks, block_size) % size
 
-    def block(inputs: tuple[jax.Array, jax.Array]) -> Draws:
-        key, index = inputs
-        bound = bind(model, args, kwargs, indices={name: index})
-        return _draw_chunks(key, bound, settings, num_draws, batch_size // block_size)
+    def draw_blocks(dynamic: list[jax.Array], blocks: tuple[jax.Array, jax.Array]) -> Draws:
+        args, kwargs = merge_arguments(dynamic, static)
 
-    blocks = jax.lax.map(block, (jax.random.split(rng_key, num_blocks), indices))
+        def draw(block: tuple[jax.Array, jax.Array]) -> Draws:
+            key, index = block
+            bound = bind(model, args, kwargs, indices={name: index})
+            keys, chunk_size = _chunk(key, num_draws, batch_size // block_size, settings)
+            draws = _draw_chunks(keys, bound, settings, chunk_size)
+            return jax.tree.map(lambda leaf: leaf[:num_draws], draws)
+
+        return jax.lax.map(draw, blocks)
+
+    blocks = jax.random.split(rng_key, num_blocks), indices
+    draws = on_devices(draw_blocks, dynamic, blocks, mesh)
     axis = 1 + len(latent.batch_shape) + dim  # of the plate, behind the draws
 
     def join(leaf: jax.Array) -> jax.Array:
@@ -234,7 +264,7 @@ def _sweep(
         shape = (*leaf.shape[:axis], num_blocks * block_size, *leaf.shape[axis + 2 :])
         return jax.lax.slice_in_dim(leaf.reshape(shape), 0, size, axis=axis)
 
-    draws = jax.tree.map(join, blocks)
+    draws = jax.tree.map(join, draws)
     return PosteriorSamples(latent.values(draws.x), draws.stats)
 
 
@@ -247,28 +277,37 @@ def bind_whole_plates(
     return bind(model, args, kwargs, indices={plate: jnp.arange(size) for plate, size in sizes})
 
 
-def _draw_chunks(
+def _chunk(
     rng_key: jax.Array,
-    bound: Callable[[], Any],
-    settings: Settings,
     num_draws: int,
-    chunk_size: int,
+    max_size: int,
+    settings: Settings,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, int]:
+    """Return the keys of chunks of draws, so many for each device, and the chunks' size."""
+    chunk_size, share = max(1, max_size), -(-num_draws // num_devices(mesh))
+    if not settings.independent:  # whole particle systems
+        size = settings.num_particles
+        chunk_size, share = max(1, chunk_size // size) * size, -(-share // size) * size
+    chunk_size = min(chunk_size, share, num_draws)
+    num_chunks = round_up(-(-num_draws // chunk_size), mesh)
+    return rng_key[None] if num_chunks == 1 else jax.random.split(rng_key, num_chunks), chunk_size
+
+
+def _draw_chunks(
+    keys: jax.Array, bound: Callable[[], Any], settings: Settings, chunk_size: int
 ) -> Draws:
-    """Draw for one block of events, so many draws of each at a time."""
+    """Draw for one block of events, so many draws of each for every key."""
     latent = read_latent(bound)
     likelihood = read_likelihood(bound, latent)
-    if not settings.independent:  # whole particle systems
-        chunk_size = max(1, chunk_size // settings.num_particles) * settings.num_particles
-    chunk_size = min(chunk_size, num_draws)
-    num_chunks = -(-num_draws // chunk_size)
 
     def chunk(key: jax.Array) -> Draws:
         return draw_posterior(key, latent.prior.denoiser, likelihood, settings, chunk_size)
 
-    if num_chunks == 1:
-        return chunk(rng_key)
-    chunks = jax.lax.map(chunk, jax.random.split(rng_key, num_chunks))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_draws], chunks)
+    if len(keys) == 1:
+        return chunk(keys[0])
+    chunks = jax.lax.map(chunk, keys)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), chunks)
 
 
 class StaticArguments(NamedTuple):
@@ -292,6 +331,15 @@ def merge_arguments(dynamic: list[jax.Array], static: StaticArguments) -> Any:
     arrays = iter(dynamic)
     leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves]
     return jax.tree.unflatten(static.treedef, leaves)
+
+
+def replicate_arguments(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]], mesh: Mesh | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the arrays among a model's arguments to every device of a mesh."""
+    dynamic, static = split_arguments(arguments)
+    args, kwargs = merge_arguments(replicate(dynamic, mesh), static)
+    return args, kwargs
 
 
 _ARRAY = object()

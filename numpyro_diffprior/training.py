@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
+from numpyro_diffprior.devices import num_devices, replicate, round_up, spread
 from numpyro_diffprior.linalg import empirical_gaussian
 from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.schedules import LogLinear, LogNormal, NoiseDistribution
@@ -135,6 +137,7 @@ def train(
     context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, jax.Array]:
     r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
 
@@ -157,6 +160,8 @@ def train(
         noise: Distribution of the noise levels between the denoiser's `sigma_min` and
             `sigma_max`; the default is the paper's.
         ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
+        mesh: Devices to spread every minibatch over (`jax.make_mesh`); the events and the weights
+            are copied to each.
 
     Returns:
         The next state, and the loss of every minibatch before its step with shape
@@ -164,7 +169,8 @@ def train(
 
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
-            `num_steps`, `batch_size` or `ema_decay` is out of its range.
+            `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` no
+            multiple of the number of devices.
     """
     x = _check_events(x, state.denoiser)
     if num_steps < 1 or batch_size < 1:
@@ -174,8 +180,14 @@ def train(
         )
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
+    if batch_size != round_up(batch_size, mesh):
+        raise ValueError(
+            f"batch_size must be a multiple of the {num_devices(mesh)} devices of the mesh, got "
+            f"{batch_size}."
+        )
     context = _check_context(context, x, state.denoiser)
-    return _train(rng_key, state, x, context, noise, ema_decay, optimizer, num_steps, batch_size)
+    arrays = replicate((rng_key, state, x, context), mesh)
+    return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, mesh)
 
 
 def measure_error(
@@ -244,6 +256,7 @@ def fit_denoiser(
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
     rank: int | None = None,
+    mesh: Mesh | None = None,
 ) -> FitResult:
     """Fit a denoiser to clean events: its mean and covariance at once, then its network.
 
@@ -259,6 +272,7 @@ def fit_denoiser(
         noise: Distribution of the noise levels, see `train`.
         ema_decay: Largest decay of the average of the weights, see `train`.
         rank: Rank of the covariance of large events, see `empirical_gaussian`.
+        mesh: Devices to spread minibatches over, see `train`.
 
     Returns:
         The averaged denoiser, and the losses.
@@ -280,11 +294,12 @@ def fit_denoiser(
         context=context,
         noise=noise,
         ema_decay=ema_decay,
+        mesh=mesh,
     )
     return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size"))
+@partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size", "mesh"))
 def _train(
     rng_key: jax.Array,
     state: TrainState,
@@ -295,6 +310,7 @@ def _train(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int,
+    mesh: Mesh | None,
 ) -> tuple[TrainState, jax.Array]:
     fixed = state.denoiser
 
@@ -317,7 +333,7 @@ def _train(
     ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array], jax.Array]:
         net, averaged, opt_state, count = carry
         key_batch, key_loss = jax.random.split(rng_key)
-        index = jax.random.randint(key_batch, (batch_size,), 0, x.shape[0])
+        index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
         loss, gradient = jax.value_and_grad(loss_fn)(net, index, key_loss)
         update, opt_state = optimizer.update(gradient, opt_state, net)
         net = optax.apply_updates(net, update)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "numpyro_diffprior"
 
 LAYERS = (
-    ("matrices", "dependence", "schedules", "net_layers", "transport"),
+    ("matrices", "dependence", "devices", "schedules", "net_layers", "transport"),
     ("linalg", "nets", "metrics"),
     ("denoisers", "likelihoods", "solvers"),
     (

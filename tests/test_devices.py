@@ -1,0 +1,159 @@
+"""Work spread over devices against the same work on one; run where there are eight of them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.training import init_training, train
+from tests.oracles import tolerance
+
+NUM_DEVICES = 8
+on_eight = pytest.mark.skipif(jax.device_count() < NUM_DEVICES, reason="needs eight devices")
+
+SIZE = 5
+SAMPLER = ndp.MultistepSDE(8)
+MASK = jax.random.bernoulli(jax.random.key(0), 0.6, (20, SIZE))
+Y = jax.random.normal(jax.random.key(1), (20, SIZE))
+
+
+def model(prior, mask, y=None):
+    with numpyro.plate("events", len(mask)):
+        mask = numpyro.subsample(mask, event_dim=1)
+        y = None if y is None else numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 0.5).mask(mask).to_event(1), obs=y)
+
+
+def make_prior():
+    net = ndp.MLP((SIZE,), features=(16, 16), rngs=nnx.Rngs(0))
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net))
+
+
+def make_mesh(*shape):
+    return jax.make_mesh(shape, ("a", "b")[: len(shape)])
+
+
+def draw(mesh, mask=MASK, y=Y, **kwargs):
+    options = {"num_samples": 2, "max_batch_size": 4, "sampler": SAMPLER} | kwargs
+    key = jax.random.key(2)
+    return ndp.sample_posterior(key, model, make_prior(), mask, y, mesh=mesh, **options)
+
+
+@pytest.mark.skipif(jax.device_count() >= NUM_DEVICES, reason="has eight devices")
+def test_on_eight_devices():
+    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@on_eight
+@pytest.mark.parametrize(("shape", "num_particles"), [((8,), 1), ((2, 4), 4)])
+def test_draws_are_those_of_one_device(shape, num_particles):
+    """Twenty events in blocks of two: ten blocks, and six more to fill eight devices."""
+    spread = draw(make_mesh(*shape), num_particles=num_particles)
+    assert spread.samples["x"].shape == (2, 20, SIZE)
+    # The blocks' keys depend on their number.
+    padded = draw(
+        None, *(jnp.tile(x, (2, 1))[:32] for x in (MASK, Y)), num_particles=num_particles
+    )
+    np.testing.assert_allclose(
+        spread.samples["x"], padded.samples["x"][:, :20], atol=10 * tolerance()
+    )
+    assert spread.stats.keys() == padded.stats.keys()
+
+
+@on_eight
+def test_arguments_may_lie_on_the_mesh():
+    mesh = make_mesh(4, 2)
+    sharding = NamedSharding(mesh, PartitionSpec("a"))
+    placed = draw(mesh, *(jax.device_put(x, sharding) for x in (MASK, Y)))
+    np.testing.assert_array_equal(placed.samples["x"], draw(mesh).samples["x"])
+
+
+@on_eight
+@pytest.mark.parametrize("num_events", [1, 20])
+def test_work_is_divided(num_events):
+    """By the events, or by the draws where events are few."""
+
+    def flops(mesh):
+        def f(mask, y):
+            return draw(mesh, mask, y, num_samples=256, max_batch_size=8192).samples["x"]
+
+        compiled = jax.jit(f).lower(MASK[:num_events], Y[:num_events]).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(make_mesh(8)) < flops(None) / 3
+
+
+@on_eight
+def test_draws_of_one_event_have_its_posterior():
+    prior = ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.zeros(SIZE), jnp.eye(SIZE)))
+    samples = ndp.sample_posterior(
+        jax.random.key(3), model, prior, jnp.ones((1, SIZE), bool), Y[:1],
+        num_samples=4000, num_particles=50, independent=False, mesh=make_mesh(8),
+    ).samples["x"]  # fmt: skip
+    assert samples.shape == (4000, 1, SIZE)
+    np.testing.assert_allclose(samples.mean(0), 0.8 * Y[:1], atol=0.05)
+    np.testing.assert_allclose(samples.std(0), np.sqrt(0.2), rtol=0.1)
+
+
+@on_eight
+def test_training_is_that_of_one_device():
+    optimizer = optax.sgd(0.1)
+    state = init_training(make_prior().denoiser, optimizer)
+    options = {"optimizer": optimizer, "num_steps": 4, "batch_size": 16}
+    (alone, losses), (spread, spread_losses) = (
+        train(jax.random.key(4), state, Y, mesh=mesh, **options) for mesh in (None, make_mesh(8))
+    )
+    np.testing.assert_allclose(spread_losses, losses, rtol=10 * tolerance())
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=10 * tolerance())
+
+
+@on_eight
+def test_minibatch_that_cannot_be_divided():
+    optimizer = optax.sgd(0.1)
+    state = init_training(make_prior().denoiser, optimizer)
+    with pytest.raises(ValueError, match="multiple of the 8 devices of the mesh, got 12"):
+        train(
+            jax.random.key(4), state, Y, optimizer, num_steps=1, batch_size=12, mesh=make_mesh(8)
+        )
+
+
+@on_eight
+def test_em():
+    """From data that lie on the mesh; held-out evidence too."""
+    sharding = NamedSharding(make_mesh(4, 2), PartitionSpec("a"))
+    placed = jax.device_put((MASK, Y), sharding)
+    results = []
+    for mesh, data in ((None, (MASK, Y)), (make_mesh(8), placed)):
+        em = ndp.EM(
+            model, optax.adam(1e-3), num_sgd_steps=8, batch_size=16, sampler=SAMPLER, mesh=mesh
+        )
+        results.append(
+            em.run(
+                jax.random.key(5), 2, make_prior(), *data, heldout=(MASK[:8], Y[:8]),
+                progress_bar=False,
+            )
+        )  # fmt: skip
+    alone, spread = (result.history for result in results)
+    np.testing.assert_allclose(spread.loss, alone.loss, rtol=0.3)
+    error = 4 * alone.heldout_standard_error + 4 * spread.heldout_standard_error
+    assert np.all(np.abs(spread.heldout_log_evidence - alone.heldout_log_evidence) < 0.5 + error)
