@@ -281,6 +281,7 @@ def fit_denoiser(
         ValueError: See `train`.
     """
     x = _check_events(x, denoiser)
+    x, context = replicate((x, context), mesh)
     mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
     denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
     key_train, key_measure = jax.random.split(rng_key)

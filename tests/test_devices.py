@@ -128,6 +128,17 @@ def test_training_is_that_of_one_device():
 
 
 @on_eight
+def test_fit_to_events_that_lie_on_the_mesh():
+    placed = jax.device_put(Y[:16], NamedSharding(make_mesh(4, 2), PartitionSpec("a")))
+    fit = ndp.fit_denoiser(
+        jax.random.key(4), make_prior().denoiser, placed, optimizer=optax.sgd(0.1), num_steps=2,
+        batch_size=16, mesh=make_mesh(8),
+    )  # fmt: skip
+    assert np.all(np.isfinite(fit.losses))
+    assert np.all(np.isfinite(fit.denoiser.error_ratios))
+
+
+@on_eight
 def test_minibatch_that_cannot_be_divided():
     optimizer = optax.sgd(0.1)
     state = init_training(make_prior().denoiser, optimizer)
