@@ -54,13 +54,15 @@ def draw(mesh, mask=MASK, y=Y, **kwargs):
 def test_on_eight_devices():
     flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
+        + ["--deselect", f"{__file__}::test_on_eight_devices"],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
 
 
 @on_eight
@@ -128,6 +130,21 @@ def test_training_is_that_of_one_device():
 
 
 @on_eight
+def test_training_is_divided():
+    optimizer = optax.sgd(0.1)
+    state = init_training(make_prior().denoiser, optimizer)
+
+    def flops(mesh):
+        def f(x):
+            key = jax.random.key(4)
+            return train(key, state, x, optimizer, num_steps=2, batch_size=1024, mesh=mesh)[1]
+
+        return jax.jit(f).lower(Y).compile().cost_analysis()["flops"]
+
+    assert flops(make_mesh(8)) < flops(None) / 3
+
+
+@on_eight
 def test_fit_to_events_that_lie_on_the_mesh():
     placed = jax.device_put(Y[:16], NamedSharding(make_mesh(4, 2), PartitionSpec("a")))
     fit = ndp.fit_denoiser(
@@ -150,21 +167,19 @@ def test_minibatch_that_cannot_be_divided():
 
 @on_eight
 def test_em():
-    """From data that lie on the mesh; held-out evidence too."""
+    """From data that lie on the mesh, in the same blocks as on one device; evidence too."""
+    data = [jnp.tile(x, (4, 1))[:64] for x in (MASK, Y)]
     sharding = NamedSharding(make_mesh(4, 2), PartitionSpec("a"))
-    placed = jax.device_put((MASK, Y), sharding)
-    results = []
-    for mesh, data in ((None, (MASK, Y)), (make_mesh(8), placed)):
+    histories = []
+    for mesh, (mask, y) in ((None, data), (make_mesh(8), jax.device_put(data, sharding))):
         em = ndp.EM(
-            model, optax.adam(1e-3), num_sgd_steps=8, batch_size=16, sampler=SAMPLER, mesh=mesh
+            model, optax.adam(1e-3), num_sgd_steps=8, batch_size=8, sampler=SAMPLER, mesh=mesh
         )
-        results.append(
-            em.run(
-                jax.random.key(5), 2, make_prior(), *data, heldout=(MASK[:8], Y[:8]),
-                progress_bar=False,
-            )
-        )  # fmt: skip
-    alone, spread = (result.history for result in results)
-    np.testing.assert_allclose(spread.loss, alone.loss, rtol=0.3)
-    error = 4 * alone.heldout_standard_error + 4 * spread.heldout_standard_error
-    assert np.all(np.abs(spread.heldout_log_evidence - alone.heldout_log_evidence) < 0.5 + error)
+        result = em.run(
+            jax.random.key(5), 2, make_prior(), mask, y, heldout=(mask, y), progress_bar=False
+        )
+        histories.append(result.history)
+    alone, spread = histories
+    np.testing.assert_allclose(spread.loss, alone.loss, rtol=1e-3)
+    for name in ("ess", "chi_square", "log_evidence", "heldout_log_evidence"):
+        np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), rtol=1e-3)
