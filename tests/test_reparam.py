@@ -7,9 +7,10 @@ import numpyro
 import numpyro.distributions as dist
 import oracles
 import pytest
-from numpyro.handlers import reparam, seed, trace
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_value
-from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.contrib.einstein import RBFKernel, SteinVI
+from numpyro.handlers import reparam, seed, substitute, trace
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_sample, init_to_value
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 
 import numpyro_diffprior as ndp
 
@@ -109,6 +110,36 @@ def test_svi():
     expected = 1 + (np.array([3.0, 0.0]) - 1) / (1 + 1.5**2)
     np.testing.assert_allclose(draws["x"].mean(0), expected, atol=0.08)
     np.testing.assert_allclose(draws["x"].std(0), np.sqrt(1.5**2 / (1 + 1.5**2)), rtol=0.1)
+
+
+@pytest.mark.slow
+def test_stein_vi():
+    """Particles in the noise are those of NumPyro's own Gaussian, for the map is a shift."""
+    y = jnp.array([3.0, 0.0])
+    prior = ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.ones(2), jnp.eye(2)))
+
+    def run(model, site, *args):
+        guide = AutoDelta(model, init_loc_fn=init_to_sample)
+        optim = numpyro.optim.Adam(0.05)
+        stein = SteinVI(
+            model, guide, optim, RBFKernel(), num_stein_particles=50, repulsion_temperature=50.0
+        )
+        state = stein.run(jax.random.key(0), 500, *args, progress_bar=False).state
+        return stein.get_params(state)[f"{site}_auto_loc"]
+
+    def value(z):
+        fixed = substitute(exactly(one), {"x_base": z})
+        return trace(seed(fixed, 0)).get_trace(prior, y)["x"]["value"]
+
+    def gaussian(y):
+        x = numpyro.sample("x", dist.Normal(jnp.ones(2), 1).to_event(1))
+        numpyro.sample("y", dist.Normal(x, 1.5).to_event(1), obs=y)
+
+    x = jax.vmap(value)(run(exactly(one), "x_base", prior, y))
+    expected = run(gaussian, "x", y)
+    np.testing.assert_allclose(x.mean(0), expected.mean(0), atol=0.02)
+    np.testing.assert_allclose(jnp.cov(x.T), jnp.cov(expected.T), atol=0.05)
+    np.testing.assert_allclose(x.mean(0), 1 + (y - 1) / (1 + 1.5**2), atol=0.02)
 
 
 def test_expanded_and_declared_as_one_event():
