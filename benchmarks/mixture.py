@@ -202,6 +202,7 @@ def judge(rng_key, problem, x, num_projections):
     exact = draw_exactly(key_exact, problem, len(x))
     distance = jnp.square(x[:, None] - problem.means).sum(-1)
     masses = jax.nn.one_hot(distance.argmin(-1), len(problem.means)).mean(0)
+    masses = jnp.where(jnp.isfinite(x).all(), masses, jnp.nan)
     return {
         "sliced": sliced_wasserstein(key_sliced, x, exact, num_projections=num_projections),
         "max_sliced": max_sliced_wasserstein(key_max, x, exact, num_steps=0),
@@ -253,7 +254,7 @@ def main(args):
                 for k in ("sliced", "max_sliced")
             ]
             print(
-                f"{name:36s} {cells[0]:>14s} {cells[1]:>14s} {np.mean(row['mass_error']):7.3f}"
+                f"{name:36s} {cells[0]:>14s} {cells[1]:>14s} {np.nanmean(row['mass_error']):7.3f}"
                 f" {np.mean(row['evaluations']):8.0f} {np.median(row['seconds']):.1f}"
                 + f"  ({num_diverged} diverged)"
                 * (num_diverged > 0),
