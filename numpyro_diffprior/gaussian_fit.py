@@ -124,8 +124,9 @@ def fit_gaussian(
 ) -> GaussianFit:
     """Fit a Gaussian to linear observations of events by expectation maximisation.
 
-    It starts from mean zero and the isotropic covariance that explains the mean square of the
-    observations. Directions that no event shows stay as they start.
+    It starts from the one event that explains all observations best (from zero, where the
+    covariance has low rank) and the isotropic covariance that explains the mean square of the
+    rest. Directions that no event shows stay as they start, which is at a mean of zero.
 
     Args:
         read_block: Maps indices of events, with shape ``(n,)``, to their likelihood; traced.
@@ -186,13 +187,13 @@ def fit_gaussian(
         log_evidence, totals = _sum_over(lambda block: expect(state, observe(block)), blocks)
         return maximise(state, jax.tree.map(lambda a: a / num_events, totals)), log_evidence
 
-    start = _start_full(size, dtype) if dense else _start_factors(size, rank, dtype)
-
     def run() -> tuple[jax.Array, Covariance, jax.Array]:
-        # The start is zero but for its square roots: they take the scale.
-        scale = jnp.sqrt(_initial_variance(observe, blocks))
-        scaled = jax.tree.map(lambda root: scale * root, start)
-        state, log_evidence = jax.lax.scan(iterate, scaled, length=num_iterations)
+        start = (
+            _start_full(observe, blocks, size, dtype)
+            if dense
+            else _start_factors(observe, blocks, size, rank, dtype)
+        )
+        state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
         return state.mean.reshape(event_shape), _covariance(state), log_evidence
 
     return GaussianFit(*_compile(run))
@@ -290,16 +291,33 @@ def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
     return jnp.where(gain > 0, signal / jnp.where(gain > 0, gain, 1), 1)
 
 
-def _start_full(size: int, dtype: DTypeLike) -> _Full:
-    return _Full(jnp.zeros(size, dtype), jnp.eye(size, dtype=dtype))
+def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> _Full:
+    # Seen from far away, a covariance would be the small difference of large squares.
+    def products(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operator, residual, *_ = observe(block)
+        gram = einsum("nmi,nmj->ij", operator, operator)
+        return gram, einsum("nmd,nm->d", operator, residual)
+
+    def centred(block: jax.Array) -> _Observations:
+        seen = observe(block)
+        return seen._replace(residual=seen.residual - einsum("nmd,d->nm", seen.operator, mean))
+
+    gram, back = _sum_over(products, blocks)
+    # What is hardly seen is left to the iterations.
+    inverse = jnp.linalg.pinv(gram, rtol=jnp.finfo(dtype).eps ** 0.5, hermitian=True)
+    mean = einsum("ij,j->i", inverse, back)
+    return _Full(mean, jnp.sqrt(_initial_variance(centred, blocks)) * jnp.eye(size, dtype=dtype))
 
 
-def _start_factors(size: int, rank: int, dtype: DTypeLike) -> _Factors:
+def _start_factors(
+    observe: _Block, blocks: jax.Array, size: int, rank: int, dtype: DTypeLike
+) -> _Factors:
     # Without factors EM would never find any; these take half of the variance. They only have to
     # be in general position, so a constant key will do.
+    scale = jnp.sqrt(_initial_variance(observe, blocks))
     factor = jax.random.normal(jax.random.key(0), (size, rank), dtype)
     half = jnp.full(size, 0.5**0.5, dtype)
-    return _Factors(jnp.zeros(size, dtype), half, factor * (0.5 / rank) ** 0.5)
+    return _Factors(jnp.zeros(size, dtype), scale * half, scale * factor * (0.5 / rank) ** 0.5)
 
 
 def _posterior(gain: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

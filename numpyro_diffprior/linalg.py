@@ -497,7 +497,9 @@ def _add(a: Covariance, b: Covariance) -> Covariance:
 
 
 def _harmonic(a: ArrayLike, b: ArrayLike) -> jax.Array:
-    return jnp.multiply(a, b) / jnp.add(a, b)
+    # Variances are squares of what may be large or small: a product of two may not be a number.
+    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+    return low / (1 + low / high)
 
 
 def _column(c: ArrayLike) -> jax.Array:

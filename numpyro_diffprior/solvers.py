@@ -97,6 +97,9 @@ def conjugate_gradient(
         floor: the map :math:`N` of the noise covariance; zero by default.
     """
     max_steps = 2 * b.shape[-1] if max_steps is None else max_steps
+    # In units in which every squared norm is a number, whatever those of the data.
+    b_norm = _norm(b)
+    b = b / jnp.where(b_norm == 0, 1, b_norm)[..., None]
     b_square = _dot(b, b)
 
     def evaluate(v: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -120,7 +123,7 @@ def conjugate_gradient(
         # Zero for a symmetric map, but for rounding; the step changes the energy by its length
         # times (skew - r_square / 2).
         skew = (_dot(x, m_p) - _dot(b - r, p)) / 2
-        rounding = 8 * jnp.finfo(b.dtype).eps * jnp.sqrt(_dot(x, x) * _dot(m_p, m_p))
+        rounding = 8 * jnp.finfo(b.dtype).eps * _norm(x) * _norm(m_p)
         active &= skew < r_square / 2 + rounding
         length = r_square / jnp.where(active, curvature, 1)
         x, inner_x = jax.tree.map(
@@ -142,7 +145,8 @@ def conjugate_gradient(
     last = jax.lax.while_loop(unfinished, advance, start)
     error = b - (matvec(last.x) if inner is None else matvec(last.x, last.inner_x))
     residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
-    return SolveResult(last.x, residual, last.num_steps, last.inner_x)
+    x, inner_x = jax.tree.map(lambda v: b_norm[..., None] * v, (last.x, last.inner_x))
+    return SolveResult(x, residual, last.num_steps, inner_x)
 
 
 class DenseSolveResult(NamedTuple):
@@ -301,3 +305,10 @@ def _select(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(-1)
+
+
+def _norm(v: jax.Array) -> jax.Array:
+    """Return the norm, also where its square is too large or too small for a number."""
+    largest = jnp.abs(v).max(-1)
+    scaled = v / jnp.where(largest == 0, 1, largest)[..., None]
+    return largest * jnp.sqrt(_dot(scaled, scaled))

@@ -194,12 +194,24 @@ def assert_same(actual, desired, tol):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=tol * np.abs(desired).max())
 
 
-def initial_variance(problem):
-    """Return the variance of isotropic events that explains the mean square of what was seen."""
-    signal = gain = 0.0
+def white(problem):
+    """Return operators and residuals of what was seen, in units of the noise."""
     for a, b, n, y, seen in zip(*problem[:5]):
         chol = np.linalg.cholesky(n[np.ix_(seen, seen)])
-        operator, residual = np.linalg.solve(chol, a[seen]), np.linalg.solve(chol, (y - b)[seen])
+        yield np.linalg.solve(chol, a[seen]), np.linalg.solve(chol, (y - b)[seen])
+
+
+def initial_mean(problem):
+    """Return the one event that explains all that was seen best, and is the shortest to do so."""
+    operators, residuals = map(np.concatenate, zip(*white(problem)))
+    return np.linalg.lstsq(operators, residuals)[0]
+
+
+def initial_variance(problem):
+    """Return the variance of isotropic events that explains the mean square of the rest."""
+    mean, signal, gain = initial_mean(problem), 0.0, 0.0
+    for operator, residual in white(problem):
+        residual = residual - operator @ mean
         # Of more values than elements, what no event explains is left out.
         projection = operator @ np.linalg.pinv(operator)
         signal += residual @ projection @ residual - np.trace(projection)
@@ -211,7 +223,7 @@ def initial_variance(problem):
 def test_full_covariance_agrees_with_explicit_formulas(name):
     problem, found = PROBLEMS[name], fit(name, "full")
     size = np.prod(problem.event_shape)
-    mean, cov = np.zeros(size), initial_variance(problem) * np.eye(size)
+    mean, cov = initial_mean(problem), initial_variance(problem) * np.eye(size)
     evidence = []
     for _ in range(3):
         evidence.append(log_evidence(problem, mean, cov))
@@ -307,6 +319,14 @@ def test_batch_size_does_not_matter(name, form, batch_size):
     assert_same(a.mean, b.mean, tolerance(1e-4, 1e-10))
     assert_same(dense(a.cov), dense(b.cov), tolerance(1e-4, 1e-10))
     assert_same(a.log_evidence, b.log_evidence, tolerance(1e-5, 1e-11))
+
+
+def test_distance_from_zero_does_not_matter():
+    problem, far = PROBLEMS["few"], np.full(5, 3e3)
+    moved = problem._replace(y=problem.y + problem.matrix @ far)
+    a, b = problem.fit(**FORMS["full"]), moved.fit(**FORMS["full"])
+    assert_same(b.mean - far, a.mean, tolerance(1e-2, 1e-8))
+    assert_same(dense(b.cov), dense(a.cov), tolerance(1e-2, 1e-8))
 
 
 @pytest.mark.parametrize(("name", "form"), [("two sites", "full"), ("masked", "factors")])
