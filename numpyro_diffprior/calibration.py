@@ -28,7 +28,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import Model, bind, fix_plates, read_latent
+from numpyro_diffprior.introspect import Model, bind, fix_plates, is_unobserved, read_latent
 from numpyro_diffprior.metrics import sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.posterior import (
@@ -237,7 +237,9 @@ def _read_sites(bound: Callable[[], Any]) -> _Sites:
             f"calibrate: the sites {factors} are factors, from which no data can be simulated."
         )
     event_dims = tuple(
-        (name, site["fn"].event_dim) for name, site in sites.items() if name not in observed
+        (name, site["fn"].event_dim)
+        for name, site in sites.items()
+        if name not in observed and not is_unobserved(name, trace)
     )
     return _Sites(observed, event_dims, tuple(plates.items()))
 

@@ -38,6 +38,7 @@ from numpyro_diffprior.smc import (
     ancestors,
     assess,
     begin,
+    discard_nan,
     finish,
     watch,
 )
@@ -124,7 +125,7 @@ def update_path(
     start = begin(x_t, len(denoiser.event_shape))
     (cloud, log_weight, stats), moved = jax.lax.scan(body, start, (keys, levels, futures))
     x = denoiser(cloud.x_t, sigmas[-1])
-    log_weight = log_weight + likelihood.log_prob(x)
+    log_weight = discard_nan(log_weight + likelihood.log_prob(x))
     chosen = jax.random.categorical(key_last, log_weight, axis=0)
 
     def trace_back(index: jax.Array, moved: _Moved) -> tuple[jax.Array, jax.Array]:
@@ -186,11 +187,11 @@ def _advance(
     free = jax.random.categorical(
         key_free, log_weight, axis=0, shape=(num_free, *degenerate.shape)
     )
-    past = jax.random.categorical(key_past, log_past, axis=0)
+    past = jax.random.categorical(key_past, discard_nan(log_past), axis=0)
     index = ancestors(degenerate, jnp.concatenate([past[None], free]))
     proposal = step.proposal.take(index)
     x_s = proposal.draw(key_move).at[0].set(future.x_s)
     log_weight = jnp.where(degenerate, 0, log_weight)
-    log_weight = log_weight + proposal.log_ratio(x_s) - proposal.log_twist
+    log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
     cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
     return Progress(cloud, log_weight, stats), _Moved(x_s, index, ess)

@@ -38,7 +38,13 @@ from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.evidence import log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
+from numpyro_diffprior.introspect import (
+    LatentSite,
+    Model,
+    bind,
+    bind_whole_plates,
+    read_latent,
+)
 from numpyro_diffprior.linalg import Covariance, empirical_gaussian
 from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.network_denoiser import NetworkDenoiser
@@ -46,7 +52,6 @@ from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.params import fit_params, init_params, with_params
 from numpyro_diffprior.posterior import (
     PosteriorSamples,
-    bind_whole_plates,
     read_whole_plates,
     replicate_arguments,
     resolve_settings,

@@ -22,7 +22,9 @@ from numpyro_diffprior.joint_denoisers import PlateDenoiser, ProductDenoiser
 __all__ = [
     "LatentSite",
     "bind",
+    "bind_whole_plates",
     "fix_plates",
+    "is_unobserved",
     "mask_priors",
     "read_latent",
     "trace_at_mean",
@@ -131,6 +133,12 @@ def bind(
         try:
             with fix_plates(indices=indices), handlers.seed(rng_seed=0):
                 return model(*args, **kwargs)
+        except jax.errors.NonConcreteBooleanIndexError as error:
+            raise ValueError(
+                "the model picks elements by a boolean array among its arguments, whose number is "
+                "not known when it is compiled; hide values with `.mask(mask)` on the observed "
+                "site's distribution, or let the model enclose the array."
+            ) from error
         except (TypeError, ValueError) as error:
             if not indices:
                 raise
@@ -142,6 +150,27 @@ def bind(
     return bound
 
 
+def bind_whole_plates(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    indices: Mapping[str, jax.Array] | None = None,
+) -> Callable[[], Any]:
+    """Bind a model with whole plates, even where on its own it would subsample them.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        indices: Elements of the plates of which not all are asked for, by name.
+    """
+    trace = trace_at_mean(bind(model, args, kwargs, indices=indices))
+    sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
+    whole = {name: jnp.arange(size) for name, size in sizes.items()}
+    return bind(model, args, kwargs, indices={**whole, **(indices or {})})
+
+
 def trace_at_mean(bound: Callable[[], Any]) -> dict[str, Any]:
     """Trace a bound model with diffusion sites at their priors' means: no draw, no sampler."""
     return handlers.trace(handlers.substitute(bound, substitute_fn=_prior_mean)).get_trace()
@@ -151,14 +180,14 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
     """Find the latent sites with a diffusion prior in a bound model.
 
     Raises:
-        ValueError: If there is none, if there are several with different samplers, or a latent
-            site that nobody samples.
+        ValueError: If there is none, if there are several with different samplers, if the prior of
+            one depends on another, or a latent site that nobody samples.
     """
     trace = trace_at_mean(bound)
     latents = {
         name: site
         for name, site in trace.items()
-        if site["type"] == "sample" and not site["is_observed"] and not _is_unobserved(name, trace)
+        if site["type"] == "sample" and not site["is_observed"] and not is_unobserved(name, trace)
     }
     priors = {
         name: prior
@@ -176,6 +205,7 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
             f"nobody samples the latent sites {others}; give them values with "
             "`numpyro.handlers.condition` or sample them beside this one in `numpyro.infer.Gibbs`."
         )
+    _check_apart(bound, priors, latents)
     sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
     sites = [_read_site_of(prior, name, latents[name], sizes) for name, prior in priors.items()]
     samplers = {prior.sampler for prior in priors.values()}
@@ -192,6 +222,34 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
     joint = _join_priors(sites, [site.prior.denoiser for site in sites])
     parts = tuple(priors.values())
     return sites[0]._replace(names=tuple(priors), prior=joint, parts=parts)
+
+
+def _check_apart(
+    bound: Callable[[], Any], priors: Mapping[str, DiffusionPrior], latents: Mapping[str, Any]
+) -> None:
+    """Refuse priors that depend on other diffusion sites: they are drawn together, as independent.
+
+    Only several can.
+    """
+    if len(priors) == 1:
+        return
+
+    def parameters(values: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
+        trace = handlers.trace(handlers.substitute(bound, data=values)).get_trace()
+        found = {name: _find_prior(trace[name]["fn"]) for name in priors}
+        return {name: jax.tree.leaves(prior.denoiser) for name, prior in found.items() if prior}
+
+    values = {
+        name: jnp.broadcast_to(prior.mean, latents[name]["fn"].shape())
+        for name, prior in priors.items()
+    }
+    marks = depends(parameters, values)
+    if dependent := sorted(name for name, mark in marks.items() if any(mark)):
+        raise ValueError(
+            f"the priors of the latent sites {dependent} depend on other sites with a "
+            "DiffusionPrior; expected independent priors, which are sampled together. Sample such "
+            "sites with `DiffusionReparam` and NUTS."
+        )
 
 
 def _join_priors(sites: list[LatentSite], denoisers: list[Denoiser]) -> DiffusionPrior:
@@ -282,7 +340,7 @@ def _prior_mean(site: dict[str, Any]) -> jax.Array | None:
     return None if prior is None else jnp.broadcast_to(prior.mean, site["fn"].shape())
 
 
-def _is_unobserved(name: str, trace: Mapping[str, Any]) -> bool:
+def is_unobserved(name: str, trace: Mapping[str, Any]) -> bool:
     """Whether a latent site stands for the hidden part of an observed one (``obs_mask=``)."""
     stem = name.removesuffix("_unobserved")
     return stem != name and f"{stem}_observed" in trace

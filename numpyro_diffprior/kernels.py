@@ -13,7 +13,7 @@ from numpyro.util import identity, is_prng_key
 
 from numpyro_diffprior.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
+from numpyro_diffprior.introspect import LatentSite, Model, bind_whole_plates, read_latent
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.observations import read_likelihood
 from numpyro_diffprior.posterior import resolve_settings
@@ -185,15 +185,19 @@ class _DiffusionKernel(MCMCKernel):
     def postprocess_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
-        """Return a function that adds the model's deterministic sites to a draw."""
-        bound = bind(self.model, model_args, model_kwargs or {})
+        """Return a function that adds the model's deterministic sites to a draw.
+
+        All but observed sites completed under ``obs_mask=``, whose hidden values nobody draws: see
+        `numpyro.infer.Predictive`.
+        """
+        bound = bind_whole_plates(self.model, model_args, model_kwargs or {})
 
         def postprocess(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
             trace = handlers.trace(handlers.substitute(bound, data=z)).get_trace()
             deterministic = {
                 name: site["value"]
                 for name, site in trace.items()
-                if site["type"] == "deterministic"
+                if site["type"] == "deterministic" and f"{name}_unobserved" not in trace
             }
             return {**z, **deterministic}
 
@@ -202,7 +206,7 @@ class _DiffusionKernel(MCMCKernel):
     def _read(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> tuple[LatentSite, Any]:
-        bound = bind(self.model, model_args, model_kwargs or {})
+        bound = bind_whole_plates(self.model, model_args, model_kwargs or {})
         latent = read_latent(bound)
         return latent, read_likelihood(bound, latent)
 

@@ -266,7 +266,7 @@ def _search(
         b_moved = state.b + length * (b - state.b)
         log_likelihood = likelihood.log_prob(x_hat + moved.reshape(x_hat.shape))
         log_joint = log_likelihood - 0.5 * jnp.sum(moved * b_moved, axis=-1)
-        return _Moved(moved, b_moved, jnp.nan_to_num(log_joint, nan=-jnp.inf))
+        return _Moved(moved, b_moved, jnp.where(jnp.isnan(log_joint), -jnp.inf, log_joint))
 
     lengths = 0.5 ** jnp.arange(_NUM_LENGTHS)
     best = jnp.argmax(jax.lax.map(lambda length: at(length).log_joint, lengths), axis=0)

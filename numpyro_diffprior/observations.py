@@ -32,8 +32,9 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
     """Read what the observed sites of a bound model say about its latent site.
 
     Raises:
-        ValueError: If no observed site depends on the latent, if one cannot be read, or if
-            concrete data hold NaN outside the masks or noise without variance.
+        ValueError: If no observed site depends on the latent, if one cannot be read, if in a plate
+            one depends on other elements than its own, or if concrete data hold NaN outside the
+            masks or noise without variance.
     """
     template = jnp.broadcast_to(latent.prior.mean, latent.shape)
     sites = find_observed_sites(bound, latent, template)
@@ -64,7 +65,10 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
         return jnp.stack(parts).sum(0).astype(x.dtype)
 
     (_, noise, y), visible = read_all(template)
-    _check_data([site.name for site in sites], y, noise)
+    names = [site.name for site in sites]
+    _check_data(names, y, noise)
+    if not isinstance(y, jax.core.Tracer):
+        _check_apart(names, log_prob, template, latent)
     linear = _is_linear(lambda x: read_all(x)[0], template)
 
     def read(x: jax.Array) -> Reading:
@@ -255,4 +259,34 @@ def _check_data(names: list[str], y: jax.Array, noise: Covariance) -> None:
     if not bool(jnp.all(variance > 0)):
         raise ValueError(
             f"the noise of {names} has no variance somewhere; expected a positive scale."
+        )
+
+
+def _check_apart(
+    names: list[str],
+    log_prob: Callable[[jax.Array], jax.Array],
+    template: jax.Array,
+    latent: LatentSite,
+) -> None:
+    """Refuse sites that look at other elements of their plates: events are drawn apart.
+
+    Half of the events move; the log-density of the others must not.
+    """
+    num = prod(latent.batch_shape)
+    if num == 1:
+        return
+    key_half, key_x, key_step = jax.random.split(jax.random.key(0), 3)
+    moves = (jax.random.permutation(key_half, num) < num // 2).reshape(latent.batch_shape)
+    scale = latent.prior.denoiser.scale
+    x = template + scale * jax.random.normal(key_x, template.shape, template.dtype)
+    step = scale * jax.random.normal(key_step, template.shape, template.dtype)
+    event_axes = tuple(range(-len(latent.prior.event_shape), 0))
+    step = jnp.where(jnp.expand_dims(moves, event_axes), step, 0)
+    before, after = log_prob(x), log_prob(x + step)
+    tol = jnp.finfo(template.dtype).eps ** 0.5
+    if not jnp.allclose(before[~moves], after[~moves], rtol=tol, atol=tol, equal_nan=True):
+        raise ValueError(
+            f"in the plates {list(latent.plates)} an observed site of {names} depends on other "
+            f"elements of {_quote(latent)} than its own; take that site out of the plate, so that "
+            "whole plates become one event."
         )

@@ -16,7 +16,13 @@ import optax
 from numpyro import handlers
 from numpyro.distributions.transforms import Transform
 
-from numpyro_diffprior.introspect import Model, bind, read_latent, trace_at_mean
+from numpyro_diffprior.introspect import (
+    Model,
+    bind,
+    bind_whole_plates,
+    read_latent,
+    trace_at_mean,
+)
 from numpyro_diffprior.observations import observed_log_density
 from numpyro_diffprior.posterior import StaticArguments, merge_arguments, split_arguments
 
@@ -103,16 +109,14 @@ def _fit(
     if latent.plates:
         plate, size = latent.plates[0], latent.plate_sizes[0]
         axis = 1 + latent.plate_dims[0] + len(latent.batch_shape)
-    sizes = dict(latent.joined) | dict(zip(latent.plates, latent.plate_sizes, strict=True))
-    whole = {name: jnp.arange(num) for name, num in sizes.items() if name != plate}
 
     def loss(free: Params, index: jax.Array) -> jax.Array:
         values = {name: transforms[name](value) for name, value in free.items()}
-        indices, taken = whole, draws
+        indices, taken = {}, draws
         if plate is not None:
-            indices = whole | {plate: index}
+            indices = {plate: index}
             taken = {name: jnp.take(x, index, axis=axis) for name, x in draws.items()}
-        bound = bind(model, ((prior, values), *args), kwargs, indices=indices)
+        bound = bind_whole_plates(model, ((prior, values), *args), kwargs, indices=indices)
         # By event, so that the size of a plate does not set the size of steps.
         return -jax.vmap(partial(observed_log_density, bound))(taken).mean() / size
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from numpyro_diffprior.devices import num_devices, on_devices, replicate, round_up
 from numpyro_diffprior.distributions import DiffusionPrior
 from numpyro_diffprior.guidance import Guidance
-from numpyro_diffprior.introspect import LatentSite, Model, bind, read_latent
+from numpyro_diffprior.introspect import LatentSite, Model, bind_whole_plates, read_latent
 from numpyro_diffprior.likelihoods import Likelihood
 from numpyro_diffprior.mmps import MMPS
 from numpyro_diffprior.observations import read_likelihood
@@ -30,7 +30,6 @@ from numpyro_diffprior.smc import Draws, Settings, draw_posterior
 
 __all__ = [
     "PosteriorSamples",
-    "bind_whole_plates",
     "read_whole_plates",
     "replicate_arguments",
     "resolve_settings",
@@ -65,13 +64,19 @@ def resolve_settings(
     MMPS takes Tweedie's covariance for one particle; more look ahead with the Gaussian one.
 
     Raises:
-        ValueError: If the number of particles is not positive, or there are several and the
-            sampler is deterministic or evaluates the denoiser more than once per step.
+        ValueError: If the sampler is none, the number of particles is not positive, or there are
+            several and the sampler is deterministic or evaluates the denoiser more than once per
+            step.
     """
     if sampler is None:
         sampler = prior.sampler
     if guidance is None:
         guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance(), look_ahead=True)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"expected an instance of Sampler, got {sampler!r}; pass an object such as "
+            "MultistepSDE(num_steps=64)."
+        )
     if num_particles < 1:
         raise ValueError(f"expected num_particles >= 1, got {num_particles}.")
     if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single):
@@ -113,7 +118,8 @@ def sample_posterior(
             system gives as many draws as it has particles, at a fraction of the cost: a thousand
             draws of one system of a thousand particles, say. They are exact in the limit of many
             particles, but not independent: an event may be drawn more than once.
-        max_batch_size: How many draws are made at once on one device; bounds the memory.
+        max_batch_size: How many draws are made at once on one device; bounds the memory. Only the
+            largest of several plates is divided.
         mesh: Devices to spread the work over (`jax.make_mesh`), by the elements of the largest
             plate; where they are fewer than the devices, by the draws. Data and prior are copied
             to each. Other meshes give other draws.
@@ -124,9 +130,12 @@ def sample_posterior(
         fit what was observed.
 
     Raises:
-        ValueError: If the model cannot be read (see `numpyro_diffprior.introspect`), or particles
-            and sampler do not fit.
+        ValueError: If the model cannot be read (see `numpyro_diffprior.introspect`), a number is
+            not positive, or particles and sampler do not fit.
     """
+    for name, number in (("num_samples", num_samples), ("max_batch_size", max_batch_size)):
+        if number < 1:
+            raise ValueError(f"sample_posterior: expected {name} >= 1, got {number}.")
     arguments = replicate_arguments(((prior, *args), kwargs), mesh)
     latent, likelihood = read_whole_plates(model, *arguments)
     settings = resolve_settings(latent.prior, num_particles, sampler, guidance, independent)
@@ -248,7 +257,7 @@ def _sweep(
 
         def draw(block: tuple[jax.Array, jax.Array]) -> Draws:
             key, index = block
-            bound = bind(model, args, kwargs, indices={name: index})
+            bound = bind_whole_plates(model, args, kwargs, indices={name: index})
             keys, chunk_size = _chunk(key, num_draws, batch_size // block_size, settings)
             draws = _draw_chunks(keys, bound, settings, chunk_size)
             return jax.tree.map(lambda leaf: leaf[:num_draws], draws)
@@ -266,15 +275,6 @@ def _sweep(
 
     draws = jax.tree.map(join, draws)
     return PosteriorSamples(latent.values(draws.x), draws.stats)
-
-
-def bind_whole_plates(
-    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[], Any]:
-    """Bind a model with whole plates, even where on its own it would subsample them."""
-    latent = read_latent(bind(model, args, kwargs))
-    sizes = [*zip(latent.plates, latent.plate_sizes, strict=True), *latent.joined]
-    return bind(model, args, kwargs, indices={plate: jnp.arange(size) for plate, size in sizes})
 
 
 def _chunk(

@@ -41,7 +41,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior.guidance import GuidedDenoiser, Outlook
+from numpyro_diffprior.guidance import Guided, GuidedDenoiser, Outlook
 from numpyro_diffprior.likelihoods import gaussian_log_density
 from numpyro_diffprior.matrices import Factor
 from numpyro_diffprior.samplers import Levels, Sampler
@@ -193,7 +193,7 @@ def propose(posterior: GuidedDenoiser, sampler: Sampler, previous: Cloud, levels
         proposal = _LookingAhead.make(mean, tau, outlook)
         zeros = jnp.zeros_like(proposal.log_twist)
         return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
-    guided = posterior.guide(previous.x_t, levels.current)
+    guided = _mend(posterior.guide(previous.x_t, levels.current))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
     x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
     mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
@@ -206,6 +206,26 @@ def propose(posterior: GuidedDenoiser, sampler: Sampler, previous: Cloud, levels
         guided.residual,
         guided.num_truncated,
     )
+
+
+def _mend(guided: Guided) -> Guided:
+    """Let particles whose guidance has failed walk as the prior's, twisted below the best.
+
+    Where the log-density at the denoised mean is NaN or minus infinity, that of the event may
+    still be a number. A twist may be any positive function of all particles of a system: the
+    weights of the next level are divided by it.
+    """
+    event_axes = tuple(range(guided.log_twist.ndim, guided.x_hat.ndim))
+    works = jnp.isfinite(guided.x_hat_y).all(event_axes) & jnp.isfinite(guided.log_twist)
+    largest = jnp.where(works, guided.log_twist, -jnp.inf).max(0)
+    low = jnp.where(jnp.isfinite(largest), largest - _HANDICAP, 0)
+    return guided._replace(
+        x_hat_y=jnp.where(jnp.expand_dims(works, event_axes), guided.x_hat_y, guided.x_hat),
+        log_twist=jnp.where(works, guided.log_twist, low),
+    )
+
+
+_HANDICAP = 2.0  # keeps weights within a factor of seven of each other
 
 
 def take(leaf: jax.Array, index: jax.Array) -> jax.Array:

@@ -98,6 +98,8 @@ class Sampler:
             raise ValueError(
                 f"{type(self).__name__}: expected num_steps >= 2, got {self.num_steps}."
             )
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"{type(self).__name__}: expected 0 <= eta <= 1, got {self.eta}.")
 
     @property
     def num_evaluations(self) -> int:

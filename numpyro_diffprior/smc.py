@@ -38,6 +38,7 @@ __all__ = [
     "ancestors",
     "assess",
     "begin",
+    "discard_nan",
     "draw_posterior",
     "finish",
     "watch",
@@ -202,12 +203,14 @@ def finish(
     """
     draw = take(x, chosen[None])[0]
     ess = jnp.concatenate([ess, _effective(log_weight)[None]])
+    log_evidence = stats.log_evidence + _log_mean_exp(log_weight)
     return stats._replace(
         x=draw,
-        chi_square=likelihood.chi_square(draw),
+        # No particle of a system without weight can have made what was observed.
+        chi_square=jnp.where(jnp.isneginf(log_evidence), jnp.inf, likelihood.chi_square(draw)),
         ess=ess.min(0),
         ess_path=jnp.moveaxis(ess, 0, -1),
-        log_evidence=stats.log_evidence + _log_mean_exp(log_weight),
+        log_evidence=log_evidence,
     )
 
 
@@ -286,7 +289,7 @@ def _twisted_smc(
         proposal = step.proposal.take(index)
         x_s = proposal.draw(key_move)
         log_weight = jnp.where(degenerate, 0, log_weight)
-        log_weight = log_weight + proposal.log_ratio(x_s) - proposal.log_twist
+        log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
         cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
         return Progress(cloud, log_weight, stats), ess
 
@@ -295,7 +298,7 @@ def _twisted_smc(
     keys = jax.random.split(rng_key, sampler.num_steps)
     (cloud, log_weight, stats), ess = jax.lax.scan(body, start, (keys[1:], levels))
     x = posterior.denoiser(cloud.x_t, levels.following[-1])
-    log_weight = log_weight + posterior.likelihood.log_prob(x)
+    log_weight = discard_nan(log_weight + posterior.likelihood.log_prob(x))
 
     def choose(chosen: jax.Array) -> Draws:
         return finish(stats, posterior.likelihood, x, log_weight, chosen, ess)
@@ -306,6 +309,11 @@ def _twisted_smc(
     index = jax.random.permutation(key_order, _systematic(key_index, log_weight))
     draws = jax.vmap(choose)(index)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_draws], draws)
+
+
+def discard_nan(log_weight: jax.Array) -> jax.Array:
+    """Give no weight to particles for which it is not a number, as they may not be themselves."""
+    return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
 
 def ancestors(degenerate: jax.Array, resampled: jax.Array) -> jax.Array:

@@ -112,6 +112,19 @@ def test_every_latent_site_of_a_kernel_is_ranked():
     assert np.all(result.pvalues(4)["scale"] > 0.001)
 
 
+def test_hidden_values_are_no_latents():
+    def hiding(prior, y):
+        with numpyro.plate("n", 2):
+            x = numpyro.sample("x", prior)
+            seen = jnp.array([True, False])
+            numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y, obs_mask=seen)
+
+    result = calibrate(
+        jax.random.key(0), hiding, GAUSSIAN, jnp.zeros((2, 2)), num_simulations=3, num_samples=5
+    )
+    assert {name: ranks.shape for name, ranks in result.ranks.items()} == {"x": (3, 2, 2)}
+
+
 def test_plates_are_taken_whole_and_data_simulated():
     def plated(prior, y, num):
         with numpyro.plate("n", num, subsample_size=2):

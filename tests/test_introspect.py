@@ -334,6 +334,18 @@ def factor(prior):
     numpyro.factor("penalty", -jnp.sum(x**2))
 
 
+def coupled_in_the_plate(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(jnp.cumsum(x, 0), 1.0).to_event(1), obs=Y)
+
+
+def prior_of_another_site(prior):
+    x = numpyro.sample("x", prior)
+    z = numpyro.sample("z", DiffusionPrior(GaussianDenoiser(x, jnp.eye(D))))
+    numpyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=Y[0])
+
+
 def batch_in_the_event(prior):
     x = numpyro.sample("x", prior.expand([N]).to_event(1))
     numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=Y)
@@ -344,6 +356,11 @@ ERRORS = [
     (two_priors, "no observed site depends on the latent site 'x' and 'z'"),
     (nuisance, r"nobody samples the latent sites \['scale'\]"),
     (not_observed, r"nobody samples the latent sites \['y'\]"),
+    (
+        coupled_in_the_plate,
+        r"in the plates \['n'\] an observed site of \['y'\] depends on other elements of 'x'",
+    ),
+    (prior_of_another_site, r"priors of the latent sites \['z'\] depend on other sites"),
     (
         batch_in_the_event,
         "latent site 'x': expected events of shape .* replace `.to_event` by a plate",

@@ -184,6 +184,26 @@ def test_starts_where_it_is_told():
     np.testing.assert_allclose(state.path[-1], start["x"], atol=1.0)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_chain_gets_out_of_nan(name):
+    kernel = KERNELS[name](model, num_particles=4)
+    init_params = {"x": jnp.full((N, D), jnp.nan)}
+    state = kernel.init(jax.random.key(0), 0, init_params, (PRIOR, Y), {})
+    state = kernel.sample(state, (PRIOR, Y), {})
+    assert np.all(np.isfinite(state.z["x"]))
+
+
+def test_whole_plates_and_no_values_that_nobody_draws():
+    def hiding(prior, y):
+        with numpyro.plate("n", N, subsample_size=2):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y, obs_mask=y[:, 0] > 0)
+
+    samples = run(MMPSKernel(hiding), num_samples=3).get_samples()
+    assert {name: x.shape for name, x in samples.items()} == {"x": (3, N, D)}
+
+
 def test_sampling_before_init():
     kernel = MMPSKernel(model)
     state = kernel.init(jax.random.key(0), 0, None, (PRIOR, Y), {})

@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import norm
 
 from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.denoisers import GaussianDenoiser
@@ -139,6 +140,43 @@ def test_subsampled_models_are_drawn_whole():
     np.testing.assert_allclose(x[0], y, atol=0.1)
 
 
+def test_plates_of_observations_are_whole():
+    """Draws know of all values, however the model subsamples them."""
+
+    def subsampling(prior, y, size):
+        x = numpyro.sample("x", prior)
+        with numpyro.plate("n", 40, subsample_size=size):
+            y = numpyro.subsample(y, event_dim=1)
+            numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    y = jnp.asarray(RNG.normal(size=(40, D)))
+    whole, part = (sample_posterior(jax.random.key(0), subsampling, PRIOR, y, n) for n in (40, 4))
+    np.testing.assert_allclose(part.samples["x"], whole.samples["x"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch_size", [3, 256])
+def test_nested_plates_that_both_subsample(max_batch_size):
+    def nested(prior, y):
+        with numpyro.plate("a", 6, subsample_size=2, dim=-1):
+            with numpyro.plate("b", 4, subsample_size=2, dim=-2):
+                y = numpyro.subsample(y, event_dim=1)
+                x = numpyro.sample("x", prior)
+                numpyro.sample("y", dist.Normal(x, 0.01).to_event(1), obs=y)
+
+    y = jnp.asarray(RNG.normal(size=(4, 6, D)))
+    x = sample_posterior(jax.random.key(0), nested, PRIOR, y, max_batch_size=max_batch_size)
+    np.testing.assert_allclose(x.samples["x"][0], y, atol=0.1)
+
+
+def test_boolean_indices_are_explained():
+    def picking(prior, mask, y):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x[mask], 1.0).to_event(1), obs=y[mask])
+
+    with pytest.raises(ValueError, match="boolean array .* `.mask"):
+        sample_posterior(jax.random.key(0), picking, PRIOR, jnp.array([True, False]), jnp.ones(D))
+
+
 def test_same_key_same_draws_and_new_weights_compile_nothing():
     traces = []
 
@@ -221,6 +259,7 @@ def test_float32_where_float64_is_the_default(num_particles):
         (0, None, "num_particles >= 1, got 0"),
         (2, DDIM(), "2 particles need a stochastic sampler"),
         (2, Heun(), "2 particles need a stochastic sampler"),
+        (1, DDPM, "expected an instance of Sampler, got <class"),
     ],
 )
 def test_particles_and_samplers_that_do_not_fit(num_particles, sampler, message):
@@ -234,6 +273,59 @@ def test_particles_and_samplers_that_do_not_fit(num_particles, sampler, message)
             num_particles=num_particles,
             sampler=sampler,
         )
+
+
+def test_numbers_are_positive():
+    with pytest.raises(ValueError, match="expected num_samples >= 1, got 0"):
+        sample_posterior(
+            jax.random.key(0), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y), num_samples=0
+        )
+
+
+def half_line(prior):
+    x = numpyro.sample("x", prior)
+    numpyro.factor("positive", jnp.where(x[0] > 0, 0.0, -jnp.inf))
+
+
+def log_link(prior):
+    x = numpyro.sample("x", prior)
+    numpyro.sample("y", dist.Normal(jnp.log(x[0]), 0.5), obs=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "loc", "log_prob"),
+    [
+        (half_line, 0.0, lambda x: np.where(x > 0, 0, -np.inf)),
+        (log_link, 1.0, lambda x: norm.logpdf(-1, np.log(np.maximum(x, 1e-12)), 0.5)),
+    ],
+)
+def test_where_the_likelihood_is_no_number(model, loc, log_prob):
+    """Evidence is unbiased though guidance and twists fail, and no draw is lost."""
+    denoiser = GaussianDenoiser(jnp.full(1, loc), jnp.eye(1))
+    prior = DiffusionPrior(denoiser, sampler=MultistepSDE(32))
+    draws = sample_posterior(
+        jax.random.key(0), model, prior, num_samples=2000, num_particles=32, max_batch_size=2000
+    )
+    grid = np.linspace(1e-6, 7, 100_001)
+    density = norm.pdf(grid, loc) * np.exp(log_prob(grid))
+    evidence = np.trapezoid(density, grid)
+    x, ratio = np.asarray(draws.samples["x"][:, 0]), np.exp(draws.stats["log_evidence"]) / evidence
+    assert np.all(x > 0)
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(x) ** 0.5 + 0.01
+    mean = np.trapezoid(grid * density, grid) / evidence
+    assert abs(x.mean() - mean) < 4 * x.std() / len(x) ** 0.5 + 0.02
+
+
+def test_systems_without_weight_are_told():
+    def impossible(prior):
+        x = numpyro.sample("x", prior)
+        numpyro.factor("far", jnp.where(x[0] > 100, 0.0, -jnp.inf))
+
+    with pytest.warns(UserWarning, match="4 of 4 posterior draws do not fit"):
+        draws = sample_posterior(
+            jax.random.key(0), impossible, PRIOR, num_samples=4, num_particles=4
+        )
+    np.testing.assert_array_equal(draws.stats["log_evidence"], -np.inf)
 
 
 def test_chi_square_of_exact_draws():
