@@ -7,7 +7,7 @@ is the prior: its score is :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / 
 
 Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It sets the location
 and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
-guidance, so that users never rescale their units.
+guidance, so that users never rescale their units; the elements of one event should share a unit.
 
 The exact denoisers of Gaussians and of their mixtures are here; learned ones are in
 `numpyro_diffprior.network_denoiser`.
@@ -143,7 +143,11 @@ class Denoiser(ABC):
 
     @property
     def sigma_min(self) -> jax.Array:
-        """The noise level at which sampling stops: a thousandth of the scale."""
+        """The noise level at which sampling stops: a thousandth of the scale.
+
+        Draws end on the conditional mean there, too narrow in elements that vary less than about
+        ten times as much.
+        """
         return 1e-3 * self.scale
 
     @property

@@ -125,8 +125,9 @@ class DiffusionPrior(Distribution):
         """Return the prior given a context, of a denoiser whose network has a ``context_shape``.
 
         A model says what belongs to an element of a plate, and passes it by `numpyro.subsample`.
-        A context may be another site of the model; a kernel that samples it, NUTS say, then asks
-        for `log_prob` (do not `mask_priors`).
+        A context may be another site of the model, which must then have a kernel of its own, NUTS
+        say, that asks for `log_prob` (do not `mask_priors`): sites with diffusion priors are drawn
+        together only where these do not depend on each other.
 
         Args:
             context: Contexts, with shape ``(*batch, *context_shape)``; ``batch`` is the batch
