@@ -50,11 +50,13 @@ class Draws(NamedTuple):
 
     Attributes:
         x: Events, with shape ``(*batch, *event)``.
-        residual: The largest relative residual of guidance's solves along the path, ``(*batch,)``.
+        residual: The largest relative residual of guidance's solves along the path (of samplers of
+            several evaluations per step, at its end), ``(*batch,)``.
         num_truncated: The largest number of directions that guidance left out, likewise.
         ess: The lowest effective number of particles along the path, likewise.
         num_resamplings: How often the particles were resampled, likewise.
-        log_evidence: The estimate of the log-density of the event's observations, likewise.
+        log_evidence: The estimate of the log-density of the event's observations, likewise; NaN
+            with one particle.
         chi_square: The mean squared residual of the draw in deviations of the noise, likewise
             (see `Likelihood.chi_square`): near one where guidance has worked.
         ess_path: The effective number of particles at every noise level before resampling, the
