@@ -268,7 +268,8 @@ class EM:
             )
         sites = read_sites(prior, latent)
         rng_key, key_fit = jax.random.split(rng_key)
-        if likelihood.linear and len(latent.names) == 1 and latent.plates:
+        # The fit takes its blocks from one plate.
+        if likelihood.linear and len(latent.names) == 1 and len(latent.plates) == 1:
             gaussian = self._fit_in_closed_form(latent, *arguments)
             fitted = map_priors(lambda *_: gaussian, prior)
         else:

@@ -69,6 +69,24 @@ def test_a_model_that_bends_starts_from_a_gaussian_by_sampling():
     assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / N) + 0.1)
 
 
+def test_events_in_nested_plates():
+    """Of a linear model too, which in a single plate has a closed form."""
+
+    def nested(prior, y):
+        with numpyro.plate("b", N // 5), numpyro.plate("a", 5):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
+
+    y = jnp.asarray(X + NOISE * RNG.normal(size=(N, D)), "float32").reshape(5, N // 5, D)
+    em = make_em(nested, num_particles=1, num_gaussian_iterations=8)
+    result = em.run(jax.random.key(0), 1, make_prior(), y, progress_bar=False)
+    assert result.state.draws["x"].shape == (1, 5, N // 5, D)
+    prior = result.prior
+    assert np.all(np.abs(prior.mean - MEAN) < 4 * np.sqrt(np.diag(COV) / N) + 0.05)
+    assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / N) + 0.1)
+
+
 def test_run_is_updates():
     em = make_em()
     state = em.init(jax.random.key(0), make_prior(), MASK, Y)
