@@ -21,6 +21,7 @@ References:
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,6 +123,8 @@ class EMMetrics(NamedTuple):
         m_step_seconds: The time of the M-step.
         heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
         heldout_standard_error: Its standard error.
+        num_failed: The number of draws that were not finite, summed over the sites. Means over
+            draws leave out what is NaN.
     """
 
     loss: jax.Array
@@ -136,6 +139,7 @@ class EMMetrics(NamedTuple):
     m_step_seconds: jax.Array
     heldout_log_evidence: jax.Array
     heldout_standard_error: jax.Array
+    num_failed: jax.Array
 
 
 class EMResult(NamedTuple):
@@ -300,10 +304,16 @@ class EM:
     def update(self, state: EMState, *args: Any, **kwargs: Any) -> tuple[EMState, EMMetrics]:
         """Make one iteration: an E-step, then an M-step on its draws.
 
+        An event whose draw is not finite keeps its last one (in the first iteration, the prior's
+        mean), and a warning says how many there were.
+
         Args:
             state: The state, from `init` or from this function.
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: If no draw of a site is finite.
         """
         args, kwargs = replicate_arguments((args, kwargs), self.mesh)
         rng_key, *keys = jax.random.split(state.rng_key, 6)
@@ -311,14 +321,22 @@ class EM:
         started = time.perf_counter()
         arguments = (((state.prior, state.params), *args), kwargs)
         draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
+        samples, num_failed = _mend(draws.samples, state)
+        if num_failed:
+            warnings.warn(
+                f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite, "
+                "their events keep the last ones; more steps of the sampler, or another guidance, "
+                "may help.",
+                stacklevel=2,
+            )
         distances = []
         for site, key in state.sites.keys:
             shape = (-1, *one_of(state.prior, key).event_shape)
-            x, previous = (values[site].reshape(shape) for values in (draws.samples, state.draws))
+            x, previous = (values[site].reshape(shape) for values in (samples, state.draws))
             distances.append(_distance(key_compare, x, previous))
         distance = jax.block_until_ready(jnp.stack(distances).mean())
         between = time.perf_counter()
-        contexts = self._read_contexts(draws.samples, *arguments)
+        contexts = self._read_contexts(samples, *arguments)
         names = sorted(state.prior) if isinstance(state.prior, Mapping) else [None]
 
         def fit(prior: DiffusionPrior, key: str | None) -> _Trained:
@@ -328,7 +346,7 @@ class EM:
                 jax.random.fold_in(key_measure, names.index(key)),
                 one_of(state.training, key),
                 one_of(state.initial, key),
-                pool(draws.samples, state.sites, key, prior.event_shape),
+                pool(samples, state.sites, key, prior.event_shape),
                 None if shape is None else pool(contexts, state.sites, key, shape),
             )
 
@@ -339,7 +357,7 @@ class EM:
                 key_params,
                 self._model,
                 *arguments,
-                draws.samples,
+                samples,
                 self.params_optimizer,
                 params_opt_state,
                 num_steps=self.num_params_steps,
@@ -353,7 +371,7 @@ class EM:
 
         losses = [fit.losses.mean() for fit in all_of(trained)]
         jax.block_until_ready(losses)
-        stats = {name: jnp.mean(x) for name, x in draws.stats.items() if name != "ess_path"}
+        stats = {name: jnp.nanmean(x) for name, x in draws.stats.items() if name != "ess_path"}
         metrics = EMMetrics(
             loss=jnp.stack(losses).mean(),
             sliced_wasserstein=distance,
@@ -361,6 +379,7 @@ class EM:
             m_step_seconds=jnp.asarray(time.perf_counter() - between),
             heldout_log_evidence=jnp.asarray(jnp.nan),
             heldout_standard_error=jnp.asarray(jnp.nan),
+            num_failed=jnp.asarray(num_failed),
             **stats,
         )
         state = EMState(
@@ -369,7 +388,7 @@ class EM:
             state.initial,
             params,
             params_opt_state,
-            draws.samples,
+            samples,
             rng_key,
             state.num_iterations + 1,
             state.sites,
@@ -640,6 +659,34 @@ class _Trained(NamedTuple):
     denoiser: NetworkDenoiser
     training: TrainState
     losses: jax.Array
+
+
+def _mend(draws: dict[str, jax.Array], state: EMState) -> tuple[dict[str, jax.Array], int]:
+    """Put the last draws (or the prior's mean) where draws failed; say how many did.
+
+    An event that is left out would hide from the M-step what is hard to draw.
+    """
+    mended, total = dict(draws), 0
+    for site, key in state.sites.keys:
+        x, previous, mean = draws[site], state.draws[site], one_of(state.prior, key).mean
+        finite = _are_finite(x, mean.ndim)
+        count = int(jnp.sum(~finite))
+        if count == finite.size:
+            raise ValueError(
+                f"EM: none of the {count} draws of site '{site}' is finite; expected observations "
+                "and arguments that are, or take more steps of the sampler, or another guidance."
+            )
+        if count:
+            if previous.shape == x.shape:
+                mean = jnp.where(_are_finite(previous, mean.ndim), previous, mean)
+            mended[site] = jnp.where(finite, x, mean)
+        total += count
+    return mended, total
+
+
+def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
+    """Whether events are finite, with axes of size one in place of theirs."""
+    return jnp.isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)
 
 
 _NUM_HELDOUT_PARTICLES = 16

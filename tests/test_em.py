@@ -321,6 +321,43 @@ def test_noise_level_is_learned():
     assert result.best_params is result.params
 
 
+def fail(monkeypatch, events):
+    """Let the draws of some events overflow."""
+    draw = EM._draw
+
+    def failing(*args):
+        draws = draw(*args)
+        x, stats = draws.samples["x"], draws.stats
+        stats = stats | {"chi_square": stats["chi_square"].at[:, events].set(jnp.nan)}
+        return draws._replace(samples={"x": x.at[:, events, 0].set(jnp.inf)}, stats=stats)
+
+    monkeypatch.setattr(EM, "_draw", failing)
+
+
+def test_events_whose_draws_fail_keep_the_last_ones(monkeypatch):
+    em = make_em()
+    start = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    whole, metrics = em.update(start, MASK, Y)
+    assert metrics.num_failed == 0
+    failed = jnp.arange(3, 8)
+    fail(monkeypatch, failed)
+    with pytest.warns(UserWarning, match="5 draws of iteration 1 are not finite.*more steps"):
+        first, metrics = em.update(start, MASK, Y)
+    assert metrics.num_failed == 5
+    assert np.isfinite(metrics.loss)
+    assert np.isfinite(metrics.chi_square)
+    expected = whole.draws["x"].at[:, failed].set(start.prior.mean)
+    np.testing.assert_array_equal(first.draws["x"], expected)
+    with pytest.warns(UserWarning, match="5 draws of iteration 2"):
+        second, metrics = em.update(whole, MASK, Y)
+    np.testing.assert_array_equal(second.draws["x"][:, failed], whole.draws["x"][:, failed])
+    assert np.all(np.isfinite(second.draws["x"]))
+    assert metrics.sliced_wasserstein > 0
+    fail(monkeypatch, jnp.arange(N))
+    with pytest.raises(ValueError, match=f"none of the {N} draws of site 'x' is finite"):
+        em.update(whole, MASK, Y)
+
+
 def no_plate(prior, mask, y):
     x = numpyro.sample("x", prior)
     numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y[0])
