@@ -104,7 +104,8 @@ def denoising_loss(
         x_hat = denoiser(x_t, level, rngs=rngs)
     else:
         x_hat = denoiser(x_t, level)
-    # The square of 1 / c_out, the factor of the network in `NetworkDenoiser`.
+    # The square of 1 / c_out, the factor of the network in `NetworkDenoiser`, where its
+    # preconditioning has the data's scale. In EM the base stays while the scale follows the draws.
     weight = 1 / sigma**2 + 1 / denoiser.scale**2
     return jnp.mean(weight * (x_hat - x) ** 2)
 
@@ -341,16 +342,23 @@ def _train(
         count = count + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
-            # In the weights' dtype, which may be narrower than that of `decay`.
+            # In the average's dtype, which may be narrower than that of `decay`.
             lambda new, old: old + (1 - decay).astype(old.dtype) * (new - old),
             net,
             averaged,
         )
         return (net, averaged, opt_state, count), loss
 
-    carry = (fixed.net, state.averaged.net, state.opt_state, state.num_steps)
+    # In the weights' own dtype, bfloat16 say, small steps of the average would round to none.
+    averaged = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), state.averaged.net
+    )
+    carry = (fixed.net, averaged, state.opt_state, state.num_steps)
     carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
     net, averaged, opt_state, count = carry
+    averaged = jax.tree.map(
+        lambda leaf, old: leaf.astype(old.dtype), averaged, state.averaged.net
+    )
     state = TrainState(
         replace(fixed, net=net), replace(state.averaged, net=averaged), opt_state, count
     )

@@ -265,6 +265,23 @@ def test_average_in_closed_form(decay):
         np.testing.assert_allclose(leaf, num_steps, rtol=1e-4)
 
 
+def test_average_of_narrow_weights_moves_on():
+    """From half of the weights: a thousandth of the rest is less than bfloat16 resolves."""
+    denoiser = small_denoiser()
+    net = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1.5, jnp.bfloat16), denoiser.net)
+    denoiser, optimizer = replace(denoiser, net=net), optax.set_to_zero()
+    half = replace(denoiser, net=jax.tree.map(lambda leaf: leaf / 2, net))
+    # Long after the start, where the decay would be smaller.
+    state = init_training(denoiser, optimizer)._replace(
+        averaged=half, num_steps=jnp.asarray(1_000_000)
+    )
+    x = draw_mixture(jax.random.key(0), 8)
+    new, _ = train(jax.random.key(1), state, x, optimizer, num_steps=3000, batch_size=1)
+    for leaf in jax.tree.leaves(new.averaged.net):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_allclose(leaf.astype(float), 1.5 - 0.75 * 0.999**3000, rtol=0.01)
+
+
 def test_train_compiles_once(monkeypatch):
     traces = []
 
