@@ -575,7 +575,8 @@ class EM:
         if not self.warm_start:
             return init_training(initial, self.optimizer)
         if self.reset_optimizer:
-            return training._replace(opt_state=self.optimizer.init(training.denoiser.net))
+            fresh = init_training(training.denoiser, self.optimizer)
+            return training._replace(opt_state=fresh.opt_state)
         return training
 
     def _fit_in_closed_form(

@@ -4,7 +4,8 @@ r"""Fit a denoiser to samples, by denoising score matching.
     \right) \frac{1}{d} \lVert D_\theta(x + \sigma \varepsilon, \sigma) - x \rVert^2 \right]
 
 with :math:`s` the data's scale, so that the loss does not depend on the data's units. Only the
-network's weights are trained: every array of `NetworkDenoiser.net`, and nothing else.
+network's weights are trained: every array of `NetworkDenoiser.net` of a floating or complex type
+(the state of random streams, say, stays), and nothing else.
 
 References:
     Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
@@ -123,8 +124,9 @@ def init_training(
     Returns:
         The state that `train` takes.
     """
+    weights, _ = _split(denoiser.net)
     num_steps = jnp.zeros((), int)
-    return TrainState(denoiser, denoiser, optimizer.init(denoiser.net), num_steps)
+    return TrainState(denoiser, denoiser, optimizer.init(weights), num_steps)
 
 
 def train(
@@ -315,8 +317,10 @@ def _train(
     mesh: Mesh | None,
 ) -> tuple[TrainState, jax.Array]:
     fixed = state.denoiser
+    weights, rest = _split(fixed.net)
+    averaged, _ = _split(state.averaged.net)
 
-    def loss_fn(net: Any, index: jax.Array, rng_key: jax.Array) -> jax.Array:
+    def loss_fn(weights: Any, index: jax.Array, rng_key: jax.Array) -> jax.Array:
         key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
         sigma = noise.sample(
             key_sigma,
@@ -326,43 +330,64 @@ def _train(
             scale=fixed.scale,
         )
         rngs = nnx.Rngs(dropout=key_dropout)
-        denoiser = _at(replace(fixed, net=net), context, index)
+        denoiser = _at(replace(fixed, net=_join(weights, rest)), context, index)
         return denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
         carry: tuple[Any, Any, optax.OptState, jax.Array], rng_key: jax.Array
     ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array], jax.Array]:
-        net, averaged, opt_state, count = carry
+        weights, averaged, opt_state, count = carry
         key_batch, key_loss = jax.random.split(rng_key)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
-        loss, gradient = jax.value_and_grad(loss_fn)(net, index, key_loss)
-        update, opt_state = optimizer.update(gradient, opt_state, net)
-        net = optax.apply_updates(net, update)
+        loss, gradient = jax.value_and_grad(loss_fn)(weights, index, key_loss)
+        update, opt_state = optimizer.update(gradient, opt_state, weights)
+        weights = optax.apply_updates(weights, update)
         count = count + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
             # In the average's dtype, which may be narrower than that of `decay`.
             lambda new, old: old + (1 - decay).astype(old.dtype) * (new - old),
-            net,
+            weights,
             averaged,
         )
-        return (net, averaged, opt_state, count), loss
+        return (weights, averaged, opt_state, count), loss
 
     # In the weights' own dtype, bfloat16 say, small steps of the average would round to none.
-    averaged = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), state.averaged.net
+    wide = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), averaged
     )
-    carry = (fixed.net, averaged, state.opt_state, state.num_steps)
+    carry = (weights, wide, state.opt_state, state.num_steps)
     carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
-    net, averaged, opt_state, count = carry
-    averaged = jax.tree.map(
-        lambda leaf, old: leaf.astype(old.dtype), averaged, state.averaged.net
-    )
+    weights, wide, opt_state, count = carry
+    averaged = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), wide, averaged)
     state = TrainState(
-        replace(fixed, net=net), replace(state.averaged, net=averaged), opt_state, count
+        replace(fixed, net=_join(weights, rest)),
+        replace(state.averaged, net=_join(averaged, rest)),
+        opt_state,
+        count,
     )
     return state, losses
+
+
+def _split(net: Any) -> tuple[Any, Any]:
+    """Part a network's weights from its other arrays, with None where those of the other part are.
+
+    Networks of weights alone keep their structure.
+    """
+
+    def choose(leaf: Any, weights: bool) -> Any:
+        return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) is weights else None
+
+    weights, rest = (jax.tree.map(partial(choose, weights=part), net) for part in (True, False))
+    return weights, rest
+
+
+def _join(weights: Any, rest: Any) -> Any:
+    """Undo `_split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, weights, rest, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) -> Denoiser:

@@ -343,6 +343,35 @@ def test_dropout_is_on_in_training():
     assert losses[0][2] != losses[1][2]
 
 
+class OwnStream(nnx.Module):
+    """A network whose dropout has random streams of its own, flax's usual form."""
+
+    event_shape = (2,)
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(2, 2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, noise, *, rngs=None):
+        return self.dropout(self.linear(x), deterministic=rngs is None, rngs=rngs)
+
+
+def test_random_streams_of_a_network_are_not_trained():
+    denoiser, optimizer = NetworkDenoiser(OwnStream(nnx.Rngs(0))), optax.adamw(0.1)
+    x = draw_mixture(jax.random.key(0), 32)
+    start = init_training(denoiser, optimizer)
+    options = {"num_steps": 3, "batch_size": 16}
+    new, losses = train(jax.random.key(1), start, x, optimizer, **options)
+    again, _ = train(jax.random.key(2), new, x, optimizer, **options)
+    assert np.all(np.isfinite(losses))
+    assert jax.tree.structure(again) == jax.tree.structure(start)
+    for before, after in ((denoiser, again.denoiser), (denoiser, again.averaged)):
+        assert np.all(before.net.linear.kernel[...] != after.net.linear.kernel[...])
+        streams = before.net.dropout.rngs, after.net.dropout.rngs
+        assert streams[0].count[...] == streams[1].count[...]
+        assert streams[0].key[...] == streams[1].key[...]
+
+
 def test_a_large_event_gets_a_low_rank_covariance():
     x = jax.random.normal(jax.random.key(0), (16, 23, 23))
     denoiser = NetworkDenoiser(MLP((23, 23), **SMALL, rngs=nnx.Rngs(0)))
