@@ -35,7 +35,12 @@ _TABLE_SIZE = 2049
 
 
 class Schedule(ABC):
-    """A way to space noise levels between two ends."""
+    """A way to space noise levels between two ends.
+
+    A subclass is hashable and compared by value, as a frozen dataclass is: samplers, of which it
+    is a part, are static in what is compiled. To be an argument of ``jax.jit`` itself it must be
+    a pytree as well (``jax.tree_util.register_static``).
+    """
 
     @abstractmethod
     def __call__(self, num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
@@ -99,7 +104,12 @@ class Karras(Schedule):
 
 
 class NoiseDistribution(ABC):
-    """A distribution over noise levels between two ends."""
+    """A distribution over noise levels between two ends.
+
+    A subclass is a pytree, since training is compiled with it as an argument: a frozen dataclass
+    under ``jax.tree_util.register_static``, say, or under ``register_dataclass`` with
+    ``stratified`` marked static. A plain dataclass fails.
+    """
 
     stratified: bool
 
