@@ -43,10 +43,20 @@ def read_sites(prior: Any, latent: LatentSite) -> Sites:
     """Find which of the priors that were passed to a model governs which of its sites.
 
     Raises:
-        ValueError: If a site has a prior that is not in the dict.
+        ValueError: If a site has a prior that is not in the dict, or if one with a network governs
+            no site or is in the dict twice.
     """
     if not isinstance(prior, Mapping):
         return Sites(tuple((site, None) for site in latent.names))
+    learned = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
+    for value in learned.values():
+        same = [k for k, p in learned.items() if p.denoiser is value.denoiser]
+        if len(same) > 1:
+            raise ValueError(
+                f"EM: expected priors with denoisers of their own, got the same one as {same}; "
+                "build a NetworkDenoiser and a DiffusionPrior for each. Sites that share a prior "
+                "take it from one key."
+            )
     keys = []
     for site, part in zip(latent.names, latent.parts, strict=True):
         found = [key for key, value in prior.items() if _is_of(part.denoiser, value)]
@@ -56,6 +66,12 @@ def read_sites(prior: Any, latent: LatentSite) -> Sites:
                 f"{sorted(prior)}; take it from the dict as it is."
             )
         keys.append((site, found[0]))
+    unused = sorted(set(learned) - {key for _, key in keys})
+    if unused:
+        raise ValueError(
+            f"EM: no latent site has the priors {unused} of the dict, which have nothing to learn "
+            f"from; leave them out. The sites' priors: {dict(keys)}."
+        )
     return Sites(tuple(keys))
 
 

@@ -46,6 +46,18 @@ def test_sites_of_priors():
         read_sites(others, latent)
 
 
+def test_every_learned_prior_has_sites():
+    latent = read_latent(bind(two_of_one, (PRIORS,), {}))
+    with pytest.raises(ValueError, match=r"got the same one as \['b', 'c'\]; build"):
+        read_sites(PRIORS | {"c": DiffusionPrior(LEARNED.denoiser)}, latent)
+    other = DiffusionPrior(NetworkDenoiser(MLP((2,), features=(4,), rngs=nnx.Rngs(1))))
+    with pytest.raises(ValueError, match=r"no latent site has the priors \['c'\].*leave them out"):
+        read_sites(PRIORS | {"c": other}, latent)
+    # Others have nothing to learn.
+    sites = read_sites(PRIORS | {"c": FIXED}, latent)
+    assert dict(sites.keys) == {"first": "b", "second": "a", "third": "b"}
+
+
 def test_one_prior_has_no_name():
     def one(prior):
         with numpyro.plate("n", 3):
