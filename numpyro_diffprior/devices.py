@@ -10,7 +10,7 @@ from typing import TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["num_devices", "on_devices", "replicate", "round_up", "spread"]
+__all__ = ["check_batch_size", "num_devices", "on_devices", "replicate", "round_up", "spread"]
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -26,6 +26,15 @@ def round_up(count: int, mesh: Mesh | None) -> int:
     """Return the least multiple of the number of devices that is not below a count."""
     size = num_devices(mesh)
     return -(-count // size) * size
+
+
+def check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
+    """Raise a `ValueError` unless every device gets as many events of a minibatch."""
+    if batch_size != round_up(batch_size, mesh):
+        raise ValueError(
+            f"batch_size must be a multiple of the {num_devices(mesh)} devices of the mesh, got "
+            f"{batch_size}; take {round_up(batch_size, mesh)}, say."
+        )
 
 
 def replicate(tree: T, mesh: Mesh | None) -> T:

@@ -20,6 +20,7 @@ References:
     NeurIPS 2024, arXiv 2405.13712.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,8 +36,9 @@ from jax.sharding import Mesh
 from tqdm.auto import trange
 
 from numpyro_diffprior.denoisers import GaussianDenoiser
+from numpyro_diffprior.devices import check_batch_size
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.evidence import log_evidence
+from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.gaussian_fit import fit_gaussian
 from numpyro_diffprior.guidance import Guidance
 from numpyro_diffprior.introspect import (
@@ -111,8 +113,8 @@ class EMMetrics(NamedTuple):
 
     Attributes:
         loss: The mean training loss of the M-step, over the priors.
-        sliced_wasserstein: The distance between this E-step's draws and the last one's, the mean
-            over the sites.
+        sliced_wasserstein: The distance between this E-step's draws and the last one's, of every
+            few of them where there are more than 32,768; the mean over the sites.
         residual: The mean relative residual of guidance's solves.
         num_truncated: The mean number of directions that guidance left out.
         ess: The mean over the draws of the lowest effective number of particles.
@@ -149,8 +151,9 @@ class EMResult(NamedTuple):
         prior: The learned prior, of the last iteration.
         state: The last state, to go on from.
         history: The iterations' metrics.
-        best: The prior of the iteration with the largest held-out log-evidence; without held-out
-            events the last.
+        best: The prior of the iteration with the largest held-out log-evidence, or of the state
+            that the run went on from where no iteration has a larger one; without held-out events
+            the last.
         params: The values of the model's ``numpyro.param`` sites, of the last iteration.
         best_params: Those of the iteration of ``best``.
     """
@@ -191,6 +194,9 @@ class EM:
         num_params_steps: Its steps at each iteration, on minibatches of ``batch_size`` events.
         mesh: Devices to spread E-steps and minibatches over (`jax.make_mesh`), of whose number
             ``batch_size`` is a multiple; see `sample_posterior`.
+
+    Raises:
+        ValueError: If ``batch_size`` is no multiple of the number of devices.
     """
 
     def __init__(
@@ -215,6 +221,7 @@ class EM:
         num_params_steps: int = 32,
         mesh: Mesh | None = None,
     ) -> None:
+        check_batch_size(batch_size, mesh)
         if guidance is None and num_particles > 1:
             # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
             guidance = MMPS(GaussianCovariance())
@@ -250,8 +257,8 @@ class EM:
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: If no prior has a network, its site is not in a plate, or the model cannot
-                be read.
+            ValueError: If no prior has a network, its site is not in a plate, the model cannot be
+                read, or one with a network governs no site or is in the dict twice.
         """
         if not any(isinstance(p.denoiser, NetworkDenoiser) for p in all_of(prior)):
             found = " and ".join(sorted({type(p.denoiser).__name__ for p in all_of(prior)}))
@@ -457,14 +464,16 @@ class EM:
             init_state: A state to go on from, in place of ``prior``.
             heldout: The model's arguments for events that were kept out: a tuple of all of those
                 after the prior, or a dict of the keyword arguments that differ. After every
-                iteration `log_evidence` judges the prior on them, with the same random numbers.
+                iteration `log_evidence` judges the prior on them, with the same random numbers
+                and at least 16 particles, which need a stochastic sampler. A state to go on from
+                is judged as well.
             patience: End the run when so many iterations in a row have not raised the held-out
                 log-evidence.
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: See `init`; if there are no iterations to make; or if there is patience
-                but nothing held out.
+            ValueError: See `init`; if there are no iterations to make; if there is patience but
+                nothing held out; or if events are held out, but the sampler is deterministic.
         """
         if num_iterations < 1:
             raise ValueError(f"EM.run: expected num_iterations >= 1, got {num_iterations}.")
@@ -473,15 +482,27 @@ class EM:
                 f"EM.run: patience={patience} needs `heldout`, the model's arguments for "
                 "observations that EM does not learn from."
             )
+        if heldout is not None:
+            # Here, not after the first iteration.
+            first = all_of(prior if init_state is None else init_state.prior)[0]
+            resolve_settings(first, self._num_heldout_particles, self.sampler)
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
         # `init` has split the key in two.
         key_heldout = jax.random.fold_in(rng_key, 2)
-        best, best_evidence, waited, history = state, -jnp.inf, 0, []
+        best, best_evidence, waited, history = state, -math.inf, 0, []
+        if heldout is not None and init_state is not None:
+            judged = self._judge(key_heldout, state, heldout, args, kwargs)
+            # In this order, in which NaN is the smaller.
+            best_evidence = max(best_evidence, float(judged.total))
         with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
             for _ in iterations:
                 state, metrics = self.update(state, *args, **kwargs)
                 if heldout is not None:
-                    metrics = self._judge(key_heldout, state, metrics, heldout, args, kwargs)
+                    judged = self._judge(key_heldout, state, heldout, args, kwargs)
+                    metrics = metrics._replace(
+                        heldout_log_evidence=judged.total,
+                        heldout_standard_error=judged.total_standard_error,
+                    )
                 history.append(metrics)
                 evidence = float(metrics.heldout_log_evidence)
                 if heldout is None or evidence > best_evidence:
@@ -501,32 +522,31 @@ class EM:
         self,
         rng_key: jax.Array,
         state: EMState,
-        metrics: EMMetrics,
         heldout: tuple[Any, ...] | Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> EMMetrics:
-        """Fill in the log-evidence of the held-out events."""
+    ) -> LogEvidence:
+        """Return the log-evidence of the held-out events."""
         if isinstance(heldout, Mapping):
             kwargs = kwargs | dict(heldout)
         else:
             args = heldout
         prior: Any = state.prior, state.params
-        evidence = log_evidence(
+        return log_evidence(
             rng_key,
             self._model,
             prior,
             *args,
-            num_particles=max(_NUM_HELDOUT_PARTICLES, self.num_particles),
+            num_particles=self._num_heldout_particles,
             sampler=self.sampler,
             max_batch_size=self.batch_size,
             mesh=self.mesh,
             **kwargs,
         )
-        return metrics._replace(
-            heldout_log_evidence=evidence.total,
-            heldout_standard_error=evidence.total_standard_error,
-        )
+
+    @property
+    def _num_heldout_particles(self) -> int:
+        return max(_NUM_HELDOUT_PARTICLES, self.num_particles)
 
     def _draw(
         self,
@@ -691,6 +711,13 @@ def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
 
 
 _NUM_HELDOUT_PARTICLES = 16
+_MAX_NUM_COMPARED = 32_768
 
 _empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)
-_distance = jax.jit(sliced_wasserstein)
+
+
+@jax.jit
+def _distance(rng_key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    # All projections are in memory at once.
+    x, y = (events[:: -(-len(events) // _MAX_NUM_COMPARED)] for events in (x, y))
+    return sliced_wasserstein(rng_key, x, y)

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from numpyro_diffprior.denoisers import ConditionedDenoiser, Denoiser
-from numpyro_diffprior.devices import num_devices, replicate, round_up, spread
+from numpyro_diffprior.devices import check_batch_size, replicate, spread
 from numpyro_diffprior.linalg import empirical_gaussian
 from numpyro_diffprior.network_denoiser import NetworkDenoiser
 from numpyro_diffprior.schedules import LogLinear, LogNormal, NoiseDistribution
@@ -183,11 +183,7 @@ def train(
         )
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
-    if batch_size != round_up(batch_size, mesh):
-        raise ValueError(
-            f"batch_size must be a multiple of the {num_devices(mesh)} devices of the mesh, got "
-            f"{batch_size}."
-        )
+    check_batch_size(batch_size, mesh)
     context = _check_context(context, x, state.denoiser)
     arrays = replicate((rng_key, state, x, context), mesh)
     return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, mesh)

@@ -164,6 +164,8 @@ def test_minibatch_that_cannot_be_divided():
         train(
             jax.random.key(4), state, Y, optimizer, num_steps=1, batch_size=12, mesh=make_mesh(8)
         )
+    with pytest.raises(ValueError, match="multiple of the 8 devices .* got 12; take 16"):
+        ndp.EM(model, optimizer, batch_size=12, mesh=make_mesh(8))
 
 
 @on_eight

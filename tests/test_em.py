@@ -14,7 +14,8 @@ from numpyro_diffprior.em import EM
 from numpyro_diffprior.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.nets import MLP
 from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.samplers import MultistepSDE
+from numpyro_diffprior.samplers import DDIM, MultistepSDE
+from numpyro_diffprior.transport import sliced_wasserstein
 from tests.oracles import spd
 
 N, D, NOISE = 300, 2, 0.3
@@ -199,6 +200,40 @@ def test_the_best_prior_is_kept(monkeypatch, patience, num_iterations):
     assert result.prior is priors[-1]
 
 
+def test_the_state_that_a_run_goes_on_from_is_judged(monkeypatch):
+    em = make_em(num_particles=1)
+    start = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    for values in ([-1.0, -3.0, -2.0], [-3.0, -1.0, -2.0], [np.nan, -3.0, -2.0]):
+        judged = iter(values)
+
+        def known(*_, judged=judged, **__):
+            value = jnp.asarray([next(judged)])
+            return LogEvidence(value, jnp.ones_like(value))
+
+        monkeypatch.setattr(em_module, "log_evidence", known)
+        priors = [start.prior]
+        result = em.run(
+            jax.random.key(0),
+            2,
+            make_prior(),
+            MASK,
+            Y,
+            progress_bar=False,
+            callback=lambda state, _, priors=priors: priors.append(state.prior),
+            init_state=start,
+            heldout=(MASK, Y),
+        )
+        assert result.best is priors[np.nanargmax(values)]
+        np.testing.assert_array_equal(result.history.heldout_log_evidence, values[1:])
+
+
+def test_the_distance_is_of_every_few_of_many_draws():
+    x = jax.random.normal(jax.random.key(0), (2, 40_000, 1))
+    key = jax.random.key(1)
+    expected = sliced_wasserstein(key, x[0, ::2], x[1, ::2])
+    np.testing.assert_allclose(em_module._distance(key, *x), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -381,5 +416,9 @@ def test_errors():
         make_em().run(jax.random.key(0), 0, make_prior(), MASK, Y)
     with pytest.raises(ValueError, match="patience=3 needs `heldout`"):
         make_em().run(jax.random.key(0), 1, make_prior(), MASK, Y, patience=3)
+    deterministic = make_em(num_particles=1, sampler=DDIM(16))
+    with pytest.raises(ValueError, match="16 particles need a stochastic sampler"):
+        # Before the first Gaussian fit, which would fail.
+        deterministic.run(jax.random.key(0), 1, make_prior(), None, heldout=(MASK, Y))
     with pytest.raises(ValueError, match="num_particles >= 1"):
         make_em(num_particles=0).init(jax.random.key(0), make_prior(), MASK, Y)
