@@ -328,7 +328,7 @@ class EM:
         started = time.perf_counter()
         arguments = (((state.prior, state.params), *args), kwargs)
         draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
-        samples, num_failed = _mend(draws.samples, state)
+        samples, num_failed = _mend(draws.samples, state.draws, state.prior, state.sites)
         if num_failed:
             warnings.warn(
                 f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite, "
@@ -651,6 +651,7 @@ class EM:
         for key in jax.random.split(rng_key, self.num_gaussian_iterations):
             arguments = (((prior, params), *args), kwargs)
             draws = self._draw(key, *arguments, sampler, guidance, 1).samples
+            draws, _ = _mend(draws, {}, prior, sites)
             prior = map_priors(partial(refit, draws), prior)
         return map_priors(lambda p, _: p.denoiser, prior)
 
@@ -682,14 +683,17 @@ class _Trained(NamedTuple):
     losses: jax.Array
 
 
-def _mend(draws: dict[str, jax.Array], state: EMState) -> tuple[dict[str, jax.Array], int]:
+def _mend(
+    draws: dict[str, jax.Array], last: Mapping[str, jax.Array], priors: Any, sites: Sites
+) -> tuple[dict[str, jax.Array], int]:
     """Put the last draws (or the prior's mean) where draws failed; say how many did.
 
     An event that is left out would hide from the M-step what is hard to draw.
     """
     mended, total = dict(draws), 0
-    for site, key in state.sites.keys:
-        x, previous, mean = draws[site], state.draws[site], one_of(state.prior, key).mean
+    for site, key in sites.keys:
+        x, mean = draws[site], one_of(priors, key).mean
+        previous = last.get(site, mean)
         finite = _are_finite(x, mean.ndim)
         count = int(jnp.sum(~finite))
         if count == finite.size:

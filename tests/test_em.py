@@ -56,7 +56,7 @@ def test_the_first_prior_is_the_gaussian_of_greatest_likelihood():
     np.testing.assert_allclose(prior.denoise(x_t, 0.7), gaussian(x_t, 0.7), rtol=1e-4)
 
 
-def test_a_model_that_bends_starts_from_a_gaussian_by_sampling():
+def test_a_model_that_bends_starts_from_a_gaussian_by_sampling(monkeypatch):
     def cubic(prior, y):
         with numpyro.plate("n", N):
             y = numpyro.subsample(y, event_dim=1)
@@ -68,6 +68,9 @@ def test_a_model_that_bends_starts_from_a_gaussian_by_sampling():
     prior = em.init(jax.random.key(0), make_prior(), y).prior
     assert np.all(np.abs(prior.mean - MEAN) < 4 * np.sqrt(np.diag(COV) / N) + 0.05)
     assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / N) + 0.1)
+    fail(monkeypatch, jnp.arange(3))
+    prior = em.init(jax.random.key(0), make_prior(), y).prior
+    assert np.all(np.isfinite(prior.variance))
 
 
 def test_events_in_nested_plates():
