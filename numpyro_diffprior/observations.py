@@ -23,7 +23,13 @@ from numpyro_diffprior.introspect import LatentSite
 from numpyro_diffprior.likelihoods import Likelihood, Reading
 from numpyro_diffprior.linalg import Blocks, Covariance, Dense, Diagonal, Repeated
 from numpyro_diffprior.moments import gaussian_moments
-from numpyro_diffprior.observed_sites import ObservedSite, find_observed_sites, peel, trace_at
+from numpyro_diffprior.observed_sites import (
+    ObservedSite,
+    find_observed_sites,
+    log_density,
+    peel,
+    trace_at,
+)
 
 __all__ = ["observed_log_density", "read_likelihood"]
 
@@ -92,7 +98,7 @@ def observed_log_density(bound: Callable[[], Any], values: Mapping[str, jax.Arra
     for site in trace.values():
         if site["type"] == "sample" and site["is_observed"]:
             scale = 1.0 if site["scale"] is None else site["scale"]
-            total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
+            total = total + jnp.sum(scale * log_density(site["fn"], site["value"]))
     return total
 
 
@@ -192,8 +198,8 @@ def _read_potential(
 def _log_prob_by_event(name: str, trace: Mapping[str, Any], latent: LatentSite) -> jax.Array:
     site = trace[name]
     fn = site["fn"]
-    log_prob = _local_scale(site, trace, latent) * fn.log_prob(site["value"])
-    by_event = _by_event(log_prob, fn.batch_shape, latent)
+    scaled = _local_scale(site, trace, latent) * log_density(fn, site["value"])
+    by_event = _by_event(scaled, fn.batch_shape, latent)
     return by_event.reshape(*latent.batch_shape, -1).sum(-1)
 
 

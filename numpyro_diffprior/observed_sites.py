@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.special import gammaln, xlogy
 from numpyro import handlers
 
 from numpyro_diffprior.curvature import unwrap
@@ -17,7 +18,7 @@ from numpyro_diffprior.dependence import depends
 from numpyro_diffprior.introspect import LatentSite
 from numpyro_diffprior.moments import Moments, gaussian_moments
 
-__all__ = ["ObservedSite", "find_observed_sites", "peel", "trace_at"]
+__all__ = ["ObservedSite", "find_observed_sites", "log_density", "peel", "trace_at"]
 
 
 def trace_at(bound: Callable[[], Any], latent: LatentSite, x: jax.Array) -> dict[str, Any]:
@@ -160,6 +161,27 @@ def _read_by(
             return "event" if cov else "moments"
         case _:
             return "moments" if mean else "parameters"
+
+
+def log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
+    """Return NumPyro's log-density, with that of Dirichlet's family as one sum.
+
+    NumPyro's difference of two sums is wrong where jaxlib 0.10.2 makes more than 32,768 at once on
+    CPUs.
+    """
+    own, batch_shape, mask = unwrap(fn)
+    match own:
+        case dist.Beta():
+            pair = jnp.broadcast_arrays(own.concentration1, own.concentration0)
+            concentration, parts = jnp.stack(pair, -1), jnp.stack([value, 1 - value], -1)
+        case dist.Dirichlet():
+            concentration, parts = own.concentration, value
+        case _:
+            return fn.log_prob(value)
+    terms = xlogy(concentration - 1, parts) - gammaln(concentration)
+    density = terms.sum(-1) + gammaln(concentration.sum(-1))
+    density = jnp.where(mask, jnp.broadcast_to(density, batch_shape), 0)
+    return density.sum(tuple(range(len(fn.batch_shape), len(batch_shape))))
 
 
 def _transforms(fn: dist.Distribution) -> list[Any]:

@@ -174,6 +174,30 @@ def test_moments_of_a_linear_gaussian_model_give_its_density(model):
     )
 
 
+def beta(x):
+    return dist.Beta(jnp.exp(x), 2.0).mask(Y > 0).to_event(1)
+
+
+def expanded_dirichlet(x):
+    concentration = jnp.exp(x)[..., None, :]
+    return dist.Dirichlet(concentration).expand([*x.shape[:-1], 4]).mask(RNG_MASK).to_event(1)
+
+
+RNG_MASK = np.random.default_rng(1).uniform(size=(N, 4)) < 0.7
+PARTS = np.random.default_rng(2).dirichlet(np.ones(D), size=(N, 4))
+
+
+@pytest.mark.parametrize(("fn", "y"), [(beta, PARTS[:, 0]), (expanded_dirichlet, PARTS)])
+def test_many_densities_of_dirichlets_family_at_once(fn, y):
+    """As exact as few, which NumPyro's own are not with jaxlib 0.10.2."""
+    likelihood = read(with_site(fn, obs=y), make_prior())
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4000, N, D)))
+    found, tol = jax.jit(likelihood.log_prob)(x), tolerance(1e-4)
+    for part in (slice(20), slice(-20, None)):
+        few = jax.vmap(lambda x: fn(x).log_prob(y))(x[part])
+        np.testing.assert_allclose(found[part], few, rtol=tol, atol=tol)
+
+
 def test_masked_values_do_not_matter():
     likelihood = read(masked, make_prior())
     operator = likelihood.operator(jnp.zeros((N, D)))
