@@ -78,13 +78,14 @@ class Calibration(NamedTuple):
         """
         centred = {name: jnp.abs(2 * u - 1) for name, u in self.pit().items()}
         return {
-            name: jnp.stack([jnp.mean(u <= level) for level in levels])
+            name: jnp.stack([jnp.mean(u <= level) for level in np.atleast_1d(levels)])
             for name, u in centred.items()
         }
 
-    def pit(self) -> dict[str, jax.Array]:
+    def pit(self) -> dict[str, np.ndarray]:
         """Return probability integral transforms, uniform on (0, 1): for plots of their ECDF."""
-        return {name: self._transform(rank) for name, rank in self.ranks.items()}
+        # Of NumPy, which ArviZ sorts in place.
+        return {name: np.array(self._transform(rank)) for name, rank in self.ranks.items()}
 
     def to_datatree(self) -> xr.DataTree:
         """Return the group ``prior_sbc`` that ArviZ's ``plot_ecdf_pit`` takes and simuk makes.
@@ -92,9 +93,9 @@ class Calibration(NamedTuple):
         Its values are `pit`, by site, and those of ``{site}_distance``; its dimensions are
         ``chain`` (one), ``draw`` (the simulations) and a site's own.
         """
-        data = self.pit() | {
-            f"{name}_distance": self._transform(rank) for name, rank in self.distance_ranks.items()
-        }
+        data: dict[str, Any] = {**self.pit()}
+        for name, rank in self.distance_ranks.items():
+            data[f"{name}_distance"] = self._transform(rank)
         arrays = {}
         for name, value in data.items():
             dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.ndim - 1)))
@@ -152,13 +153,24 @@ def calibrate(
         The ranks, see `Calibration`.
 
     Raises:
-        ValueError: If nothing is observed, an observed site cannot be simulated, or
-            ``num_samples`` is no multiple of ``num_chains``; see also `sample_posterior`.
+        ValueError: If nothing is observed, an observed site cannot be simulated,
+            ``num_samples`` is no multiple of ``num_chains``, or ``kernel`` is none or comes with
+            settings that it does not see; see also `sample_posterior`.
     """
     if num_samples % num_chains:
         raise ValueError(
             f"calibrate: expected num_samples to be a multiple of num_chains = {num_chains}, got "
             f"{num_samples}."
+        )
+    if isinstance(kernel, MCMCKernel):
+        raise ValueError(
+            "calibrate: expected as kernel a function of the model, such as "
+            f"`lambda model: {type(kernel).__name__}(model, ...)`, got a kernel."
+        )
+    if kernel is not None and (num_particles, sampler, guidance) != (1, None, None):
+        raise ValueError(
+            "calibrate: num_particles, sampler and guidance are those of `sample_posterior`; give "
+            "them to the kernel, in the function that makes it."
         )
     bound = bind(model, (prior, *args), kwargs)
     sites = _read_sites(bound)
@@ -192,7 +204,7 @@ def calibrate(
                 num_warmup=num_warmup,
                 num_samples=num_samples // num_chains * thinning,
                 num_chains=num_chains,
-                chain_method="vectorized",
+                chain_method=jax.vmap,  # which Gibbs takes, too
                 thinning=thinning,
                 progress_bar=False,
             )

@@ -196,7 +196,8 @@ class EM:
             ``batch_size`` is a multiple; see `sample_posterior`.
 
     Raises:
-        ValueError: If ``batch_size`` is no multiple of the number of devices.
+        ValueError: If ``optimizer`` is not optax's, or ``batch_size`` no multiple of the number of
+            devices.
     """
 
     def __init__(
@@ -221,6 +222,8 @@ class EM:
         num_params_steps: int = 32,
         mesh: Mesh | None = None,
     ) -> None:
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ValueError(f"EM: expected an optimiser of optax, got {optimizer!r}.")
         check_batch_size(batch_size, mesh)
         if guidance is None and num_particles > 1:
             # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
@@ -260,6 +263,9 @@ class EM:
             ValueError: If no prior has a network, its site is not in a plate, the model cannot be
                 read, or one with a network governs no site or is in the dict twice.
         """
+        if not all(isinstance(p, DiffusionPrior) for p in all_of(prior)):
+            found = ", ".join(type(p).__name__ for p in all_of(prior))
+            raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {found}.")
         if not any(isinstance(p.denoiser, NetworkDenoiser) for p in all_of(prior)):
             found = " and ".join(sorted({type(p.denoiser).__name__ for p in all_of(prior)}))
             raise ValueError(
@@ -483,6 +489,11 @@ class EM:
                 "observations that EM does not learn from."
             )
         if heldout is not None:
+            if not isinstance(heldout, tuple | Mapping):
+                raise ValueError(
+                    "EM.run: expected `heldout` to be a tuple of the model's arguments after the "
+                    f"prior, or a dict of keyword arguments, got {type(heldout).__name__}."
+                )
             # Here, not after the first iteration.
             first = all_of(prior if init_state is None else init_state.prior)[0]
             resolve_settings(first, self._num_heldout_particles, self.sampler)

@@ -198,12 +198,14 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
     if not priors:
         raise ValueError(
             "no latent site with a DiffusionPrior was found in the model; expected one, such as "
-            f'`numpyro.sample("x", prior)`. Its latent sites: {sorted(latents)}.'
+            f'`numpyro.sample("x", prior)`. Its latent sites: {sorted(latents)}. (One inside of '
+            "another distribution is not found: transform its draw, not the prior.)"
         )
     if others:
         raise ValueError(
-            f"nobody samples the latent sites {others}; give them values with "
-            "`numpyro.handlers.condition` or sample them beside this one in `numpyro.infer.Gibbs`."
+            f"nobody samples the latent sites {others}; pass their values if they are "
+            "observed, give them values with `numpyro.handlers.condition`, or sample them beside "
+            "this one in `numpyro.infer.Gibbs`."
         )
     _check_apart(bound, priors, latents)
     sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}

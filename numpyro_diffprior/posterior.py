@@ -64,9 +64,9 @@ def resolve_settings(
     MMPS takes Tweedie's covariance for one particle; more look ahead with the Gaussian one.
 
     Raises:
-        ValueError: If the sampler is none, the number of particles is not positive, or there are
-            several and the sampler is deterministic or evaluates the denoiser more than once per
-            step.
+        ValueError: If sampler or guidance is none, the number of particles is not positive, or
+            there are several and the sampler is deterministic or evaluates the denoiser more than
+            once per step.
     """
     if sampler is None:
         sampler = prior.sampler
@@ -76,6 +76,10 @@ def resolve_settings(
         raise ValueError(
             f"expected an instance of Sampler, got {sampler!r}; pass an object such as "
             "MultistepSDE(num_steps=64)."
+        )
+    if not isinstance(guidance, Guidance):
+        raise ValueError(
+            f"expected an instance of Guidance, got {guidance!r}; pass an object such as MMPS()."
         )
     if num_particles < 1:
         raise ValueError(f"expected num_particles >= 1, got {num_particles}.")
@@ -175,7 +179,8 @@ def _warn_of_misfit(chi_square: jax.Array, num_visible: jax.Array) -> None:
             f"{count} of {chi_square.size} posterior draws do not fit what was observed: their "
             f"stats['chi_square'] goes up to {float(jnp.max(chi_square)):.3g} and should be near "
             "1. Either guidance failed (more steps of the sampler, or more particles, may help), "
-            "or the model and its prior cannot explain these data.",
+            "or the model and its prior cannot explain these data. (Rare counts and other values "
+            "far from Gaussian may look so in the best of draws.)",
             stacklevel=3,
         )
 

@@ -16,7 +16,7 @@ from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.kernels import ParticleGibbs
+from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.linalg import Isotropic
 from numpyro_diffprior.samplers import MultistepSDE
 from tests.oracles import spd
@@ -147,6 +147,7 @@ def test_plates_are_taken_whole_and_data_simulated():
 def test_coverage_and_pit_of_all_ranks():
     result = Calibration({"x": jnp.arange(40)}, {}, 39)
     np.testing.assert_allclose(result.coverage((0.5, 0.8, 0.95))["x"], [0.5, 0.8, 0.95])
+    np.testing.assert_allclose(result.coverage(0.5)["x"], [0.5])
     np.testing.assert_allclose(result.pit()["x"], (np.arange(40) + 0.5) / 40, rtol=1e-6)
 
 
@@ -160,6 +161,10 @@ def test_errors():
         calibrate(key, model, GAUSSIAN)
     with pytest.raises(ValueError, match=r"\['y'\] are factors"):
         calibrate(key, factored, GAUSSIAN)
+    with pytest.raises(ValueError, match="function of the model.*`lambda model: MMPSKernel"):
+        calibrate(key, model, GAUSSIAN, Y, kernel=MMPSKernel(model))
+    with pytest.raises(ValueError, match="give them to the kernel"):
+        calibrate(key, model, GAUSSIAN, Y, kernel=MMPSKernel, num_particles=4)
     with pytest.raises(ValueError, match="multiple of num_chains = 2, got 9"):
         calibrate(key, model, GAUSSIAN, Y, num_samples=9, num_chains=2)
 

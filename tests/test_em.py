@@ -411,6 +411,12 @@ def test_errors():
     gaussian = DiffusionPrior(GaussianDenoiser(jnp.zeros(D), jnp.eye(D)))
     with pytest.raises(ValueError, match="expected a prior with a NetworkDenoiser.*Gaussian"):
         make_em().init(jax.random.key(0), gaussian, MASK, Y)
+    with pytest.raises(ValueError, match="expected a DiffusionPrior, or a dict.* got Gauss"):
+        make_em().init(jax.random.key(0), gaussian.denoiser, MASK, Y)
+    with pytest.raises(ValueError, match="expected an optimiser of optax"):
+        EM(None, numpyro.optim.Adam(1e-3))
+    with pytest.raises(ValueError, match="expected `heldout` to be a tuple"):
+        make_em().run(jax.random.key(0), 1, make_prior(), MASK, Y, heldout=Y)
     with pytest.raises(ValueError, match="latent site 'x' is not in a plate"):
         make_em(no_plate).init(jax.random.key(0), make_prior(), MASK, jnp.ones((N, D)))
     with pytest.raises(ValueError, match="numpyro.subsample"):

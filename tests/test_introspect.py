@@ -331,6 +331,10 @@ def no_prior(prior):
     numpyro.sample("x", dist.Normal(0.0, 1.0))
 
 
+def transformed_prior(prior):
+    numpyro.sample("x", dist.TransformedDistribution(prior, transforms.AffineTransform(1.0, 2.0)))
+
+
 def two_priors(prior):
     numpyro.sample("x", prior)
     numpyro.sample("z", prior)
@@ -377,6 +381,7 @@ def batch_in_the_event(prior):
 
 ERRORS = [
     (no_prior, "no latent site with a DiffusionPrior"),
+    (transformed_prior, "transform its draw, not the prior"),
     (two_priors, "no observed site depends on the latent site 'x' and 'z'"),
     (nuisance, r"nobody samples the latent sites \['scale'\]"),
     (not_observed, r"nobody samples the latent sites \['y'\]"),
