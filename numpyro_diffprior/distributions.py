@@ -45,10 +45,13 @@ class DiffusionPrior(Distribution):
     `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
     The same key gives the same draws; with another ``max_batch_size`` they are other draws.
 
-    Draws have the bias of the sampler, which more steps make smaller. `log_prob` is the density of
-    the probability flow, smoothed by noise of the denoiser's ``sigma_min``; it is differentiable
-    at the cost of some ten evaluations of the denoiser's Jacobian. Where an event cannot be
-    integrated it is NaN, which NUTS takes for a divergence.
+    The elements of an event should share a unit, whatever it is (standardise columns of a
+    catalogue): draws end at the denoiser's ``sigma_min``, a thousandth of the elements'
+    root-mean-square deviation, and elements that vary by less than ten times that come out too
+    narrow. Draws have the bias of the sampler, which more steps make smaller. `log_prob` is the
+    density of the probability flow, smoothed by noise of the denoiser's ``sigma_min``; it is
+    differentiable at the cost of some ten evaluations of the denoiser's Jacobian. Where an event
+    cannot be integrated it is NaN, which NUTS takes for a divergence.
 
     Args:
         denoiser: The denoiser, of events of any shape.

@@ -154,7 +154,8 @@ class EMResult(NamedTuple):
         best: The prior of the iteration with the largest held-out log-evidence, or of the state
             that the run went on from where no iteration has a larger one; without held-out events
             the last.
-        params: The values of the model's ``numpyro.param`` sites, of the last iteration.
+        params: The values of the model's ``numpyro.param`` sites, of the last iteration; for use
+            with the prior ``numpyro.handlers.substitute`` puts them into the model.
         best_params: Those of the iteration of ``best``.
     """
 

@@ -103,7 +103,8 @@ class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
 
     For `numpyro.infer.Gibbs`, in which a kernel samples other sites while the diffusion site
     stands still: its density is then a constant, but would be solved for anew at every leapfrog
-    step. The kernels of this package do not ask for it.
+    step. The kernels of this package do not ask for it. Only for that: a kernel that samples the
+    diffusion site by its density would find it without a prior.
 
     Args:
         fn: The model. Its priors must not depend on the sites that are sampled.
