@@ -73,7 +73,8 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
     (_, noise, y), visible = read_all(template)
     names = [site.name for site in sites]
     _check_data(names, y, noise)
-    _check_apart(names, log_prob, template, latent)
+    if not isinstance(y, jax.core.Tracer):
+        _check_apart(names, log_prob, template, latent)
     linear = _is_linear(lambda x: read_all(x)[0], template)
 
     def read(x: jax.Array) -> Reading:
@@ -275,8 +276,7 @@ def _check_apart(
 ) -> None:
     """Refuse sites that look at other elements of their plates: events are drawn apart.
 
-    Half of the events move; the log-density of the others must not. That is looked at where values
-    are there to be looked at.
+    Half of the events move; the log-density of the others must not.
     """
     num = prod(latent.batch_shape)
     if num == 1:
@@ -289,7 +289,7 @@ def _check_apart(
     event_axes = tuple(range(-len(latent.prior.event_shape), 0))
     step = jnp.where(jnp.expand_dims(moves, event_axes), step, 0)
     before, after = log_prob(x), log_prob(x + step)
-    if isinstance(before, jax.core.Tracer):
+    if isinstance(before, jax.core.Tracer):  # of an argument other than the observed values
         return
     tol = jnp.finfo(template.dtype).eps ** 0.5
     if not jnp.allclose(before[~moves], after[~moves], rtol=tol, atol=tol, equal_nan=True):
