@@ -67,6 +67,7 @@ from numpyro_diffprior.priors import (
     map_over,
     map_priors,
     map_trained,
+    mend_draws,
     one_of,
     pool,
     read_sites,
@@ -335,7 +336,7 @@ class EM:
         started = time.perf_counter()
         arguments = (((state.prior, state.params), *args), kwargs)
         draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
-        samples, num_failed = _mend(draws.samples, state.draws, state.prior, state.sites)
+        samples, num_failed = mend_draws(draws.samples, state.draws, state.prior, state.sites)
         if num_failed:
             warnings.warn(
                 f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite, "
@@ -615,7 +616,8 @@ class EM:
         self, latent: LatentSite, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> GaussianDenoiser:
         def read_block(index: jax.Array) -> Any:
-            bound = bind(self._model, args, kwargs, indices={latent.plates[0]: index})
+            indices = {latent.plates[0]: index}
+            bound = bind_whole_plates(self._model, args, kwargs, indices=indices)
             return read_likelihood(bound, read_latent(bound))
 
         fit = fit_gaussian(
@@ -663,7 +665,7 @@ class EM:
         for key in jax.random.split(rng_key, self.num_gaussian_iterations):
             arguments = (((prior, params), *args), kwargs)
             draws = self._draw(key, *arguments, sampler, guidance, 1).samples
-            draws, _ = _mend(draws, {}, prior, sites)
+            draws, _ = mend_draws(draws, {}, prior, sites)
             prior = map_priors(partial(refit, draws), prior)
         return map_priors(lambda p, _: p.denoiser, prior)
 
@@ -693,37 +695,6 @@ class _Trained(NamedTuple):
     denoiser: NetworkDenoiser
     training: TrainState
     losses: jax.Array
-
-
-def _mend(
-    draws: dict[str, jax.Array], last: Mapping[str, jax.Array], priors: Any, sites: Sites
-) -> tuple[dict[str, jax.Array], int]:
-    """Put the last draws (or the prior's mean) where draws failed; say how many did.
-
-    An event that is left out would hide from the M-step what is hard to draw.
-    """
-    mended, total = dict(draws), 0
-    for site, key in sites.keys:
-        x, mean = draws[site], one_of(priors, key).mean
-        previous = last.get(site, mean)
-        finite = _are_finite(x, mean.ndim)
-        count = int(jnp.sum(~finite))
-        if count == finite.size:
-            raise ValueError(
-                f"EM: none of the {count} draws of site '{site}' is finite; expected observations "
-                "and arguments that are, or take more steps of the sampler, or another guidance."
-            )
-        if count:
-            if previous.shape == x.shape:
-                mean = jnp.where(_are_finite(previous, mean.ndim), previous, mean)
-            mended[site] = jnp.where(finite, x, mean)
-        total += count
-    return mended, total
-
-
-def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
-    """Whether events are finite, with axes of size one in place of theirs."""
-    return jnp.isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)
 
 
 _NUM_HELDOUT_PARTICLES = 16

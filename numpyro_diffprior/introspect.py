@@ -208,7 +208,7 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
             "observed, give them values with `numpyro.handlers.condition`, or sample them beside "
             "this one in `numpyro.infer.Gibbs`."
         )
-    _check_apart(bound, priors, latents)
+    _check_independent(bound, priors, latents)
     sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
     sites = [_read_site_of(prior, name, latents[name], sizes) for name, prior in priors.items()]
     samplers = {prior.sampler for prior in priors.values()}
@@ -227,7 +227,7 @@ def read_latent(bound: Callable[[], Any]) -> LatentSite:
     return sites[0]._replace(names=tuple(priors), prior=joint, parts=parts)
 
 
-def _check_apart(
+def _check_independent(
     bound: Callable[[], Any], priors: Mapping[str, DiffusionPrior], latents: Mapping[str, Any]
 ) -> None:
     """Refuse priors that depend on other diffusion sites: they are drawn together, as independent.

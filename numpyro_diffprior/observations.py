@@ -74,7 +74,7 @@ def read_likelihood(bound: Callable[[], Any], latent: LatentSite) -> Likelihood:
     names = [site.name for site in sites]
     _check_data(names, y, noise)
     if not isinstance(y, jax.core.Tracer):
-        _check_apart(names, log_prob, template, latent)
+        _check_uncoupled(names, log_prob, template, latent)
     linear = _is_linear(lambda x: read_all(x)[0], template)
 
     def read(x: jax.Array) -> Reading:
@@ -268,7 +268,7 @@ def _check_data(names: list[str], y: jax.Array, noise: Covariance) -> None:
         )
 
 
-def _check_apart(
+def _check_uncoupled(
     names: list[str],
     log_prob: Callable[[jax.Array], jax.Array],
     template: jax.Array,
@@ -281,14 +281,15 @@ def _check_apart(
     num = prod(latent.batch_shape)
     if num == 1:
         return
-    key_half, key_x, key_step = jax.random.split(jax.random.key(0), 3)
+    key_half, key_size, key_step = jax.random.split(jax.random.key(0), 3)
     moves = (jax.random.permutation(key_half, num) < num // 2).reshape(latent.batch_shape)
-    scale = latent.prior.denoiser.scale
-    x = template + scale * jax.random.normal(key_x, template.shape, template.dtype)
-    step = scale * jax.random.normal(key_step, template.shape, template.dtype)
     event_axes = tuple(range(-len(latent.prior.event_shape), 0))
-    step = jnp.where(jnp.expand_dims(moves, event_axes), step, 0)
-    before, after = log_prob(x), log_prob(x + step)
+    # In one direction, to different lengths: random numbers for all elements would take longer.
+    length = jax.random.normal(key_size, latent.batch_shape, template.dtype)
+    direction = jax.random.normal(key_step, latent.prior.event_shape, template.dtype)
+    step = latent.prior.denoiser.scale * jnp.expand_dims(length, event_axes) * direction
+    further = jnp.expand_dims(moves, event_axes) * step
+    before, after = log_prob(template + step), log_prob(template + step + further)
     if isinstance(before, jax.core.Tracer):  # of an argument other than the observed values
         return
     tol = jnp.finfo(template.dtype).eps ** 0.5

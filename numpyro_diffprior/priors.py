@@ -21,6 +21,7 @@ __all__ = [
     "map_over",
     "map_priors",
     "map_trained",
+    "mend_draws",
     "one_of",
     "pool",
     "read_sites",
@@ -118,3 +119,37 @@ def pool(
     """Return what all sites of a prior have, draws or contexts, in one list."""
     chosen = [values[site] for site, name in sites.keys if name == key]
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
+
+
+def mend_draws(
+    draws: dict[str, jax.Array], last: Mapping[str, jax.Array], prior: Any, sites: Sites
+) -> tuple[dict[str, jax.Array], int]:
+    """Put the last draws (or the prior's mean) where draws are not finite; say how many are not.
+
+    An event that is left out would hide from the M-step what is hard to draw.
+
+    Raises:
+        ValueError: If no draw of a site is finite.
+    """
+    mended, total = dict(draws), 0
+    for site, key in sites.keys:
+        x, mean = draws[site], one_of(prior, key).mean
+        previous = last.get(site, mean)
+        finite = _are_finite(x, mean.ndim)
+        count = int(jnp.sum(~finite))
+        if count == finite.size:
+            raise ValueError(
+                f"EM: none of the {count} draws of site '{site}' is finite; expected observations "
+                "and arguments that are, or take more steps of the sampler, or another guidance."
+            )
+        if count:
+            if previous.shape == x.shape:
+                mean = jnp.where(_are_finite(previous, mean.ndim), previous, mean)
+            mended[site] = jnp.where(finite, x, mean)
+        total += count
+    return mended, total
+
+
+def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
+    """Whether events are finite, with axes of size one in place of theirs."""
+    return jnp.isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)

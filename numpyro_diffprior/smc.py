@@ -314,7 +314,7 @@ def _twisted_smc(
 
 
 def discard_nan(log_weight: jax.Array) -> jax.Array:
-    """Give no weight to particles for which it is not a number, as they may not be themselves."""
+    """Give no weight to particles whose weight is not a number."""
     return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
 

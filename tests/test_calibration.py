@@ -9,13 +9,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import NUTS
+from numpyro.infer import NUTS, Gibbs
 from scipy.stats import uniform
 
 from numpyro_diffprior.baselines import DPS
 from numpyro_diffprior.calibration import Calibration, calibrate
 from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.distributions import DiffusionPrior
+from numpyro_diffprior.introspect import mask_priors
 from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.linalg import Isotropic
 from numpyro_diffprior.samplers import MultistepSDE
@@ -110,6 +111,34 @@ def test_every_latent_site_of_a_kernel_is_ranked():
     )
     assert result.ranks["scale"].shape == result.distance_ranks["scale"].shape == (40, 3)
     assert np.all(result.pvalues(4)["scale"] > 0.001)
+
+
+def test_gibbs_in_several_chains():
+    def nuisance(prior, y=None):
+        scale = numpyro.sample("scale", dist.LogNormal(0, 0.5))
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    def kernel(model):
+        masked = mask_priors(model)
+        particles = ParticleGibbs(masked, num_particles=4, sampler=MultistepSDE(8))
+        return Gibbs([(particles, ["x"]), (NUTS(masked, max_tree_depth=3), None)])
+
+    result = calibrate(
+        jax.random.key(0),
+        nuisance,
+        GAUSSIAN,
+        jnp.zeros(2),
+        num_simulations=3,
+        num_samples=6,
+        num_warmup=2,
+        num_chains=2,
+        kernel=kernel,
+    )
+    assert {name: ranks.shape for name, ranks in result.ranks.items()} == {
+        "scale": (3,),
+        "x": (3, 2),
+    }
 
 
 def test_hidden_values_are_no_latents():

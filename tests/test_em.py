@@ -91,6 +91,21 @@ def test_events_in_nested_plates():
     assert np.all(np.abs(prior.variance / np.diag(COV) - 1) < 4 * np.sqrt(2 / N) + 0.1)
 
 
+def test_the_first_prior_sees_all_of_a_plate_of_observations():
+    def repeated(prior, y, subsample_size):
+        with numpyro.plate("n", N, dim=-1):
+            x = numpyro.sample("x", prior)
+            with numpyro.plate("looks", 4, subsample_size=subsample_size, dim=-2):
+                y = numpyro.subsample(y, event_dim=1)
+                numpyro.sample("y", dist.Normal(x, 2.0).to_event(1), obs=y)
+
+    y = jnp.asarray(X + 2 * RNG.normal(size=(4, N, D)), "float32")
+    em = make_em(repeated)
+    part, whole = (em.init(jax.random.key(0), make_prior(), y, n).prior for n in (2, 4))
+    np.testing.assert_allclose(part.mean, whole.mean, rtol=1e-5)
+    np.testing.assert_allclose(part.variance, whole.variance, rtol=1e-5)
+
+
 def test_run_is_updates():
     em = make_em()
     state = em.init(jax.random.key(0), make_prior(), MASK, Y)

@@ -206,6 +206,14 @@ def test_harmonic_limits(make: Make, variance: float):
     assert_close(cov.harmonic(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+@over_cases
+def test_harmonic_in_any_units(make: Make, unit: float):
+    cov, _ = make()
+    scaled = cov.scale(unit**2).harmonic(0.7 * unit**2)
+    assert_close(scaled.dense() / unit**2, cov.harmonic(0.7).dense())
+
+
 class TestEmpiricalGaussian:
     def test_dense(self):
         x = normal(0, 50, SIZE) @ normal(1, SIZE, SIZE) + 3

@@ -275,6 +275,36 @@ def test_particles_and_samplers_that_do_not_fit(num_particles, sampler, message)
         )
 
 
+def test_guidance_is_an_object():
+    with pytest.raises(ValueError, match="expected an instance of Guidance, got <class"):
+        sample_posterior(
+            jax.random.key(0), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y), guidance=MMPS
+        )
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e8])
+def test_units_do_not_matter(unit):
+    """Neither for draws of the prior nor for guidance without matrices, in the same noise."""
+    size = 20  # more values than guidance makes matrices for
+
+    def observe(prior, y, noise):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+    def draw(unit):
+        cov = jnp.asarray(unit**2 * spd(np.random.default_rng(1), size))
+        prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(size), cov), sampler=MultistepSDE(16))
+        y = unit * jax.random.normal(jax.random.key(2), (size,))
+        draws = sample_posterior(jax.random.key(0), observe, prior, y, 0.1 * unit)
+        return prior.sample(jax.random.key(1), (4,)) / unit, draws.samples["x"] / unit, draws.stats
+
+    (prior, x, stats), (expected_prior, expected, expected_stats) = draw(unit), draw(1.0)
+    tol = tolerance(1e-3, 1e-7)
+    np.testing.assert_allclose(prior, expected_prior, rtol=tol, atol=tol)
+    np.testing.assert_allclose(x, expected, rtol=tol, atol=tol)
+    np.testing.assert_allclose(stats["chi_square"], expected_stats["chi_square"], rtol=10 * tol)
+
+
 def test_numbers_are_positive():
     with pytest.raises(ValueError, match="expected num_samples >= 1, got 0"):
         sample_posterior(

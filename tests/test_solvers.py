@@ -143,6 +143,19 @@ class TestConjugateGradient:
         exact = np.linalg.solve(matrix, b[..., None])[..., 0]
         np.testing.assert_allclose(result.solution, exact, atol=1e-3)
 
+    @pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e6, 1e12])
+    def test_units_do_not_matter(self, unit: float):
+        """Of a matrix in their square, whose own square may be no number."""
+        matrix, b = hard_and_easy()
+        plain = conjugate_gradient(operator(matrix), jnp.asarray(b), max_steps=4)
+        scaled = conjugate_gradient(
+            operator(unit**2 * matrix), jnp.asarray(unit * b), max_steps=4, floor=jnp.zeros_like
+        )
+        assert scaled.num_steps.tolist() == plain.num_steps.tolist()
+        assert_close(scaled.residual, plain.residual)
+        norm = np.linalg.norm(plain.solution, axis=-1, keepdims=True) + 1e-30
+        assert_close(unit * scaled.solution / norm, plain.solution / norm)
+
     def test_zero_right_hand_side(self):
         result = conjugate_gradient(lambda v: v, jnp.zeros((2, 3)))
         assert np.all(result.solution == 0)
