@@ -31,8 +31,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LEVELS = (0.5, 0.8, 0.95)
-SAMPLER = ndp.MultistepSDE(32)
-GAUSSIAN = ndp.MMPS(ndp.GaussianCovariance())
+SAMPLER = ndp.samplers.MultistepSDE(32)
+GAUSSIAN = ndp.MMPS(ndp.guidance.GaussianCovariance())
 
 
 def make_gaussian(rng_key, args):

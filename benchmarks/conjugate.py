@@ -24,7 +24,7 @@ from jax.scipy.special import digamma, polygamma
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from benchmarks import families
-from numpyro_diffprior.guidance import Guidance, Guided, pull_back
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, pull_back
 
 NUM_NEWTON = 12
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.posterior import resolve_settings, sample_blocks
+from numpyro_diffprior.infer.blocks import sample_blocks
+from numpyro_diffprior.infer.posterior import resolve_settings
 
 SIZE = 64
 EMBEDDING = 64
@@ -61,10 +62,10 @@ def our_functions(rng_key, args):
     )
     state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)
     prior, mask, y = state.prior, data.mask, data.y
-    sampler = ndp.MultistepSDE(args.num_steps)
+    sampler = ndp.samplers.MultistepSDE(args.num_steps)
     e_step = resolve_settings(prior, em.num_particles, sampler, em.guidance)
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
-    plain = resolve_settings(prior, 1, ndp.DDPM(args.num_steps), one_step)
+    plain = resolve_settings(prior, 1, ndp.samplers.DDPM(args.num_steps), one_step)
 
     def draw(settings, mask, y):
         return sample_blocks(

@@ -19,7 +19,7 @@ import numpyro
 import numpyro.distributions as dist
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.linalg.covariances import Isotropic
 
 GRID = jnp.linspace(-6, 6, 3001)  # not too fine: see `MAX_VALUES`
 CUTS = jnp.array([-1.0, 0.0, 1.0])
@@ -207,7 +207,7 @@ def evaluate(rng_key, prior, family, options, args):
             args.num_values,
             y[start : start + MAX_EVENTS],
             num_samples=args.num_samples,
-            sampler=ndp.MultistepSDE(args.num_steps),
+            sampler=ndp.samplers.MultistepSDE(args.num_steps),
             max_batch_size=MAX_VALUES // args.num_values,
             **options,
         )

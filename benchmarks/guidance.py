@@ -21,7 +21,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.metrics import frechet_distance
+from numpyro_diffprior.metrics.frechet import frechet_distance
 
 
 class Case(NamedTuple):
@@ -33,9 +33,9 @@ class Case(NamedTuple):
     num_steps: int = 32
 
 
-GAUSSIAN = ndp.MMPS(ndp.GaussianCovariance())
-CALIBRATED = ndp.MMPS(ndp.CalibratedCovariance())
-LOOKING_AHEAD = ndp.MMPS(ndp.GaussianCovariance(), look_ahead=True)
+GAUSSIAN = ndp.MMPS(ndp.guidance.GaussianCovariance())
+CALIBRATED = ndp.MMPS(ndp.guidance.CalibratedCovariance())
+LOOKING_AHEAD = ndp.MMPS(ndp.guidance.GaussianCovariance(), look_ahead=True)
 CASES = (
     Case("Tweedie", ndp.MMPS()),
     Case("Tweedie, one step of the solver", ndp.MMPS(max_steps=1)),
@@ -62,7 +62,7 @@ def judge(rng_key, case, prior, data, features):
         data.mask,
         data.y,
         num_particles=case.num_particles,
-        sampler=ndp.MultistepSDE(case.num_steps),
+        sampler=ndp.samplers.MultistepSDE(case.num_steps),
         guidance=case.guidance,
     )
     x = jax.block_until_ready(draws.samples["x"][0])

@@ -30,10 +30,10 @@ from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from benchmarks import calibration
-from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.linalg.covariances import Isotropic
 
 DIM = 8
-SAMPLER = ndp.MultistepSDE(32)
+SAMPLER = ndp.samplers.MultistepSDE(32)
 ONES = jnp.ones(DIM)
 PRIORS = {
     "Gaussian": ndp.GaussianDenoiser(0 * ONES, 0.3 * jnp.eye(DIM) + 0.5),
@@ -44,8 +44,8 @@ PRIORS = {
 METHODS = {
     "MMPS": ndp.MMPSKernel,
     "particle Gibbs": partial(ndp.ParticleGibbs, num_particles=8),
-    "PiGDM": partial(ndp.MMPSKernel, guidance=ndp.PiGDM()),
-    "DPS": partial(ndp.MMPSKernel, guidance=ndp.DPS()),
+    "PiGDM": partial(ndp.MMPSKernel, guidance=ndp.guidance.PiGDM()),
+    "DPS": partial(ndp.MMPSKernel, guidance=ndp.guidance.DPS()),
 }
 
 

@@ -25,12 +25,12 @@ from flax import nnx
 from numpyro.infer import MCMC, NUTS
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.metrics import max_sliced_wasserstein, sliced_wasserstein
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.metrics.calibration import max_sliced_wasserstein, sliced_wasserstein
 
 SPACING = 8
 NUM_CHAINS = 50
-LOOKING_AHEAD = ndp.MMPS(ndp.GaussianCovariance(), look_ahead=True)
+LOOKING_AHEAD = ndp.MMPS(ndp.guidance.GaussianCovariance(), look_ahead=True)
 
 
 class Problem(NamedTuple):
@@ -126,7 +126,7 @@ def guided(guidance, num_particles=1):
             num_samples=args.num_samples,
             num_particles=num_particles or args.num_samples,
             independent=num_particles is not None,
-            sampler=ndp.MultistepSDE(args.num_steps),
+            sampler=ndp.samplers.MultistepSDE(args.num_steps),
             guidance=guidance,
             max_batch_size=args.num_samples,
         )
@@ -166,7 +166,7 @@ def chains(make_kernel, num_warmup, extra_field, num_steps=None):
 
 def particle_gibbs(num_steps):
     """Conditional SMC with Tweedie's covariance."""
-    sampler = ndp.MultistepSDE(num_steps)
+    sampler = ndp.samplers.MultistepSDE(num_steps)
     return ndp.ParticleGibbs(model, num_particles=16, sampler=sampler, guidance=ndp.MMPS())
 
 
@@ -178,15 +178,15 @@ def nuts(num_steps):
 
 METHODS = {
     "MMPS": guided(ndp.MMPS()),
-    "DPS": guided(ndp.DPS()),
-    "PiGDM": guided(ndp.PiGDM()),
-    "TMPD": guided(ndp.TMPD()),
+    "DPS": guided(ndp.guidance.DPS()),
+    "PiGDM": guided(ndp.guidance.PiGDM()),
+    "TMPD": guided(ndp.guidance.TMPD()),
     "SMC, K = 4": guided(ndp.MMPS(), 4),
     "SMC, K = 16": guided(ndp.MMPS(), 16),
     "SMC, K = 64": guided(ndp.MMPS(), 64),
-    "SMC, K = 16, tempered": guided(ndp.Tempered(power=0.5), 16),
-    "SMC, K = 16, Gaussian": guided(ndp.MMPS(ndp.GaussianCovariance()), 16),
-    "SMC, K = 16, Gaussian, then Tweedie": guided(ndp.Piecewise(), 16),
+    "SMC, K = 16, tempered": guided(ndp.guidance.Tempered(power=0.5), 16),
+    "SMC, K = 16, Gaussian": guided(ndp.MMPS(ndp.guidance.GaussianCovariance()), 16),
+    "SMC, K = 16, Gaussian, then Tweedie": guided(ndp.guidance.Piecewise(), 16),
     "one SMC": guided(ndp.MMPS(), None),
     "looking ahead, K = 16": guided(LOOKING_AHEAD, 16),
     "looking ahead, one SMC": guided(LOOKING_AHEAD, None),

@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.schedules import LogBeta, LogNormal, LogUniform
-from numpyro_diffprior.training import denoising_loss
+from numpyro_diffprior.diffusion.noise import LogBeta, LogNormal, LogUniform
+from numpyro_diffprior.diffusion.training import denoising_loss
 
 DISTRIBUTIONS = {
     "LogBeta(3, 3), independent": LogBeta(stratified=False),
@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 
 def evaluate(rng_key, denoiser, x, num_levels=64):
     """The weighted denoising loss at levels spread evenly over the logarithmic axis."""
-    sigmas = ndp.LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
+    sigmas = ndp.noise.LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
 
     @jax.jit
     def loss(key, sigma):

@@ -20,11 +20,11 @@ import numpyro_diffprior as ndp
 from examples import digits
 
 SAMPLERS = (
-    ndp.DDPM(32),
-    ndp.DDPM(64),
-    ndp.DDPM(256),
-    ndp.MultistepODE(32),
-    ndp.MultistepSDE(32),
+    ndp.samplers.DDPM(32),
+    ndp.samplers.DDPM(64),
+    ndp.samplers.DDPM(256),
+    ndp.samplers.MultistepODE(32),
+    ndp.samplers.MultistepSDE(32),
 )
 
 
@@ -39,7 +39,7 @@ def refit(rng_key, prior, data, sampler, args):
             data.mask,
             data.y,
             sampler=sampler,
-            guidance=ndp.MMPS(ndp.GaussianCovariance()),
+            guidance=ndp.MMPS(ndp.guidance.GaussianCovariance()),
             num_samples=args.num_draws,
         )
         flat = draws.samples["x"].reshape(-1, 64)

@@ -36,7 +36,7 @@ def calibrate_e_step(rng_key, prior, data, num_particles, args):
         num_simulations=args.num_simulations,
         num_samples=39,
         num_particles=num_particles,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
+        guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance()),
     )
     inside = jnp.abs(2 * found.pit()["x"] - 1) <= LEVEL
     hidden = jnp.broadcast_to(~mask & (data.clean.std(0) > 0.1), inside.shape)

@@ -55,7 +55,7 @@ def learn(rng_key, model, counts, args):
         digits.make_optimizer(digits.anneal(1e-3, num_steps)),
         num_sgd_steps=args.num_sgd_steps,
         num_particles=1,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance(), num_iterations=2),
+        guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance(), num_iterations=2),
         num_gaussian_iterations=args.num_gaussian_iterations,
     )
     prior = digits.make_prior(key_net, args.width)
@@ -71,7 +71,7 @@ def restore(rng_key, model, prior, counts, truth, args):
         args.photons,
         counts,
         num_samples=args.num_samples,
-        guidance=ndp.MMPS(ndp.CalibratedCovariance()),
+        guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance()),
     )
     x = draws.samples["x"]
     inside = ndp.metrics.coverage(x, truth, levels=(0.5, 0.9), where=truth.std(0) > 0.1)

@@ -27,7 +27,8 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.metrics import coverage, frechet_distance
+from numpyro_diffprior.metrics.calibration import coverage
+from numpyro_diffprior.metrics.frechet import frechet_distance
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -151,7 +152,7 @@ def make_em(args, model=model, **options):
         "batch_size": args.batch_size,
         "num_particles": args.num_particles,
         "num_draws": args.num_draws,
-        "guidance": ndp.MMPS(ndp.CalibratedCovariance()),
+        "guidance": ndp.MMPS(ndp.guidance.CalibratedCovariance()),
     }
     return ndp.EM(model, **(settings | options))
 

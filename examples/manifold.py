@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.metrics import entropic_transport_cost, sliced_wasserstein
+from numpyro_diffprior.metrics.calibration import entropic_transport_cost, sliced_wasserstein
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -34,9 +34,16 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DIM = 5
 NOISE = 1e-2
-SAMPLERS = {"ddpm": ndp.DDPM, "multistep": ndp.MultistepSDE, "corrector": ndp.PredictorCorrector}
-COVARIANCES = {"gaussian": ndp.GaussianCovariance, "tweedie": ndp.TweedieCovariance}
-NOISES = {"normal": ndp.LogNormal, "beta": ndp.LogBeta}
+SAMPLERS = {
+    "ddpm": ndp.samplers.DDPM,
+    "multistep": ndp.samplers.MultistepSDE,
+    "corrector": ndp.samplers.PredictorCorrector,
+}
+COVARIANCES = {
+    "gaussian": ndp.guidance.GaussianCovariance,
+    "tweedie": ndp.guidance.TweedieCovariance,
+}
+NOISES = {"normal": ndp.noise.LogNormal, "beta": ndp.noise.LogBeta}
 
 # The settings of the paper's published script.
 PAPER = {

@@ -29,7 +29,7 @@ from numpyro.infer import MCMC, Gibbs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples.manifold import DIM, NOISE, smooth_manifold
-from numpyro_diffprior.metrics import sinkhorn_divergence
+from numpyro_diffprior.metrics.calibration import sinkhorn_divergence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -118,7 +118,7 @@ def learn(rng_key, data, args):
         num_sgd_steps=args.num_sgd_steps,
         batch_size=args.batch_size,
         num_particles=args.num_particles,
-        sampler=ndp.DDPM(args.num_steps),
+        sampler=ndp.samplers.DDPM(args.num_steps),
         ema_decay=0.99,
     )
     rows = []
@@ -156,7 +156,7 @@ def draw_jointly(num_steps, num_particles):
             data.operator,
             data.y,
             num_particles=num_particles,
-            sampler=ndp.MultistepSDE(num_steps),
+            sampler=ndp.samplers.MultistepSDE(num_steps),
             guidance=ndp.MMPS(),
         ).samples
 
@@ -168,7 +168,7 @@ def draw_in_turns(num_steps, num_sweeps):
 
     def draw(rng_key, priors, data):
         masked = ndp.mask_priors(mixture)
-        kernel = ndp.MMPSKernel(masked, sampler=ndp.MultistepSDE(num_steps))
+        kernel = ndp.MMPSKernel(masked, sampler=ndp.samplers.MultistepSDE(num_steps))
         mcmc = MCMC(
             Gibbs([(kernel, [source]) for source in SOURCES]),
             num_warmup=num_sweeps - 1,

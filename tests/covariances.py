@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffprior.linalg import (
+from numpyro_diffprior.linalg.covariances import (
     Blocks,
     Covariance,
     Dense,

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.linalg import (
+from numpyro_diffprior.linalg.covariances import (
     Blocks,
     Dense,
     Diagonal,

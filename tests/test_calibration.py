@@ -12,14 +12,14 @@ import pytest
 from numpyro.infer import NUTS, Gibbs
 from scipy.stats import uniform
 
-from numpyro_diffprior.baselines import DPS
-from numpyro_diffprior.calibration import Calibration, calibrate
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import mask_priors
-from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
-from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.samplers import MultistepSDE
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.guidance.literature import DPS
+from numpyro_diffprior.infer.calibration import Calibration, calibrate
+from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.tracing import mask_priors
 from tests.oracles import spd
 
 RNG = np.random.default_rng(0)

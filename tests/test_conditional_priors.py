@@ -12,17 +12,19 @@ import pytest
 from flax import nnx
 from numpyro.infer import MCMC, NUTS
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.em import EM
-from numpyro_diffprior.evidence import log_evidence
-from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
-from numpyro_diffprior.nets import MLP, UNet
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.posterior import sample_posterior
-from numpyro_diffprior.reparam import DiffusionReparam
-from numpyro_diffprior.samplers import MultistepSDE
-from numpyro_diffprior.training import fit_denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.diffusion.training import fit_denoiser
+from numpyro_diffprior.em.em import EM
+from numpyro_diffprior.infer.evidence import log_evidence
+from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.infer.reparam import DiffusionReparam
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.nets.unet import UNet
+from numpyro_diffprior.prior import DiffusionPrior
 
 VARIANCE, NOISE = 0.25, 0.5
 CONTEXTS = jnp.asarray([[-2.0, 0.0], [1.0, 0.5], [0.0, 3.0]])
@@ -220,7 +222,7 @@ def test_fitting_uses_the_contexts(net):
     )
     # At the highest noise level only the context tells.
     x_t = x[:64] + 10 * jax.random.normal(jax.random.key(12), (64, *shape))
-    guess = fit.denoiser.condition(context[:64])(x_t, 10.0)
+    guess = ConditionedDenoiser(fit.denoiser, context[:64])(x_t, 10.0)
     for value in (-1.0, 1.0):
         np.testing.assert_allclose(guess[context[:64] == value].mean(), value, atol=0.15)
 

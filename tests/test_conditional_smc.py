@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from oracles import mixture_posterior
 
-from numpyro_diffprior.conditional_smc import diffuse_path, update_path
-from numpyro_diffprior.denoisers import MixtureDenoiser
-from numpyro_diffprior.likelihoods import linear_gaussian
-from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior_covariances import GaussianCovariance, IsotropicCovariance
-from numpyro_diffprior.samplers import DDPM, MultistepSDE
-from numpyro_diffprior.smc import Settings
+from numpyro_diffprior.denoisers.exact import MixtureDenoiser
+from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance, IsotropicCovariance
+from numpyro_diffprior.guidance.likelihood import linear_gaussian
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
+from numpyro_diffprior.particles.system import Settings
 
 WEIGHTS, MEANS = np.array([0.3, 0.7]), np.array([[-3.0, 0.0], [3.0, 1.0]])
 COVS, MATRIX, NOISE = np.stack([0.5 * np.eye(2)] * 2), np.array([[0.1, 1.0]]), 0.5

@@ -6,7 +6,8 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_diffprior.curvature import from_log_prob, pseudo_observe, unwrap
+from numpyro_diffprior.reading.curvature import from_log_prob, pseudo_observe
+from numpyro_diffprior.reading.unwrap import unwrap
 from tests.oracles import spd, tolerance
 
 LOC, VALUE = jnp.array([0.3, -1.0, 2.0]), jnp.array([0.5, 1.5, -1.0])

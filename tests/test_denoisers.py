@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from jax.scipy.stats import multivariate_normal
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.linalg import Dense, Diagonal, Isotropic
-from numpyro_diffprior.nets import MLP
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.linalg.covariances import Dense, Diagonal, Isotropic
+from numpyro_diffprior.nets.mlp import MLP
 
 SHAPES = [(), (6,), (2, 3), (1, 2, 3)]
 SIGMAS = [0.7, np.array([0.05, 1.0, 30.0]), np.array([[0.1], [2.0]]), np.full((2, 3), 0.4)]

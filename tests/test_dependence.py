@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from numpyro_diffprior.dependence import depends
+from numpyro_diffprior._compile.dependence import depends
 
 X = jnp.arange(3.0)
 

@@ -15,14 +15,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.training import init_training, train
+from numpyro_diffprior.diffusion.training import init_training, train
 from tests.oracles import tolerance
 
 NUM_DEVICES = 8
 on_eight = pytest.mark.skipif(jax.device_count() < NUM_DEVICES, reason="needs eight devices")
 
 SIZE = 5
-SAMPLER = ndp.MultistepSDE(8)
+SAMPLER = ndp.samplers.MultistepSDE(8)
 MASK = jax.random.bernoulli(jax.random.key(0), 0.6, (20, SIZE))
 Y = jax.random.normal(jax.random.key(1), (20, SIZE))
 

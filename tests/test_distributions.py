@@ -17,14 +17,15 @@ from numpyro.infer import MCMC, NUTS, Predictive
 from numpyro.infer.inspect import get_model_relations
 from oracles import covariance, spd, tolerance
 
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.flow import flow_log_prob
-from numpyro_diffprior.linalg import Covariance, Diagonal, Isotropic
-from numpyro_diffprior.nets import MLP
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.samplers import DDIM, MultistepSDE
-from numpyro_diffprior.serialization import save_denoiser
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.serialization import save_denoiser
+from numpyro_diffprior.diffusion.probability_flow import flow_log_prob
+from numpyro_diffprior.diffusion.samplers import DDIM, MultistepSDE
+from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Isotropic
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.prior import DiffusionPrior
 
 FEW = MultistepSDE(num_steps=4)
 

@@ -9,13 +9,14 @@ import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import bind, read_latent
-from numpyro_diffprior.observations import read_likelihood
-from numpyro_diffprior.posterior import sample_posterior
-from numpyro_diffprior.reparam import DiffusionReparam
-from numpyro_diffprior.samplers import MultistepSDE
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.infer.reparam import DiffusionReparam
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.latent import read_latent
+from numpyro_diffprior.reading.likelihood import read_likelihood
+from numpyro_diffprior.reading.tracing import bind
 from tests.oracles import tolerance
 
 N, D = 4, 3

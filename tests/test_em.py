@@ -8,14 +8,14 @@ import pytest
 from flax import nnx
 
 from numpyro_diffprior import em as em_module
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.em import EM
-from numpyro_diffprior.evidence import LogEvidence, log_evidence
-from numpyro_diffprior.nets import MLP
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.samplers import DDIM, MultistepSDE
-from numpyro_diffprior.transport import sliced_wasserstein
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.samplers import DDIM, MultistepSDE
+from numpyro_diffprior.em.em import EM
+from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
+from numpyro_diffprior.metrics.transport import sliced_wasserstein
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.prior import DiffusionPrior
 from tests.oracles import spd
 
 N, D, NOISE = 300, 2, 0.3

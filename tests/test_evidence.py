@@ -55,7 +55,7 @@ def make_case(weights, means, covs):
 @pytest.mark.parametrize("case", [GAUSSIAN, MIXTURE], ids=["Gaussian", "mixture"])
 def test_agrees_with_the_closed_form_within_its_error(case):
     y, exact = make_case(*case)
-    prior = ndp.DiffusionPrior(ndp.MixtureDenoiser(*case), sampler=ndp.MultistepSDE(64))
+    prior = ndp.DiffusionPrior(ndp.MixtureDenoiser(*case), sampler=ndp.samplers.MultistepSDE(64))
     found = ndp.log_evidence(jax.random.key(0), model, prior, MATRIX, y, num_estimates=16)
     assert found.value.shape == found.standard_error.shape == (NUM_EVENTS,)
     # Unbiased where it is an estimate of p(y), up to the steps' bias.

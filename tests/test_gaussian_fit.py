@@ -10,9 +10,9 @@ import pytest
 from oracles import dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.gaussian_fit import fit_gaussian
-from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
-from numpyro_diffprior.linalg import (
+from numpyro_diffprior.em.gaussian import fit_gaussian
+from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.linalg.covariances import (
     Blocks,
     Covariance,
     Dense,

@@ -11,21 +11,22 @@ import pytest
 from flax import nnx
 from scipy.stats import multivariate_normal, norm
 
-from numpyro_diffprior.annealing import Piecewise, Tempered
-from numpyro_diffprior.baselines import DPS, TMPD, PiGDM
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
-from numpyro_diffprior.linalg import Diagonal, Isotropic
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.nets import MLP
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.posterior_covariances import (
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.guidance.covariances import (
     CalibratedCovariance,
     GaussianCovariance,
     IsotropicCovariance,
     TweedieCovariance,
     UnitCovariance,
 )
+from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.guidance.scheduled import Piecewise, Tempered
+from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
+from numpyro_diffprior.nets.mlp import MLP
 
 EVENT, NUM_EVENTS, NUM_OBSERVED = (2, 3), 3, 4
 SIGMA = np.array([[0.1], [1.0], [10.0]])  # an axis of noise levels before the plate's

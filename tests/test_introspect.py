@@ -7,16 +7,13 @@ import pytest
 from numpyro import handlers
 from numpyro.distributions import transforms
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import (
-    bind,
-    fix_plates,
-    read_latent,
-)
-from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.moments import Moments, gaussian_moments
-from numpyro_diffprior.observations import read_likelihood
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.latent import read_latent
+from numpyro_diffprior.reading.likelihood import read_likelihood
+from numpyro_diffprior.reading.moments import Moments, gaussian_moments
+from numpyro_diffprior.reading.tracing import bind, fix_plates
 from tests.oracles import tolerance
 
 N, D = 5, 3

@@ -7,12 +7,12 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
 
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import mask_priors
-from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
-from numpyro_diffprior.posterior import sample_posterior
-from numpyro_diffprior.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.tracing import mask_priors
 
 N, D = 3, 2
 PRIOR = DiffusionPrior(GaussianDenoiser(jnp.ones(D), jnp.eye(D)), sampler=MultistepSDE(16))

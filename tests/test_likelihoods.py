@@ -7,8 +7,8 @@ import oracles
 import pytest
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.likelihoods import Likelihood, Reading, linear_gaussian
-from numpyro_diffprior.linalg import Diagonal, Isotropic
+from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 
 EVENT = (2, 3)
 TOL = oracles.tolerance()

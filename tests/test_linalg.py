@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffprior.linalg import (
+from numpyro_diffprior.linalg.covariances import (
     Blocks,
     Covariance,
     Dense,
     Diagonal,
     DiagonalPlusLowRank,
     Isotropic,
-    empirical_gaussian,
 )
+from numpyro_diffprior.linalg.empirical import empirical_gaussian
 from tests.covariances import (
     CASES,
     DTYPE,

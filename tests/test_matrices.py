@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffprior.matrices import Factor, by_matrix, eigh
+from numpyro_diffprior.linalg.batched import Factor, by_matrix, eigh
 from tests.covariances import (
     DTYPE,
     SIZE,
@@ -87,7 +87,7 @@ class TestByMatrix:
         program = f"""
 import jax
 import jax.numpy as jnp
-from numpyro_diffprior.matrices import by_matrix
+from numpyro_diffprior.linalg.batched import by_matrix
 
 factor = {wrap}(lambda matrix: by_matrix(jnp.linalg.cholesky, matrix))
 

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import transforms
 
-from numpyro_diffprior.moments import gaussian_moments, handling
+from numpyro_diffprior.reading.moments import gaussian_moments, handling
 
 N = 3
 LOC, SCALE = jnp.array([-0.5, 0.2, 1.0]), jnp.array([0.6, 1.0, 1.5])

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from numpyro_diffprior import net_layers
-from numpyro_diffprior.nets import MLP, NETWORKS, UNet
+from numpyro_diffprior.nets import NETWORKS
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.nets.unet import UNet
 
 CASES = {
     "MLP": (MLP, {"event_shape": (5,), "features": (16, 16, 24), "embedding": 8}),

@@ -8,10 +8,10 @@ import numpyro.distributions as dist
 import optax
 import pytest
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import bind
-from numpyro_diffprior.params import fit_params, init_params, with_params
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.em.params import fit_params, init_params, with_params
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.tracing import bind
 
 N, M, D = 40, 3, 2
 PRIOR = DiffusionPrior(GaussianDenoiser(jnp.zeros(D), jnp.eye(D)))

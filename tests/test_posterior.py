@@ -8,13 +8,13 @@ import numpyro.distributions as dist
 import pytest
 from scipy.stats import norm
 
-from numpyro_diffprior.baselines import DPS
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior import sample_posterior
-from numpyro_diffprior.posterior_covariances import GaussianCovariance, TweedieCovariance
-from numpyro_diffprior.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.diffusion.samplers import DDIM, DDPM, Heun, MultistepODE, MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance, TweedieCovariance
+from numpyro_diffprior.guidance.literature import DPS
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.prior import DiffusionPrior
 from tests.oracles import gaussian_posterior, spd, tolerance
 
 N, D, NOISE = 3, 2, 0.4

@@ -6,12 +6,9 @@ import numpyro
 import pytest
 from flax import nnx
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.introspect import bind, read_latent
-from numpyro_diffprior.nets import MLP
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.priors import (
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.em.sites import (
     Sites,
     all_of,
     map_over,
@@ -21,6 +18,10 @@ from numpyro_diffprior.priors import (
     pool,
     read_sites,
 )
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.latent import read_latent
+from numpyro_diffprior.reading.tracing import bind
 
 FIXED = DiffusionPrior(GaussianDenoiser(jnp.zeros(2), jnp.eye(2)))
 LEARNED = DiffusionPrior(NetworkDenoiser(MLP((2,), features=(4,), rngs=nnx.Rngs(0))))

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.denoisers import GaussianDenoiser
-from numpyro_diffprior.likelihoods import linear_gaussian
-from numpyro_diffprior.linalg import Diagonal
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior_covariances import GaussianCovariance
-from numpyro_diffprior.proposals import Cloud, propose
-from numpyro_diffprior.samplers import DDPM, MultistepSDE
-from numpyro_diffprior.smc import Settings, draw_posterior
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.likelihood import linear_gaussian
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.linalg.covariances import Diagonal
+from numpyro_diffprior.particles.proposals import Cloud, propose
+from numpyro_diffprior.particles.smc import draw_posterior
+from numpyro_diffprior.particles.system import Settings
 from tests.oracles import gaussian_posterior, spd, tolerance
 
 LOOKING = MMPS(GaussianCovariance(), look_ahead=True)

@@ -52,7 +52,7 @@ def test_the_map_is_that_of_the_deterministic_sampler():
     z, x = sites["x_base"]["value"], sites["x"]["value"]
     assert sites["x"]["type"] == "deterministic"
     assert z.shape == x.shape == (NUM_EVENTS, 2, 2)
-    sampler = ndp.MultistepODE(16)
+    sampler = ndp.samplers.MultistepODE(16)
     expected = sampler.run(jax.random.key(7), PRIOR.denoiser, sampler.start(PRIOR.denoiser, z))
     np.testing.assert_array_equal(x, expected)
 

@@ -8,12 +8,10 @@ import numpy as np
 import oracles
 import pytest
 
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.likelihoods import linear_gaussian
-from numpyro_diffprior.linalg import Diagonal, Isotropic
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior_covariances import GaussianCovariance
-from numpyro_diffprior.samplers import (
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.diffusion.noise import Karras, LogLinear
+from numpyro_diffprior.diffusion.samplers import (
     DDIM,
     DDPM,
     Heun,
@@ -22,7 +20,10 @@ from numpyro_diffprior.samplers import (
     MultistepSDE,
     PredictorCorrector,
 )
-from numpyro_diffprior.schedules import Karras, LogLinear
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.likelihood import linear_gaussian
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 
 SAMPLERS = [DDPM, DDIM, MultistepSDE, MultistepODE, Heun, PredictorCorrector]
 TOL = oracles.tolerance()

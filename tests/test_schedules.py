@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from numpyro_diffprior.schedules import Karras, LogBeta, LogLinear, LogNormal, LogUniform
+from numpyro_diffprior.diffusion.noise import Karras, LogBeta, LogLinear, LogNormal, LogUniform
 
 SCHEDULES = {"LogLinear": LogLinear(), "Karras": Karras(), "Karras(3)": Karras(rho=3.0)}
 NOISES = {

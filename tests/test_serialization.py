@@ -13,11 +13,14 @@ from oracles import COVARIANCES, covariance
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from numpyro_diffprior.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.linalg import Diagonal, Isotropic
-from numpyro_diffprior.nets import MLP, UNet
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.serialization import load_denoiser, read_metadata, save_denoiser
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.serialization import load_denoiser, read_metadata, save_denoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.nets.unet import UNet
 
 X64 = jax.config.jax_enable_x64
 
@@ -99,7 +102,7 @@ def own():
 
 CASES = {name: lambda name=name: gaussian(name) for name in COVARIANCES}
 CASES |= {"mixture": mixture, "mlp": mlp, "unet": unet, "half": half, "own": own}
-CASES |= {"conditioned": lambda: NetworkDenoiser(conditional()).condition(jnp.ones(3))}
+CASES |= {"conditioned": lambda: ConditionedDenoiser(NetworkDenoiser(conditional()), jnp.ones(3))}
 CASES |= {"scalar": lambda: GaussianDenoiser(1.5, Isotropic(2.0, 1))}
 
 

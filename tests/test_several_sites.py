@@ -9,15 +9,15 @@ import pytest
 from numpyro.infer import MCMC
 from scipy.linalg import block_diag
 
-from numpyro_diffprior.calibration import calibrate
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.distributions import DiffusionPrior
-from numpyro_diffprior.joint_denoisers import ProductDenoiser
-from numpyro_diffprior.kernels import MMPSKernel, ParticleGibbs
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior import sample_posterior
-from numpyro_diffprior.posterior_covariances import GaussianCovariance
-from numpyro_diffprior.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.wrappers import ProductDenoiser
+from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.infer.calibration import calibrate
+from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.prior import DiffusionPrior
 from tests.oracles import gaussian_posterior, spd, tolerance
 
 RNG = np.random.default_rng(0)

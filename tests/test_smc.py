@@ -6,14 +6,15 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_diffprior.annealing import Piecewise, Tempered
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.likelihoods import linear_gaussian
-from numpyro_diffprior.linalg import Diagonal, Isotropic
-from numpyro_diffprior.mmps import MMPS
-from numpyro_diffprior.posterior_covariances import GaussianCovariance
-from numpyro_diffprior.samplers import MultistepSDE
-from numpyro_diffprior.smc import Settings, draw_posterior
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.likelihood import linear_gaussian
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.guidance.scheduled import Piecewise, Tempered
+from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
+from numpyro_diffprior.particles.smc import draw_posterior
+from numpyro_diffprior.particles.system import Settings
 from tests.oracles import mixture_posterior, spd
 
 D, NOISE = 2, 0.4

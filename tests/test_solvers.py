@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.solvers import (
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.linalg.solvers import (
     conjugate_gradient,
     factored_solve,
     sandwich,

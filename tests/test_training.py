@@ -9,19 +9,21 @@ import optax
 import pytest
 from flax import nnx
 
-import numpyro_diffprior.training as training
-from numpyro_diffprior.denoisers import GaussianDenoiser, MixtureDenoiser
-from numpyro_diffprior.linalg import Isotropic, empirical_gaussian
-from numpyro_diffprior.nets import MLP, UNet
-from numpyro_diffprior.network_denoiser import NetworkDenoiser
-from numpyro_diffprior.schedules import LogBeta, LogNormal, LogUniform
-from numpyro_diffprior.training import (
+import numpyro_diffprior.diffusion.training as training
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.noise import LogBeta, LogNormal, LogUniform
+from numpyro_diffprior.diffusion.training import (
     denoising_loss,
     fit_denoiser,
     init_training,
     measure_error,
     train,
 )
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.nets.unet import UNet
 
 SMALL = {"features": (8,), "embedding": 4}
 

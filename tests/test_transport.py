@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from numpyro_diffprior.transport import (
+from numpyro_diffprior.metrics.transport import (
     entropic_transport,
     entropic_transport_cost,
     excess_transport_cost,

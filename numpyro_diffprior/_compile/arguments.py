@@ -1,0 +1,46 @@
+r"""Arguments of a model: arrays are data, the rest is static when compiled."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from numpyro_diffprior._compile.devices import replicate
+
+__all__ = ["StaticArguments", "merge_arguments", "replicate_arguments", "split_arguments"]
+
+
+class StaticArguments(NamedTuple):
+    """The part of a model's arguments that is not arrays; hashable."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+
+def split_arguments(arguments: Any) -> tuple[list[jax.Array], StaticArguments]:
+    """Split a tree into its arrays and the rest (sizes, flags), which is static when compiled."""
+    leaves, treedef = jax.tree.flatten(arguments)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+    dynamic = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    rest = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return dynamic, StaticArguments(treedef, rest)
+
+
+def merge_arguments(dynamic: list[jax.Array], static: StaticArguments) -> Any:
+    """Undo `split_arguments`."""
+    arrays = iter(dynamic)
+    leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves]
+    return jax.tree.unflatten(static.treedef, leaves)
+
+
+def replicate_arguments(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]], mesh: Mesh | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the arrays among a model's arguments to every device of a mesh."""
+    dynamic, static = split_arguments(arguments)
+    args, kwargs = merge_arguments(replicate(dynamic, mesh), static)
+    return args, kwargs
+
+
+_ARRAY = object()

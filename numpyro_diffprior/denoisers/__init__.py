@@ -1,0 +1,1 @@
+"""Denoisers: exact, learned, wrapped, and in files."""

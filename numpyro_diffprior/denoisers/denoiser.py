@@ -1,0 +1,190 @@
+r"""Denoisers: the conditional mean :math:`D(x_t, \sigma) = E[x \mid x_t]` that defines a prior.
+
+One convention everywhere: variance exploding,
+:math:`x_t = x + \sigma \varepsilon` with :math:`\varepsilon \sim \mathcal{N}(0, I)`. A denoiser
+is the prior: its score is :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / \sigma^2`
+(Tweedie's formula).
+
+Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It sets the location
+and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
+guidance, so that users never rescale their units; the elements of one event should share a unit.
+
+The exact denoisers of Gaussians and of their mixtures are here; learned ones are in
+`numpyro_diffprior.denoisers.network`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import fields
+from math import prod
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, register_pytree_with_keys
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.linalg.covariances import Covariance, Dense
+
+__all__ = ["Denoiser", "align", "as_gaussian", "flatten_events", "register", "set_attributes"]
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register(cls: _Class) -> _Class:
+    """Make a dataclass a pytree, rebuilt without ``__init__``: its leaves may be any objects."""
+    names = [spec.name for spec in fields(cls)]
+
+    def flatten(denoiser: object) -> tuple[list[tuple[GetAttrKey, object]], None]:
+        values = vars(denoiser)
+        return [(GetAttrKey(name), values[name]) for name in names], None
+
+    def unflatten(_: None, children: Iterable[object]) -> object:
+        denoiser: Any = object.__new__(cls)
+        vars(denoiser).update(zip(names, children, strict=True))
+        return denoiser
+
+    register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
+
+class Denoiser(ABC):
+    """A prior over events of shape ``event_shape``, given by its conditional mean.
+
+    Attributes:
+        mean: The prior's mean (or the best guess at it), with shape ``event_shape``.
+        cov: The prior's covariance, over flattened events.
+    """
+
+    mean: jax.Array
+    cov: Covariance
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """The shape of a context that the denoiser expects (`ConditionedDenoiser`), or None."""
+        return None
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return where the prior lies, seen from the highest noise level: ``(*batch, *event)``."""
+        return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
+        """Return the contexts of a batch of events, ``(n, *context_shape)``, or None."""
+        return None
+
+    def at(self, contexts: jax.Array | None) -> "Denoiser":
+        """Return the denoiser at others of its `contexts`."""
+        return self
+
+    @abstractmethod
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        r"""Return :math:`E[x \mid x_t]`.
+
+        Args:
+            x_t: Noisy events, with shape ``(*batch, *event)``.
+            sigma: Noise levels, broadcastable to shape ``(*batch,)``.
+        """
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one event."""
+        return jnp.shape(self.mean)
+
+    @property
+    def event_size(self) -> int:
+        """The number of elements of one event."""
+        return prod(self.event_shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The floating type of the prior."""
+        return jnp.result_type(self.mean)
+
+    @property
+    def scale(self) -> jax.Array:
+        """The root-mean-square deviation of an element, in the data's units."""
+        return jnp.sqrt(self.cov.trace() / self.event_size)
+
+    @property
+    def sigma_min(self) -> jax.Array:
+        """The noise level at which sampling stops: a thousandth of the scale.
+
+        Draws end on the conditional mean there, too narrow in elements that vary less than about
+        ten times as much.
+        """
+        return 1e-3 * self.scale
+
+    @property
+    def sigma_max(self) -> jax.Array:
+        """The noise level at which sampling starts: ten times the widest direction's deviation."""
+        return 10.0 * jnp.sqrt(self.cov.max_eigenvalue())
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        r"""Return the denoiser's mean squared error over that of its Gaussian summary.
+
+        .. math:: E \lVert x - D(x_t, \sigma) \rVert^2 / \mathrm{tr}(V), \quad
+            V = (\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}
+
+        The better the prior is known, the less is left: an image is found in noise in which a
+        Gaussian only finds its smooth part. One for a denoiser of which no error was measured.
+
+        Args:
+            sigma: Noise levels, of any shape, which is the result's.
+        """
+        return jnp.ones_like(jnp.asarray(sigma, self.dtype))
+
+    def score(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        r"""Return :math:`\nabla_{x_t} \log p(x_t)` (Tweedie), shaped as ``x_t``."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        return (self(x_t, sigma) - x_t) / align(sigma, self.event_shape) ** 2
+
+
+def flatten_events(x: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+    """Return events as vectors: from ``(*batch, *event)`` to ``(*batch, d)``."""
+    return x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
+
+
+def align(sigma: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+    """Give ``sigma`` one trailing axis for each of the event's."""
+    return sigma.reshape(*sigma.shape, *(1,) * len(event_shape))
+
+
+def _floating(x: ArrayLike) -> jax.Array:
+    """Return an array of floating type: its own, or the default for integers."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.result_type(float, x))
+
+
+def _covariance(cov: Covariance | ArrayLike, dtype: jnp.dtype) -> Covariance:
+    if not isinstance(cov, Covariance):
+        return Dense.from_matrix(jnp.asarray(cov, dtype))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
+
+
+def as_gaussian(
+    denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike
+) -> dict[str, Any]:
+    """Return ``mean`` and ``cov`` of a denoiser, of one floating type: that of the mean.
+
+    Raises:
+        ValueError: If the sizes of mean and covariance differ.
+    """
+    mean = _floating(mean)
+    cov = _covariance(cov, mean.dtype)
+    _check_size(type(denoiser).__name__, mean.shape, cov)
+    return {"mean": mean, "cov": cov}
+
+
+def _check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> None:
+    size = prod(event_shape)
+    if cov.size != size:
+        raise ValueError(
+            f"{name}: events of shape {event_shape} need a covariance of size {size}, "
+            f"got one of size {cov.size}."
+        )
+
+
+def set_attributes(denoiser: Denoiser, **attributes: Any) -> None:
+    """Set attributes of a frozen dataclass, in its ``__init__``."""
+    for name, value in attributes.items():
+        object.__setattr__(denoiser, name, value)

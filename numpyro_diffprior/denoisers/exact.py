@@ -1,0 +1,116 @@
+r"""The exact denoisers of Gaussians and of their mixtures."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.denoisers.denoiser import (
+    Denoiser,
+    _check_size,
+    _covariance,
+    _floating,
+    as_gaussian,
+    flatten_events,
+    register,
+    set_attributes,
+)
+from numpyro_diffprior.linalg.batched import einsum
+from numpyro_diffprior.linalg.covariances import Covariance, Dense
+
+__all__ = ["GaussianDenoiser", "MixtureDenoiser"]
+
+
+@register
+@dataclass(frozen=True, eq=False, init=False)
+class GaussianDenoiser(Denoiser):
+    r"""The exact denoiser of :math:`\mathcal{N}(\mu, \Sigma)`.
+
+    .. math:: D(x_t, \sigma) = \mu + \Sigma (\Sigma + \sigma^2 I)^{-1} (x_t - \mu)
+
+    Args:
+        mean: The mean, with shape ``event_shape``.
+        cov: A `Covariance` over flattened events, or a matrix.
+
+    Raises:
+        ValueError: If the sizes of mean and covariance differ.
+    """
+
+    mean: jax.Array
+    cov: Covariance
+
+    def __init__(self, mean: ArrayLike, cov: Covariance | ArrayLike) -> None:
+        set_attributes(self, **as_gaussian(self, mean, cov))
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        variance = jnp.asarray(sigma, self.dtype) ** 2
+        deviation = flatten_events(x_t - self.mean, self.event_shape)
+        # V / sigma^2, with V the conditional covariance, is the same matrix and needs no solve.
+        shrunk = self.cov.harmonic(variance).matvec(deviation) / variance[..., None]
+        return self.mean + shrunk.reshape(x_t.shape)
+
+
+@register
+@dataclass(frozen=True, eq=False, init=False)
+class MixtureDenoiser(Denoiser):
+    r"""The exact denoiser of a Gaussian mixture, an oracle for multimodal problems.
+
+    .. math:: D(x_t, \sigma) = \sum_k p(k \mid x_t) \, E_k[x \mid x_t], \quad
+        p(k \mid x_t) \propto w_k \, \mathcal{N}(x_t; \mu_k, \Sigma_k + \sigma^2 I)
+
+    Its Gaussian summary has the mixture's mean and covariance.
+
+    Args:
+        weights: Positive weights, with shape ``(k,)``; normalised here.
+        means: Components' means, with shape ``(k, *event)``.
+        covs: A `Covariance` whose parameters have a leading axis ``k`` (or none: one for all), or
+            matrices of shape ``(k, d, d)``.
+
+    Raises:
+        ValueError: If the sizes of weights, means and covariances differ.
+    """
+
+    weights: jax.Array
+    means: jax.Array
+    covs: Covariance
+    mean: jax.Array = field(init=False)
+    cov: Covariance = field(init=False)
+
+    def __init__(self, weights: ArrayLike, means: ArrayLike, covs: Covariance | ArrayLike) -> None:
+        weights, means = _floating(weights), _floating(means)
+        if weights.ndim != 1 or means.shape[:1] != weights.shape:
+            raise ValueError(
+                "MixtureDenoiser: expected weights of shape (k,) and means of shape (k, *event), "
+                f"got {weights.shape} and {means.shape}."
+            )
+        num, *event_shape = means.shape
+        covs = _covariance(covs, means.dtype)
+        _check_size("MixtureDenoiser", tuple(event_shape), covs)
+        batch_shape = jnp.shape(covs.trace())
+        if batch_shape not in ((), (num,)):
+            raise ValueError(
+                f"MixtureDenoiser: {num} components need covariances with a leading axis of "
+                f"length {num}, or none; got leading axes {batch_shape}."
+            )
+        weights = (weights / weights.sum()).astype(means.dtype)
+        mean = einsum("k,k...->...", weights, means)
+        within = jnp.broadcast_to(covs.dense(), (num, covs.size, covs.size))
+        between = (means - mean).reshape(num, -1)
+        cov = einsum("k,kij->ij", weights, within)
+        cov = cov + einsum("k,ki,kj->ij", weights, between, between)
+        summary = {"mean": mean, "cov": Dense.from_matrix(cov)}
+        set_attributes(self, weights=weights, means=means, covs=covs, **summary)
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        variance = jnp.asarray(sigma, self.dtype)[..., None] ** 2
+        means = flatten_events(self.means, self.event_shape)
+        deviation = flatten_events(x_t, self.event_shape)[..., None, :] - means
+        noisy = self.covs.shift(variance)
+        solution = noisy.solve(deviation)
+        log_density = -0.5 * (jnp.sum(deviation * solution, axis=-1) + noisy.logdet())
+        posterior = jax.nn.softmax(jnp.log(self.weights) + log_density, axis=-1)
+        x_hat = jnp.sum(posterior[..., None] * (means + self.covs.matvec(solution)), axis=-2)
+        return x_hat.reshape(x_t.shape)

@@ -1,0 +1,171 @@
+r"""Learned denoisers: a network around the exact denoiser of a Gaussian.
+
+References:
+    Karras et al., *Elucidating the design space of diffusion-based generative models* (EDM),
+    NeurIPS 2022, arXiv 2206.00364.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.denoisers.denoiser import (
+    Denoiser,
+    align,
+    as_gaussian,
+    register,
+    set_attributes,
+)
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
+
+__all__ = ["Network", "NetworkDenoiser"]
+
+
+class Network(Protocol):
+    """What `NetworkDenoiser` needs of a network; `numpyro_diffprior.nets` has two.
+
+    A network with an attribute ``context_shape`` that is not None is called with contexts as third
+    argument, of shape ``(batch, *context_shape)``.
+    """
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one event."""
+        ...
+
+    def __call__(
+        self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Map ``x`` of shape ``(batch, *event)``; ``noise`` has shape ``(batch,)`` or ``(1,)``."""
+        ...
+
+
+# Of one size, so that measuring them does not change the shapes of a compiled prior.
+_NUM_RATIOS = 32
+
+
+@register
+@dataclass(frozen=True, eq=False, init=False)
+class NetworkDenoiser(Denoiser):
+    r"""A learned denoiser: a Gaussian's, corrected by a network.
+
+    .. math:: D(x_t, \sigma) = E_{\mathcal{N}(\mu, \Sigma)}[x \mid x_t]
+        + c_{out} F\bigl(c_{in} (x_t - \mu), \tfrac{1}{4} \log \tfrac{\sigma}{s}\bigr), \quad
+        c_{out} = \frac{s \sigma}{\sqrt{s^2 + \sigma^2}}, \quad
+        c_{in} = \frac{1}{\sqrt{s^2 + \sigma^2}}
+
+    with :math:`s^2` the mean variance of an element. An isotropic :math:`\Sigma = s^2 I` gives
+    EDM's preconditioning (Karras et al. 2022, table 1) with location and scale; a fitted
+    covariance leaves to the network what is not Gaussian. The networks of this package put out
+    zero when new, so that an untrained denoiser is exactly its Gaussian's.
+
+    Args:
+        net: A network on ``(batch, *event)``; its parameters are all that is trained.
+        mean: The data's mean, with shape ``event_shape`` (default: zero).
+        cov: The data's covariance over flattened events, or a matrix (default: the identity).
+        base: The Gaussian of the preconditioning (default: that of ``mean`` and ``cov``). It stays
+            where it is while ``mean`` and ``cov`` follow the prior, since moving it under a
+            trained network would change the prior.
+        error_ratios: `error_ratio` at noise levels from `sigma_min` to `sigma_max`, equally spaced
+            on the logarithmic axis (default: one); see `measure_error`.
+
+    Raises:
+        ValueError: If the shapes of network, mean, covariance and base differ.
+    """
+
+    net: Network
+    mean: jax.Array
+    cov: Covariance
+    base: GaussianDenoiser
+    error_ratios: jax.Array
+
+    def __init__(
+        self,
+        net: Network,
+        mean: ArrayLike | None = None,
+        cov: Covariance | ArrayLike | None = None,
+        base: GaussianDenoiser | None = None,
+        error_ratios: ArrayLike | None = None,
+    ) -> None:
+        shape = tuple(net.event_shape)
+        summary = as_gaussian(
+            self,
+            jnp.zeros(shape) if mean is None else mean,
+            Isotropic(1.0, prod(shape)) if cov is None else cov,
+        )
+        base = GaussianDenoiser(**summary) if base is None else base
+        for name, found in (("mean", summary["mean"].shape), ("base", base.event_shape)):
+            if found != shape:
+                raise ValueError(
+                    f"NetworkDenoiser: the network's events have shape {shape}, "
+                    f"those of the {name} have shape {found}."
+                )
+        dtype = summary["mean"].dtype
+        ratios = jnp.ones(_NUM_RATIOS, dtype) if error_ratios is None else error_ratios
+        ratios = jnp.asarray(ratios, dtype)
+        set_attributes(self, net=net, base=base, error_ratios=ratios, **summary)
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """The shape of the network's contexts, if it has any."""
+        return getattr(self.net, "context_shape", None)
+
+    def __call__(
+        self,
+        x_t: jax.Array,
+        sigma: jax.Array | float,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Return the conditional mean; with ``rngs``, in training mode (dropout).
+
+        Contexts have shape ``(n, *context_shape)``, one for each of the events in their order.
+
+        Raises:
+            ValueError: If the network waits for a context that is not given; see `condition`.
+        """
+        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
+        sigma = jnp.asarray(sigma, self.dtype)
+        level = align(sigma, self.event_shape)
+        scale = self.base.scale
+        c_in = jax.lax.rsqrt(scale**2 + level**2)
+        net_in = (c_in * (x_t - self.base.mean)).reshape(-1, *self.event_shape)
+        noise = jnp.log(sigma / scale) / 4
+        if noise.ndim:
+            noise = jnp.broadcast_to(noise, batch_shape)
+        contexts = self._check_context(context)
+        net_out = self.net(net_in, noise.reshape(-1), *contexts, rngs=rngs).reshape(x_t.shape)
+        return self.base(x_t, sigma) + c_in * scale * level * net_out
+
+    def _check_context(self, context: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Return what the network is called with beside events and noise levels."""
+        if self.context_shape is None:
+            return ()
+        if context is None:
+            raise ValueError(
+                "NetworkDenoiser: the network waits for a context of shape "
+                f"{self.context_shape}; say which, as in `prior.condition(context)`."
+            )
+        return (context,)
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Interpolate the measured ratios; see `Denoiser.error_ratio`."""
+        low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
+        grid = jnp.linspace(low, high, len(self.error_ratios))
+        log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
+        return jnp.interp(log_sigma, grid, self.error_ratios)
+
+    def fit_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
+        """Return this denoiser with its preconditioning and its summary at a new Gaussian."""
+        return NetworkDenoiser(self.net, mean, cov)
+
+    def summarise(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
+        """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
+        return NetworkDenoiser(self.net, mean, cov, self.base)

@@ -1,0 +1,347 @@
+"""Denoisers in files: one safetensors file each, which is data and never code.
+
+Arrays are tensors; what a denoiser is made of is JSON in the file's header. A node of that tree
+is one of
+
+- ``{"type": name, "fields": {...}}``: a denoiser or covariance of this package;
+- ``{"network": name, "config": {...}}``: a network, rebuilt as ``name(**config, rngs=...)``, its
+  weights being the tensors under the node's path;
+- ``{"array": name}``: a tensor;
+- ``{"items": [...]}``: a tuple;
+- ``{"value": ...}``: a number or a string.
+
+A file can only name types that this package lists and networks that the reader passes, so that
+loading a stranger's file runs none of the stranger's code.
+
+References:
+    The safetensors format, https://github.com/huggingface/safetensors.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.linalg.covariances import (
+    Blocks,
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Isotropic,
+    Repeated,
+)
+from numpyro_diffprior.nets import NETWORKS
+
+__all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
+
+_FORMAT = "numpyro_diffprior.denoiser"
+_VERSION = "2"
+_TYPES: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        GaussianDenoiser,
+        MixtureDenoiser,
+        NetworkDenoiser,
+        ConditionedDenoiser,
+        Isotropic,
+        Diagonal,
+        DiagonalPlusLowRank,
+        Dense,
+        Blocks,
+        Repeated,
+    )
+}
+
+_Path = str | os.PathLike[str]
+_Tensors = dict[str, np.ndarray]
+
+
+def save_denoiser(
+    path: _Path, denoiser: Denoiser, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a denoiser to a file, all of it or nothing.
+
+    The file is written beside its place and moved there when complete: a reader sees the old file
+    or the new one, whatever happens in between.
+
+    Args:
+        path: Where to write, by convention ending in ``.safetensors``; an old file is replaced.
+        denoiser: A denoiser of this package. A network of your own needs an attribute ``config``,
+            the keyword arguments of its constructor but ``rngs``, fit for JSON. The state of its
+            random streams is not stored.
+        metadata: Anything fit for JSON, for `read_metadata` to return.
+
+    Raises:
+        ValueError: If a part of the denoiser is of a type that cannot be stored, or if a network
+            has no ``config``, or one that is not fit for JSON.
+    """
+    path = Path(path)
+    tensors: _Tensors = {}
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "tree": json.dumps(_encode(denoiser, "", tensors)),
+        "metadata": _to_json(dict(metadata or {}), "metadata"),
+    }
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(save(tensors, header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_denoiser(
+    path: _Path, *, networks: Mapping[str, Callable[..., nnx.Module]] | None = None
+) -> Denoiser:
+    """Read a denoiser from a file of `save_denoiser`; its arrays keep their types.
+
+    Args:
+        path: The file.
+        networks: Networks of your own by the name of their class, ``{"MyNet": MyNet}``; they are
+            called with their stored ``config`` and ``rngs``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of `save_denoiser`, is damaged or of another version,
+            holds a network that is neither this package's nor in ``networks`` or does not fit the
+            class given for it, or holds 64-bit arrays while JAX is limited to 32 bits.
+    """
+    header, tensors = _read(path)
+    known = {**NETWORKS, **(networks or {})}
+    denoiser = _decode(_from_json(header, "tree", path), "", tensors, known, path)
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(
+            f"'{path}': expected a denoiser, got {type(denoiser).__name__}; the file is damaged."
+        )
+    return denoiser
+
+
+def read_metadata(path: _Path) -> dict[str, Any]:
+    """Return the metadata that a file of `save_denoiser` was given.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of `save_denoiser`, or of another version.
+    """
+    header, _ = _read(path, with_tensors=False)
+    return _from_json(header, "metadata", path)
+
+
+def _read(path: _Path, *, with_tensors: bool = True) -> tuple[dict[str, str], _Tensors]:
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            names = file.keys() if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}': expected a file written by save_denoiser, got one that is not a complete "
+            f"safetensors file ({error}); check the path, or write it again."
+        ) from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"'{path}': expected a file written by save_denoiser (format '{_FORMAT}'), got a "
+            f"safetensors file of format {header.get('format')!r}; check the path."
+        )
+    if header.get("version") != _VERSION:
+        raise ValueError(
+            f"'{path}': expected version {_VERSION} of the format, got {header.get('version')}; "
+            "load it with the release of numpyro_diffprior that wrote it, or upgrade this one."
+        )
+    return header, tensors
+
+
+def _to_json(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The {what} must be fit for JSON (dicts with string keys, lists, strings, numbers), "
+            f"got {value!r}: {error}."
+        ) from error
+
+
+def _from_json(header: dict[str, str], key: str, path: _Path) -> Any:
+    try:
+        return json.loads(header.get(key, ""))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"'{path}': expected JSON as '{key}' in the header, got {header.get(key)!r}; the file "
+            "is damaged."
+        ) from error
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _encode(value: Any, path: str, tensors: _Tensors) -> dict[str, Any]:
+    name = type(value).__name__
+    if _TYPES.get(name) is type(value):
+        return {
+            "type": name,
+            "fields": {
+                spec.name: _encode(getattr(value, spec.name), _join(path, spec.name), tensors)
+                for spec in fields(value)
+            },
+        }
+    match value:
+        case nnx.Module():
+            config = _config(value)
+            for key, array in _weights(value).items():
+                tensors[_join(path, key)] = np.asarray(array)
+            return {"network": name, "config": config}
+        case jax.Array() | np.ndarray() | np.generic():
+            tensors[path] = np.asarray(value)
+            return {"array": path}
+        case tuple():
+            items = [_encode(item, _join(path, str(i)), tensors) for i, item in enumerate(value)]
+            return {"items": items}
+        case bool() | int() | float() | str() | None:
+            return {"value": value}
+    where = f"The denoiser's '{path}'" if path else "The denoiser"
+    raise ValueError(
+        f"{where} is a {name}, which cannot be stored: expected one of {', '.join(_TYPES)}, or a "
+        "flax nnx module as network."
+    )
+
+
+def _config(net: nnx.Module) -> dict[str, Any]:
+    name = type(net).__name__
+    try:
+        config: Any = cast(Any, net).config
+    except AttributeError as error:
+        raise ValueError(
+            f"The network {name} has no `config`: give it an attribute or property with the "
+            "keyword arguments of its constructor but `rngs`, as a dict fit for JSON."
+        ) from error
+    if not isinstance(config, Mapping):
+        raise ValueError(f"Expected a dict as config of the network {name}, got {config!r}.")
+    return json.loads(_to_json(dict(config), f"config of the network {name}"))
+
+
+def _weights(net: nnx.Module) -> dict[str, jax.Array]:
+    """Return all arrays of a network by path, but for the state of random streams."""
+    state = nnx.state(net, nnx.Not(nnx.RngState))
+    return {
+        _key(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def _decode(
+    node: Any,
+    path: str,
+    tensors: _Tensors,
+    networks: Mapping[str, Callable[..., nnx.Module]],
+    file: _Path,
+) -> Any:
+    match node:
+        case {"type": str(name), "fields": dict(parts)}:
+            if name not in _TYPES:
+                raise ValueError(
+                    f"'{file}': expected one of the types {', '.join(_TYPES)}, got {name!r}; "
+                    "a later release of numpyro_diffprior may know it."
+                )
+            cls = _TYPES[name]
+            expected = [spec.name for spec in fields(cls)]
+            if sorted(parts) != sorted(expected):
+                raise ValueError(
+                    f"'{file}': expected the fields {expected} of a {name}, got {sorted(parts)}; "
+                    "the file is damaged."
+                )
+            # Without __init__, as JAX rebuilds a pytree: nothing is converted or recomputed.
+            instance: Any = object.__new__(cls)
+            for key, part in parts.items():
+                decoded = _decode(part, _join(path, key), tensors, networks, file)
+                object.__setattr__(instance, key, decoded)
+            return instance
+        case {"network": str(name), "config": dict(config)}:
+            return _build_network(name, config, path, tensors, networks, file)
+        case {"array": str(key)} if key in tensors:
+            return _to_jax(tensors[key], key, file)
+        case {"items": list(items)}:
+            return tuple(
+                _decode(item, _join(path, str(i)), tensors, networks, file)
+                for i, item in enumerate(items)
+            )
+        case {"value": bool() | int() | float() | str() | None as value}:
+            return value
+    raise ValueError(f"'{file}': cannot read {node!r} at '{path}'; the file is damaged.")
+
+
+def _build_network(
+    name: str,
+    config: dict[str, Any],
+    path: str,
+    tensors: _Tensors,
+    networks: Mapping[str, Callable[..., nnx.Module]],
+    file: _Path,
+) -> nnx.Module:
+    if name not in networks:
+        raise ValueError(
+            f"'{file}': expected one of the networks {', '.join(networks)}, got {name!r}; pass "
+            f'its class: networks={{"{name}": {name}}}.'
+        )
+    try:
+        net = networks[name](**config, rngs=nnx.Rngs(0))
+    except TypeError as error:
+        raise ValueError(
+            f"'{file}': the network {name} does not take the stored config {config}: {error}; "
+            "pass the class that was saved."
+        ) from error
+    _set_weights(net, path, tensors, file)
+    return net
+
+
+def _set_weights(net: nnx.Module, path: str, tensors: _Tensors, file: _Path) -> None:
+    name, prefix = type(net).__name__, _join(path, "")
+    stored = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    shapes = {key: tensors[full].shape for key, full in stored.items()}
+    wanted = {key: leaf.shape for key, leaf in _weights(net).items()}
+    if shapes != wanted:
+        different = dict(sorted(wanted.items() - shapes.items()))
+        superfluous = sorted(shapes.keys() - wanted.keys())
+        raise ValueError(
+            f"'{file}': the weights stored for the network {name} do not fit the class given for "
+            f"it: expected also {different}, got {[shapes.get(key) for key in different]} there, "
+            f"and superfluous {superfluous}; pass the class that was saved."
+        )
+    leaves = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
+    flat = []
+    for parts, leaf in leaves:
+        key = stored[_key(parts)]
+        array = _to_jax(tensors[key], key, file)
+        flat.append((parts, leaf.replace(array) if isinstance(leaf, nnx.Variable) else array))
+    nnx.update(net, nnx.from_flat_state(flat))
+
+
+def _key(parts: tuple[Any, ...]) -> str:
+    return ".".join(map(str, parts))
+
+
+def _to_jax(array: np.ndarray, name: str, file: _Path) -> jax.Array:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(
+            f"'{file}': the array '{name}' is {array.dtype}, but JAX is limited to 32 bits; set "
+            "the environment variable JAX_ENABLE_X64=1 to load it."
+        )
+    return jnp.asarray(array)

@@ -1,0 +1,196 @@
+"""Denoisers around others: at given contexts, or of several events as one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.denoisers.denoiser import (
+    Denoiser,
+    align,
+    flatten_events,
+    register,
+    set_attributes,
+)
+from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Repeated
+
+__all__ = ["ConditionedDenoiser", "PlateDenoiser", "ProductDenoiser"]
+
+
+@register
+@dataclass(frozen=True, eq=False)
+class ProductDenoiser(Denoiser):
+    """The denoiser of independent events as one: the sources of a sum, say.
+
+    Its events are vectors: those of the parts one after the other, flattened, each in units of its
+    own prior's scale, so that the parts share one sequence of noise levels whatever their units.
+
+    Args:
+        parts: The denoisers of the parts.
+    """
+
+    parts: tuple[Denoiser, ...]
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        values = zip(self.parts, self.split(x_t), strict=True)
+        return self.join([part(x, sigma * part.scale) for part, x in values])
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return self.join([part.mean for part in self.parts])
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance, block diagonal."""
+        return Blocks(tuple(part.cov.scale(part.scale**-2) for part in self.parts))
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Average the parts' ratios over the elements; see `Denoiser.error_ratio`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        weighted = [part.event_size * part.error_ratio(sigma * part.scale) for part in self.parts]
+        return sum(weighted[1:], start=weighted[0]) / self.event_size
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the parts' locations, joined."""
+        return self.join([part.location(batch_shape) for part in self.parts])
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Return the parts of events, each with shape ``(*batch, *event)`` and in its units."""
+        ends = np.cumsum([part.event_size for part in self.parts])[:-1]
+        return tuple(
+            part.scale * value.reshape(*x.shape[:-1], *part.event_shape)
+            for part, value in zip(self.parts, jnp.split(x, ends, axis=-1), strict=True)
+        )
+
+    def join(self, values: Sequence[jax.Array]) -> jax.Array:
+        """Undo `split`."""
+        flat = [
+            flatten_events(value / part.scale, part.event_shape)
+            for part, value in zip(self.parts, values, strict=True)
+        ]
+        return jnp.concatenate(flat, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PlateDenoiser(Denoiser):
+    """The denoiser of a whole plate as one event, where observations couple its elements.
+
+    Args:
+        part: The denoiser of an element.
+        batch_shape: The shape of the plate.
+    """
+
+    part: Denoiser
+    batch_shape: tuple[int, ...] = field(metadata={"static": True})
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        return self.part(x_t, align(sigma, self.batch_shape))
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance, block diagonal."""
+        return Repeated(self.part.cov, prod(self.batch_shape))
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Return the elements' ratio; see `Denoiser.error_ratio`."""
+        return self.part.error_ratio(sigma)
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the elements' locations."""
+        return self.part.location((*batch_shape, *self.batch_shape))
+
+
+@register
+@dataclass(frozen=True, eq=False, init=False)
+class ConditionedDenoiser(Denoiser):
+    """The denoiser of a conditional prior at given contexts: a label, a redshift.
+
+    Mean, covariance and errors are those over all contexts.
+
+    Args:
+        part: A denoiser with a ``context_shape``.
+        context: Contexts, with shape ``(*batch, *context_shape)``; their batch axes broadcast
+            against the last batch axes of the events.
+
+    Raises:
+        ValueError: If the denoiser has no ``context_shape``, or the contexts another shape.
+    """
+
+    part: Denoiser
+    context: jax.Array
+
+    def __init__(self, part: Denoiser, context: ArrayLike) -> None:
+        shape = part.context_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(part).__name__}: expected a denoiser that waits for a context; give its "
+                "network a `context_shape`, as in MLP((2,), context_shape=(3,), rngs=rngs)."
+            )
+        context = jnp.asarray(context, part.dtype)
+        if context.shape[max(context.ndim - len(shape), 0) :] != shape:
+            raise ValueError(
+                f"{type(part).__name__}: expected contexts of shape {shape} in the last axes, got "
+                f"an array of shape {context.shape}."
+            )
+        set_attributes(self, part=part, context=context)
+
+    def __call__(
+        self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
+        part: Any = self.part
+        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
+        return part(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the contexts of a batch of events, ``(n, *context_shape)``."""
+        shape = self.context.shape[len(self.batch_shape) :]
+        return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
+
+    def at(self, contexts: jax.Array | None) -> Denoiser:
+        """Return the denoiser at others of its contexts."""
+        if contexts is None:
+            return self
+        return ConditionedDenoiser(self.part, contexts)
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return self.part.mean
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance."""
+        return self.part.cov
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the means given the contexts, which in so much noise is what the network sees."""
+        means = self(super().location(self.batch_shape), self.sigma_max)
+        return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch of contexts."""
+        ndim = len(self.part.context_shape or ())
+        return self.context.shape[: self.context.ndim - ndim]
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Return the ratio over all contexts; see `Denoiser.error_ratio`."""
+        return self.part.error_ratio(sigma)

@@ -1,0 +1,1 @@
+"""Diffusion: noise levels, samplers, the probability flow and training."""

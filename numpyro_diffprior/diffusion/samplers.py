@@ -1,0 +1,325 @@
+r"""Samplers: from noise to events by a scan over decreasing noise levels.
+
+A sampler starts at :math:`x_T \sim \mathcal{N}(\mu, \Sigma + \sigma_{max}^2 I)`, with the Gaussian
+summary of the denoiser's prior, and moves from one noise level to the next until it returns the
+denoiser's mean at the last. All but `Heun` and `PredictorCorrector` evaluate the denoiser once per
+level and share one Gaussian transition from :math:`\sigma_t` to :math:`\sigma_s < \sigma_t`,
+
+.. math:: x_s = \tilde x + \frac{\sqrt{\sigma_s^2 - \tau^2}}{\sigma_t} (x_t - \tilde x)
+    + \tau \varepsilon, \quad
+    \tau = \eta \, \sigma_s \sqrt{1 - \sigma_s^2 / \sigma_t^2}.
+
+First order takes :math:`\tilde x = \hat x = D(x_t, \sigma_t)`: the ancestral sampler with
+:math:`\eta = 1`, DDIM with :math:`\eta = 0`. Second order extrapolates linearly in
+:math:`\log \sigma` to the middle of the step, at no further evaluation,
+
+.. math:: \tilde x = \hat x + c(h) \frac{h}{2 h_{prev}} (\hat x - \hat x_{prev}), \quad
+    h = \log(\sigma_t / \sigma_s), \quad
+    c(h) = \min\left(1, 1 - \frac{a h}{2 (1 + a)} + \frac{a h^2}{8}\right), \quad
+    a = 1 + \eta^2.
+
+DPM-Solver++ (2M) has :math:`c = 1`, second order too, with draws too wide in proportion to
+:math:`h^2`. The damping :math:`c(h)` takes this error away for Gaussian priors and equal steps:
+with 32 levels over 4.6 decades, 3.6 % of the variance become 0.03 % (`tests/test_samplers.py`).
+
+A guided denoiser is a denoiser: all of this runs on it unchanged.
+
+References:
+    | Song et al., *Denoising diffusion implicit models*, ICLR 2021, arXiv 2010.02502.
+    | Karras et al., *Elucidating the design space of diffusion-based generative models*, NeurIPS
+      2022, arXiv 2206.00364.
+    | Lu et al., *DPM-Solver++*, 2022, arXiv 2211.01095 (2M, and its SDE form).
+    | Song et al., *Score-based generative modeling through SDEs*, ICLR 2021, arXiv 2011.13456
+      (predictor-corrector, probability flow).
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.diffusion.noise import LogLinear, Schedule
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "Heun",
+    "Levels",
+    "MultistepODE",
+    "MultistepSDE",
+    "PredictorCorrector",
+    "Sampler",
+]
+
+
+class Levels(NamedTuple):
+    """The noise levels around one step.
+
+    Attributes:
+        previous: The level before the current one; infinite at the first step.
+        current: The level that the step starts from.
+        following: The level that it leads to.
+    """
+
+    previous: jax.Array
+    current: jax.Array
+    following: jax.Array
+
+
+@dataclass(frozen=True)
+class Sampler:
+    r"""A walk down the noise levels; subclasses say how one step is made.
+
+    Their orders are those measured on Gaussians: the slope of the error of the draws' variance
+    against ``num_steps`` between fixed noise levels (``tests/test_samplers.py``).
+
+    Args:
+        num_steps: The number of noise levels.
+        sigma_min: The last noise level, in the data's units (default: the denoiser's).
+        sigma_max: The first noise level (default: the denoiser's).
+        schedule: The spacing of the levels between them.
+
+    Raises:
+        ValueError: If there are fewer than two levels.
+    """
+
+    num_steps: int = 32
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    schedule: Schedule = field(default=LogLinear())
+
+    eta: ClassVar[float] = 0.0
+    order: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected num_steps >= 2, got {self.num_steps}."
+            )
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"{type(self).__name__}: expected 0 <= eta <= 1, got {self.eta}.")
+
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations of the denoiser per draw."""
+        return self.num_steps
+
+    @property
+    def is_single(self) -> bool:
+        """Whether a step is one evaluation and a `transition`, as particles need it."""
+        return self.num_evaluations == self.num_steps
+
+    def sigmas(self, denoiser: Denoiser) -> jax.Array:
+        """Return the decreasing noise levels, with shape ``(num_steps,)``."""
+        low = denoiser.sigma_min if self.sigma_min is None else self.sigma_min
+        high = denoiser.sigma_max if self.sigma_max is None else self.sigma_max
+        return self.schedule(
+            self.num_steps, jnp.asarray(low, denoiser.dtype), jnp.asarray(high, denoiser.dtype)
+        )
+
+    def levels(self, denoiser: Denoiser) -> Levels:
+        """Return the levels of all steps but the last, each with shape ``(num_steps - 1,)``."""
+        sigmas = self.sigmas(denoiser)
+        previous = jnp.concatenate([jnp.full((1,), jnp.inf, sigmas.dtype), sigmas[:-2]])
+        return Levels(previous, sigmas[:-1], sigmas[1:])
+
+    def start(self, denoiser: Denoiser, z: jax.Array) -> jax.Array:
+        r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
+        noisy = denoiser.cov.shift(self.sigmas(denoiser)[0] ** 2)
+        batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
+        deviation = noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
+        return denoiser.location(batch_shape) + deviation
+
+    def initial(
+        self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...]
+    ) -> jax.Array:
+        r"""Draw :math:`x_T`, with shape ``(*batch, *event)``, from the Gaussian prior's marginal.
+
+        For a Gaussian prior this leaves no bias, however low the first level. The posterior's
+        marginal is elsewhere: of the distance to its mean, a direction of posterior variance
+        :math:`\lambda` keeps :math:`\lambda / (\lambda + \sigma_{max}^2)` with :math:`\eta = 1`,
+        and the square root of that with :math:`\eta = 0`.
+        """
+        shape = (*batch_shape, *denoiser.event_shape)
+        return self.start(denoiser, jax.random.normal(rng_key, shape, denoiser.dtype))
+
+    def extrapolate(self, x_hat: jax.Array, x_hat_prev: jax.Array, levels: Levels) -> jax.Array:
+        r"""Return :math:`\tilde x`, the denoiser's mean for the whole of the step."""
+        if self.order == 1:
+            return x_hat
+        # Differences of logarithms: infinite at the first step, with finite derivatives.
+        step = jnp.log(levels.current) - jnp.log(levels.following)
+        step_prev = jnp.log(levels.previous) - jnp.log(levels.current)
+        squares = 1 + self.eta**2
+        damping = 1 - squares * step / (2 * (1 + squares)) + squares * step**2 / 8
+        return x_hat + jnp.minimum(1, damping) * step / (2 * step_prev) * (x_hat - x_hat_prev)
+
+    def transition(
+        self, x_t: jax.Array, x_tilde: jax.Array, levels: Levels
+    ) -> tuple[jax.Array, jax.Array]:
+        r"""Return mean and deviation :math:`\tau` of :math:`x_s` given :math:`x_t`."""
+        ratio = levels.following / levels.current
+        tau = self.eta * levels.following * jnp.sqrt(1 - ratio**2)
+        shrink = ratio * jnp.sqrt(1 - self.eta**2 + (self.eta * ratio) ** 2)
+        return x_tilde + shrink * (x_t - x_tilde), tau
+
+    def step(
+        self,
+        rng_key: jax.Array,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        x_hat_prev: jax.Array,
+        levels: Levels,
+    ) -> tuple[jax.Array, jax.Array]:
+        r"""Return :math:`x_s` and :math:`\hat x`, the memory of the next step."""
+        x_hat = denoiser(x_t, levels.current)
+        x_tilde = self.extrapolate(x_hat, x_hat_prev, levels)
+        mean, tau = self.transition(x_t, x_tilde, levels)
+        if self.eta > 0:
+            mean = mean + tau * jax.random.normal(rng_key, x_t.shape, x_t.dtype)
+        return mean, x_hat
+
+    def run(self, rng_key: jax.Array, denoiser: Denoiser, x_t: jax.Array) -> jax.Array:
+        """Walk from ``x_t`` at the first noise level to events, with the same shape."""
+        levels = self.levels(denoiser)
+        keys = jax.random.split(rng_key, self.num_steps - 1)
+
+        def body(
+            carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            return self.step(inputs[0], denoiser, *carry, inputs[1]), None
+
+        # A gradient keeps x_t at each level, not what is inside of the denoiser.
+        body = jax.checkpoint(body, prevent_cse=False)  # a scan prevents it anyway
+        (x_t, _), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
+        return denoiser(x_t, levels.following[-1])
+
+    def sample(
+        self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...] = ()
+    ) -> jax.Array:
+        """Draw independent events, with shape ``(*batch, *event)``."""
+        key_init, key_run = jax.random.split(rng_key)
+        return self.run(key_run, denoiser, self.initial(key_init, denoiser, batch_shape))
+
+
+@dataclass(frozen=True)
+class DDPM(Sampler):
+    r"""The ancestral sampler, first order (measured: 0.9).
+
+    Its draws are too narrow by :math:`O(1 / \text{num\_steps})`: 27 % of the variance with 24
+    levels over three decades, 8 % with 96.
+
+    Args:
+        eta: The share of fresh noise :math:`\eta`: 1 is ancestral, 0 is `DDIM`.
+    """
+
+    eta: float = 1.0  # type: ignore[misc]  # a field here, a constant of the class elsewhere
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """The deterministic sampler of Song et al. (2021), first order (measured: 1.0).
+
+    Its draws are too narrow, by about half as much as those of `DDPM`.
+    """
+
+
+@dataclass(frozen=True)
+class MultistepSDE(Sampler):
+    """The ancestral sampler, second order (measured: 2.1) at one evaluation per step; the default.
+
+    The order is that on a `Karras` grid, where draws are too wide. On the default grid of equal
+    steps they are as wide as they should be.
+    """
+
+    eta: ClassVar[float] = 1.0
+    order: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class MultistepODE(Sampler):
+    """The deterministic twin of `MultistepSDE`, second order (measured: 2.1).
+
+    On a guided denoiser it keeps more of where it started, the prior's marginal at `sigma_max`:
+    see `Sampler.initial`.
+    """
+
+    order: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """The deterministic sampler of EDM (algorithm 1), second order (measured: 2.1).
+
+    It takes two evaluations per step; `MultistepODE` takes one, and errs less at equal steps.
+    """
+
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations of the denoiser per draw."""
+        return 2 * self.num_steps - 1
+
+    def step(
+        self,
+        rng_key: jax.Array,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        x_hat_prev: jax.Array,
+        levels: Levels,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Average the flow's slopes at both ends of the step."""
+        x_hat = denoiser(x_t, levels.current)
+        slope = (x_t - x_hat) / levels.current
+        step = levels.following - levels.current
+        euler = x_t + step * slope
+        slope_end = (euler - denoiser(euler, levels.following)) / levels.following
+        return x_t + step * (slope + slope_end) / 2, x_hat
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(Sampler):
+    r"""A DDIM step, then Langevin steps at the level it leads to; first order.
+
+    .. math:: x \leftarrow x - \delta (x - D(x, \sigma)) + \sigma \sqrt{2 \delta} \, \varepsilon
+
+    The official code of arXiv 2405.13712 has this form, with one correction of step size 0.1.
+    Predictions are too narrow and corrections too wide (at a level of its own, a Gaussian's
+    variance by :math:`1 / (1 - \delta \kappa / 2)`, with
+    :math:`\kappa = \sigma^2 / (\sigma^2 + \lambda)` in a direction of prior variance
+    :math:`\lambda`); both vanish as steps are added, slowly (measured: 0.8 from 384 to 1,536).
+
+    Args:
+        num_corrections: The number of Langevin steps per level.
+        step_size: The step size :math:`\delta`.
+    """
+
+    num_corrections: int = 1
+    step_size: float = 0.1
+
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations of the denoiser per draw."""
+        return (self.num_steps - 1) * (1 + self.num_corrections) + 1
+
+    def step(
+        self,
+        rng_key: jax.Array,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        x_hat_prev: jax.Array,
+        levels: Levels,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Predict, then correct."""
+        x_hat = denoiser(x_t, levels.current)
+        x_s, _ = self.transition(x_t, x_hat, levels)
+
+        def correct(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            drift = denoiser(x, levels.following) - x
+            noise = jax.random.normal(key, x.shape, x.dtype)
+            spread = levels.following * jnp.sqrt(2 * self.step_size)
+            return x + self.step_size * drift + spread * noise, None
+
+        x_s, _ = jax.lax.scan(correct, x_s, jax.random.split(rng_key, self.num_corrections))
+        return x_s, x_hat

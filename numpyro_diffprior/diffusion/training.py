@@ -1,0 +1,424 @@
+r"""Fit a denoiser to samples, by denoising score matching.
+
+.. math:: \min_\theta E_{x, \sigma, \varepsilon} \left[ \left( \frac{1}{\sigma^2} + \frac{1}{s^2}
+    \right) \frac{1}{d} \lVert D_\theta(x + \sigma \varepsilon, \sigma) - x \rVert^2 \right]
+
+with :math:`s` the data's scale, so that the loss does not depend on the data's units. Only the
+network's weights are trained: every array of `NetworkDenoiser.net` of a floating or complex type
+(the state of random streams, say, stays), and nothing else.
+
+References:
+    Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
+    maximization*, 2024, arXiv 2405.13712 (the loss, its weight and the noise levels).
+
+    Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
+    models* (EDM), 2022, arXiv 2206.00364.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from numpyro_diffprior._compile.devices import check_batch_size, replicate, spread
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
+from numpyro_diffprior.linalg.empirical import empirical_gaussian
+
+__all__ = [
+    "FitResult",
+    "TrainState",
+    "denoising_loss",
+    "fit_denoiser",
+    "init_training",
+    "measure_error",
+    "train",
+]
+
+
+class TrainState(NamedTuple):
+    """State of `train`, to stop and resume.
+
+    Attributes:
+        denoiser: The denoiser with the current weights.
+        averaged: The denoiser with the exponential moving average of the weights, the one to use.
+        opt_state: State of the optimizer.
+        num_steps: Number of steps taken so far, a scalar integer.
+    """
+
+    denoiser: NetworkDenoiser
+    averaged: NetworkDenoiser
+    opt_state: optax.OptState
+    num_steps: jax.Array
+
+
+class FitResult(NamedTuple):
+    """What `fit_denoiser` returns.
+
+    Attributes:
+        denoiser: The denoiser with averaged weights.
+        losses: Loss of every minibatch before its step, with shape ``(num_steps,)``.
+    """
+
+    denoiser: NetworkDenoiser
+    losses: jax.Array
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x: jax.Array,
+    sigma: jax.Array,
+    rng_key: jax.Array,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> jax.Array:
+    r"""Weighted error of a denoiser on freshly noised events.
+
+    .. math:: \frac{1}{d} \left( \frac{1}{\sigma^2} + \frac{1}{s^2} \right)
+        \lVert D(x + \sigma \varepsilon, \sigma) - x \rVert^2
+
+    on average over the batch. For data of scale :math:`s`, the error of predicting by scaling
+    alone is one at every noise level.
+
+    Args:
+        denoiser: Any denoiser.
+        x: Clean events, with shape ``(*batch, *event_shape)``.
+        sigma: Noise levels, broadcastable to ``(*batch,)``.
+        rng_key: A key, of the noise.
+        rngs: Random streams of the dropout of a network, to train; without them there
+            is no dropout.
+
+    Returns:
+        A scalar.
+    """
+    event_axes = tuple(range(-len(denoiser.event_shape), 0))
+    sigma = jnp.expand_dims(jnp.asarray(sigma, x.dtype), event_axes)
+    x_t = x + sigma * jax.random.normal(rng_key, x.shape, x.dtype)
+    level = sigma.squeeze(event_axes)
+    if isinstance(denoiser, NetworkDenoiser | ConditionedDenoiser):
+        x_hat = denoiser(x_t, level, rngs=rngs)
+    else:
+        x_hat = denoiser(x_t, level)
+    # The square of 1 / c_out, the factor of the network in `NetworkDenoiser`, where its
+    # preconditioning has the data's scale. In EM the base stays while the scale follows the draws.
+    weight = 1 / sigma**2 + 1 / denoiser.scale**2
+    return jnp.mean(weight * (x_hat - x) ** 2)
+
+
+def init_training(
+    denoiser: NetworkDenoiser, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Start training from a denoiser.
+
+    Args:
+        denoiser: The denoiser to start from; its mean, covariance and skip stay as they are.
+        optimizer: Any optax transformation, such as ``optax.chain(clip_by_global_norm(1.0),
+            optax.adam(schedule))``.
+
+    Returns:
+        The state that `train` takes.
+    """
+    weights, _ = _split(denoiser.net)
+    num_steps = jnp.zeros((), int)
+    return TrainState(denoiser, denoiser, optimizer.init(weights), num_steps)
+
+
+def train(
+    rng_key: jax.Array,
+    state: TrainState,
+    x: jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    batch_size: int,
+    context: jax.Array | None = None,
+    noise: NoiseDistribution = LogNormal(),
+    ema_decay: float = 0.999,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, jax.Array]:
+    r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
+
+    Every step draws a minibatch of `x` with replacement and a noise level for each of its events.
+    The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` after step
+    :math:`t`, counted over all calls: it forgets the start at any number of steps.
+
+    The function compiles once for an optimizer (the very object), a shape of `x`, `num_steps`
+    and `batch_size`. New weights, data or `ema_decay` compile nothing.
+
+    Args:
+        rng_key: A key.
+        state: Where to go on, from `init_training` or from this function.
+        x: Clean events to fit, with shape ``(n, *event_shape)``.
+        optimizer: The optax transformation that `state` was initialised with.
+        num_steps: Number of steps.
+        batch_size: Number of events per step; it may exceed ``n``.
+        context: The events' contexts, with shape ``(n, *context_shape)``, of a denoiser that
+            waits for them.
+        noise: Distribution of the noise levels between the denoiser's `sigma_min` and
+            `sigma_max`; the default is the paper's.
+        ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
+        mesh: Devices to spread every minibatch over (`jax.make_mesh`); the events and the weights
+            are copied to each.
+
+    Returns:
+        The next state, and the loss of every minibatch before its step with shape
+        ``(num_steps,)``.
+
+    Raises:
+        ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
+            `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` no
+            multiple of the number of devices.
+    """
+    x = _check_events(x, state.denoiser)
+    if num_steps < 1 or batch_size < 1:
+        raise ValueError(
+            "num_steps and batch_size must be at least one, got "
+            f"num_steps={num_steps}, batch_size={batch_size}."
+        )
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
+    check_batch_size(batch_size, mesh)
+    context = _check_context(context, x, state.denoiser)
+    arrays = replicate((rng_key, state, x, context), mesh)
+    return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, mesh)
+
+
+def measure_error(
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    *,
+    context: jax.Array | None = None,
+    batch_size: int = 256,
+) -> NetworkDenoiser:
+    """Measure a denoiser's error at noise levels from end to end; see `Denoiser.error_ratio`.
+
+    Events that the network was trained on make it look better than it is.
+
+    Args:
+        rng_key: A key.
+        denoiser: The denoiser; its mean and covariance should be those of `x`.
+        x: Clean events, with shape ``(n, *event_shape)``.
+        context: Their contexts, see `train`.
+        batch_size: Number of events, drawn from `x`, per noise level.
+
+    Returns:
+        The denoiser with its ``error_ratios``.
+
+    Raises:
+        ValueError: If `x` has the wrong shape, no events or values that are not finite.
+    """
+    x = _check_events(x, denoiser)
+    context = _check_context(context, x, denoiser)
+    return _measure_error(rng_key, denoiser, x, context, batch_size)
+
+
+@partial(jax.jit, static_argnums=4)
+def _measure_error(
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    context: jax.Array | None,
+    batch_size: int,
+) -> NetworkDenoiser:
+    num_levels = len(denoiser.error_ratios)
+    sigmas = LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
+
+    def ratio(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        (key, sigma) = inputs
+        key_batch, key_noise = jax.random.split(key)
+        index = jax.random.randint(key_batch, (batch_size,), 0, len(x))
+        clean, conditioned = x[index], _at(denoiser, context, index)
+        x_t = clean + sigma * jax.random.normal(key_noise, clean.shape, clean.dtype)
+        error = jnp.sum((clean - conditioned(x_t, sigma)) ** 2) / batch_size
+        return error / denoiser.cov.harmonic(sigma**2).trace()
+
+    ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
+    return replace(denoiser, error_ratios=ratios)
+
+
+def fit_denoiser(
+    rng_key: jax.Array,
+    denoiser: NetworkDenoiser,
+    x: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int = 256,
+    context: jax.Array | None = None,
+    noise: NoiseDistribution = LogNormal(),
+    ema_decay: float = 0.999,
+    rank: int | None = None,
+    mesh: Mesh | None = None,
+) -> FitResult:
+    """Fit a denoiser to clean events: its mean and covariance at once, then its network.
+
+    Args:
+        rng_key: A key.
+        denoiser: A denoiser with a new network. (To go on with a trained one, whose
+            preconditioning must stay as it is, use `train`.)
+        x: Clean events, with shape ``(n, *event_shape)``.
+        optimizer: Any optax transformation.
+        num_steps: Number of steps of stochastic gradient descent.
+        batch_size: Number of events per step; it may exceed ``n``.
+        context: The events' contexts, see `train`.
+        noise: Distribution of the noise levels, see `train`.
+        ema_decay: Largest decay of the average of the weights, see `train`.
+        rank: Rank of the covariance of large events, see `empirical_gaussian`.
+        mesh: Devices to spread minibatches over, see `train`.
+
+    Returns:
+        The averaged denoiser, and the losses.
+
+    Raises:
+        ValueError: See `train`.
+    """
+    x = _check_events(x, denoiser)
+    x, context = replicate((x, context), mesh)
+    mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
+    denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    key_train, key_measure = jax.random.split(rng_key)
+    state, losses = train(
+        key_train,
+        init_training(denoiser, optimizer),
+        x,
+        optimizer,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        context=context,
+        noise=noise,
+        ema_decay=ema_decay,
+        mesh=mesh,
+    )
+    return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
+
+
+@partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size", "mesh"))
+def _train(
+    rng_key: jax.Array,
+    state: TrainState,
+    x: jax.Array,
+    context: jax.Array | None,
+    noise: NoiseDistribution,
+    ema_decay: jax.Array,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> tuple[TrainState, jax.Array]:
+    fixed = state.denoiser
+    weights, rest = _split(fixed.net)
+    averaged, _ = _split(state.averaged.net)
+
+    def loss_fn(weights: Any, index: jax.Array, rng_key: jax.Array) -> jax.Array:
+        key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
+        sigma = noise.sample(
+            key_sigma,
+            len(index),
+            sigma_min=fixed.sigma_min,
+            sigma_max=fixed.sigma_max,
+            scale=fixed.scale,
+        )
+        rngs = nnx.Rngs(dropout=key_dropout)
+        denoiser = _at(replace(fixed, net=_join(weights, rest)), context, index)
+        return denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
+
+    # Only what changes is carried: the covariance of a large event is not copied at every step.
+    def step(
+        carry: tuple[Any, Any, optax.OptState, jax.Array], rng_key: jax.Array
+    ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array], jax.Array]:
+        weights, averaged, opt_state, count = carry
+        key_batch, key_loss = jax.random.split(rng_key)
+        index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
+        loss, gradient = jax.value_and_grad(loss_fn)(weights, index, key_loss)
+        update, opt_state = optimizer.update(gradient, opt_state, weights)
+        weights = optax.apply_updates(weights, update)
+        count = count + 1
+        decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+        averaged = jax.tree.map(
+            # In the average's dtype, which may be narrower than that of `decay`.
+            lambda new, old: old + (1 - decay).astype(old.dtype) * (new - old),
+            weights,
+            averaged,
+        )
+        return (weights, averaged, opt_state, count), loss
+
+    # In the weights' own dtype, bfloat16 say, small steps of the average would round to none.
+    wide = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), averaged
+    )
+    carry = (weights, wide, state.opt_state, state.num_steps)
+    carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
+    weights, wide, opt_state, count = carry
+    averaged = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), wide, averaged)
+    state = TrainState(
+        replace(fixed, net=_join(weights, rest)),
+        replace(state.averaged, net=_join(averaged, rest)),
+        opt_state,
+        count,
+    )
+    return state, losses
+
+
+def _split(net: Any) -> tuple[Any, Any]:
+    """Part a network's weights from its other arrays, with None where those of the other part are.
+
+    Networks of weights alone keep their structure.
+    """
+
+    def choose(leaf: Any, weights: bool) -> Any:
+        return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) is weights else None
+
+    weights, rest = (jax.tree.map(partial(choose, weights=part), net) for part in (True, False))
+    return weights, rest
+
+
+def _join(weights: Any, rest: Any) -> Any:
+    """Undo `_split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, weights, rest, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) -> Denoiser:
+    """Return the denoiser at the contexts of some events."""
+    return denoiser if context is None else ConditionedDenoiser(denoiser, context[index])
+
+
+def _check_context(
+    context: jax.Array | None, x: jax.Array, denoiser: NetworkDenoiser
+) -> jax.Array | None:
+    shape = denoiser.context_shape
+    expected = None if shape is None else (len(x), *shape)
+    found = None if context is None else jnp.shape(context)
+    if found != expected:
+        raise ValueError(
+            f"Expected contexts of shape {expected} for these events and their network, got "
+            f"{found}."
+        )
+    return None if context is None else jnp.asarray(context, denoiser.dtype)
+
+
+def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:
+    x = jnp.asarray(x, denoiser.dtype)
+    shape = denoiser.event_shape
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or x.shape[0] == 0:
+        raise ValueError(
+            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
+            f"and n > 0, got {x.shape}."
+        )
+    # Under a transformation of the caller's there are no values to look at.
+    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        bad = int(jnp.sum(~jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)))
+        raise ValueError(
+            f"Events to train on must be finite, got NaN or infinity in {bad} of {x.shape[0]}; "
+            "remove these events, or treat their values as unobserved (EM)."
+        )
+    return x

@@ -1,0 +1,1 @@
+"""Empirical Bayes: priors learned from observations by expectation maximization."""

@@ -1,0 +1,451 @@
+r"""A Gaussian over events, fitted to linear observations of them alone.
+
+Events :math:`x \sim \mathcal{N}(\mu, \Sigma)` are observed as :math:`y = A x + b + n`, with noise
+:math:`n \sim \mathcal{N}(0, N)`; :math:`A, b, N` differ between events, and each may hide much of
+its event. Expectation maximisation finds the Gaussian that makes all observations most likely;
+both of its steps are closed. They are done where prior and noise are white: with
+:math:`x = \mu + L \epsilon`, :math:`\Sigma = L L^T` and :math:`B = N^{-1/2} A L`,
+
+.. math:: \begin{pmatrix} B^T \\ I \end{pmatrix} =
+    \begin{pmatrix} W^T \\ R^{-1} \end{pmatrix} R, \qquad
+    t = R^{-T} N^{-1/2} (y - A \mu - b), \qquad
+    \epsilon \mid y \sim \mathcal{N}(W^T t, I - W^T W).
+
+This QR decomposition never squares the ratio of signal to noise, so that float32 is enough.
+
+Small events have a full covariance. Large ones are factor analysed,
+:math:`x = \mu + F z + D^{1/2} e`, that is :math:`L = (D^{1/2}, F)`. Where each of their elements
+is observed on its own (through a mask, say), an event costs no more than its factors do.
+
+References:
+    Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
+    NeurIPS 2024, arXiv 2405.13712 (a Gaussian as initial prior, fitted with draws).
+    Rubin and Thayer, *EM algorithms for ML factor analysis*, Psychometrika 47, 1982.
+    Liu, Rubin and Wu, *Parameter expansion to accelerate EM: the PX-EM algorithm*, Biometrika 85,
+    1998 (the factors' own covariance, absorbed into their loadings).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.typing import DTypeLike
+
+from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.linalg.batched import by_matrix, einsum, inverse_lower
+from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
+
+__all__ = ["GaussianFit", "fit_gaussian"]
+
+
+class GaussianFit(NamedTuple):
+    """A Gaussian fitted to observations.
+
+    Attributes:
+        mean: Its mean, with shape ``event_shape``.
+        cov: Its covariance, over flattened events.
+        log_evidence: The log-density of all observed values under the Gaussian before each
+            iteration, with shape ``(num_iterations,)``. It does not fall, but for rounding.
+    """
+
+    mean: jax.Array
+    cov: Covariance
+    log_evidence: jax.Array
+
+
+class _Observations(NamedTuple):
+    """A block of events as observed, in units of the noise.
+
+    Attributes:
+        operator: :math:`N^{-1/2} A`, with shape ``(n, m, d)``, or its diagonals, ``(n, d)``.
+        residual: :math:`N^{-1/2} (y - b)`, with shape ``(n, m)``.
+        constant: What the log-evidence owes to the units, with shape ``(n,)``.
+        num_values: The number of values that depend on the event, with shape ``(n,)``.
+    """
+
+    operator: jax.Array
+    residual: jax.Array
+    constant: jax.Array
+    num_values: jax.Array
+
+
+class _Full(NamedTuple):
+    """A Gaussian with covariance ``root root^T``."""
+
+    mean: jax.Array
+    root: jax.Array
+
+
+class _FullMoments(NamedTuple):
+    """Averages over events of the first two moments of the white coordinates given ``y``.
+
+    From the second ones the prior's, the identity, is subtracted.
+    """
+
+    mean: jax.Array
+    excess: jax.Array
+
+
+class _Factors(NamedTuple):
+    """A Gaussian with covariance ``diag(scale)^2 + factor factor^T``."""
+
+    mean: jax.Array
+    scale: jax.Array
+    factor: jax.Array
+
+
+class _FactorMoments(NamedTuple):
+    """The same averages, of the elements' own coordinates ``e`` and of the factors ``z``."""
+
+    e: jax.Array
+    z: jax.Array
+    ee: jax.Array  # variances only
+    ez: jax.Array
+    zz: jax.Array
+
+
+_Block = Callable[[jax.Array], Any]
+
+
+def fit_gaussian(
+    read_block: Callable[[jax.Array], Likelihood],
+    num_events: int,
+    *,
+    event_shape: tuple[int, ...],
+    batch_size: int = 256,
+    num_iterations: int = 32,
+    rank: int | None = None,
+    max_dense: int = 512,
+    dtype: DTypeLike | None = None,
+) -> GaussianFit:
+    """Fit a Gaussian to linear observations of events by expectation maximisation.
+
+    It starts from the one event that explains all observations best (from zero, where the
+    covariance has low rank) and the isotropic covariance that explains the mean square of the
+    rest. Directions that no event shows stay as they start, which is at a mean of zero.
+
+    Args:
+        read_block: Maps indices of events, with shape ``(n,)``, to their likelihood; traced.
+        num_events: The number of events.
+        event_shape: The shape of one event, of ``d`` elements.
+        batch_size: The number of events in memory at a time: a few arrays of
+            ``batch_size * m * d``, or of ``batch_size * d * rank`` where ``d > max_dense`` and
+            each element is observed on its own.
+        num_iterations: The number of sweeps through all events. On digits the default comes
+            within 0.2 nats per event of the limit with half of the pixels hidden; with three
+            quarters hidden, 64 do.
+        rank: The number of factors beyond ``max_dense`` elements (default 32).
+        max_dense: The largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+        dtype: The floating type of the result, JAX's default if None.
+
+    Raises:
+        ValueError: If there are no events, an option is not positive, or a likelihood is not
+            linear or not of the events asked for.
+    """
+    size = prod(event_shape)
+    rank = min(32 if rank is None else rank, size)
+    options = {"batch_size": batch_size, "num_iterations": num_iterations, "rank": rank}
+    for name, value in {"num_events": num_events, **options}.items():
+        if value < 1:
+            raise ValueError(
+                f"fit_gaussian: expected {name} to be at least 1, got {value}; pass a positive "
+                "number."
+            )
+    dtype = jnp.zeros((), dtype).dtype
+    batch_size = min(batch_size, num_events)
+    blocks = jnp.arange(-(-num_events // batch_size) * batch_size).reshape(-1, batch_size)
+
+    def read(block: jax.Array) -> Likelihood:
+        likelihood = read_block(jnp.minimum(block, num_events - 1))
+        _check(likelihood, batch_size, event_shape)
+        return likelihood
+
+    dense = size <= max_dense
+    elementwise = not dense and _is_elementwise(read, blocks, size, dtype)
+
+    def observe(block: jax.Array) -> _Observations:
+        observations = _observe(read(block), elementwise, dtype)
+        # Padding observes nothing: its posterior is the prior, which has no excess.
+        valid = block < num_events
+        return jax.tree.map(
+            lambda a: jnp.where(valid.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), observations
+        )
+
+    expect: Callable[[Any, _Observations], tuple[jax.Array, Any]]
+    maximise: Callable[[Any, Any], Any]
+    if dense:
+        expect, maximise = _expect_full, _maximise_full
+    else:
+        expect = _expect_elementwise if elementwise else _expect_factors
+        maximise = _maximise_factors
+
+    def iterate(state: Any, _: None) -> tuple[Any, jax.Array]:
+        log_evidence, totals = _sum_over(lambda block: expect(state, observe(block)), blocks)
+        return maximise(state, jax.tree.map(lambda a: a / num_events, totals)), log_evidence
+
+    def run() -> tuple[jax.Array, Covariance, jax.Array]:
+        start = (
+            _start_full(observe, blocks, size, dtype)
+            if dense
+            else _start_factors(observe, blocks, size, rank, dtype)
+        )
+        state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
+        return state.mean.reshape(event_shape), _covariance(state), log_evidence
+
+    return GaussianFit(*_compile(run))
+
+
+def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]) -> None:
+    if not likelihood.linear:
+        raise ValueError(
+            "fit_gaussian: expected observations whose mean is affine in the event and whose "
+            "noise does not depend on it (`likelihood.linear`), got a non-linear likelihood; give "
+            "the prior a mean and a covariance of your own instead."
+        )
+    batch_shape = likelihood.batch_shape
+    if likelihood.event_shape != event_shape or prod(batch_shape) != batch_size:
+        raise ValueError(
+            f"fit_gaussian: expected {batch_size} events of shape {event_shape}, got batch shape "
+            f"{batch_shape} and event shape {likelihood.event_shape}; let `read_block` return one "
+            "event per index."
+        )
+
+
+def _whiten(noise: Covariance, v: jax.Array) -> jax.Array:
+    r"""Return :math:`L^{-1} v = L^T N^{-1} v` for :math:`N = L L^T`."""
+    v = v.astype(jnp.result_type(v, noise.diagonal()))
+    return jax.linear_transpose(noise.sqrt_matvec, v)(noise.solve(v))[0]
+
+
+def _origin(likelihood: Likelihood, dtype: DTypeLike) -> jax.Array:
+    return jnp.zeros((*likelihood.batch_shape, *likelihood.event_shape), dtype)
+
+
+def _observe(likelihood: Likelihood, elementwise: bool, dtype: DTypeLike) -> _Observations:
+    batch_shape, size = likelihood.batch_shape, prod(likelihood.event_shape)
+    origin = _origin(likelihood, dtype)
+    local = likelihood.linearize(origin)
+    if elementwise:
+        operator = local.matvec(jnp.ones((*batch_shape, size), dtype))
+        white = _whiten(local.noise, operator)
+        depends, rows = operator != 0, white != 0
+    else:
+        operator = likelihood.operator(origin)
+        white = jax.vmap(partial(_whiten, local.noise), in_axes=-1, out_axes=-1)(operator)
+        depends, rows = (operator != 0).any(-1), (white != 0).any(-1)
+
+    # What is hidden has a zero row. It says nothing of the event, and is no part of the evidence.
+    residual = jnp.where(rows, _whiten(local.noise, local.residual), 0)
+    hidden = jnp.where(depends, 0, jnp.log(local.noise.diagonal())).sum(-1)
+    num_values = depends.sum(-1)
+    constant = -0.5 * (local.noise.logdet() - hidden + num_values * jnp.log(2 * jnp.pi))
+
+    num = prod(batch_shape)
+    white = white.reshape(num, *white.shape[len(batch_shape) :]).astype(dtype)
+    residual = residual.reshape(num, -1).astype(dtype)
+    constant = jnp.broadcast_to(constant, batch_shape).reshape(num).astype(dtype)
+    if not elementwise and residual.shape[-1] > size:
+        # More values than elements: only their projections on the columns tell of the event.
+        basis, white = by_matrix(jnp.linalg.qr, white)
+        projected = einsum("nmk,nm->nk", basis, residual)
+        rest = residual - einsum("nmk,nk->nm", basis, projected)
+        residual, constant = projected, constant - 0.5 * jnp.square(rest).sum(-1)
+        num_values = jnp.minimum(num_values, size)
+    return _Observations(white, residual, constant, num_values.reshape(num).astype(dtype))
+
+
+def _is_elementwise(read: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> bool:
+    r"""Whether every observed value, in units of the noise, depends on the element in its place.
+
+    Then :math:`C = N^{-1/2} A` is diagonal, and :math:`C v = v \circ C 1` for any ``v``; for one
+    in general position the converse holds.
+    """
+    probe = jax.random.uniform(jax.random.key(0), (size,), dtype, 0.5, 1.5)
+
+    def violations(block: jax.Array) -> jax.Array:
+        likelihood = read(block)
+        if likelihood.num_observed != size:
+            return jnp.ones((), int)
+        shape = (*likelihood.batch_shape, size)
+        local = likelihood.linearize(_origin(likelihood, dtype))
+        expected = probe * _whiten(local.noise, local.matvec(jnp.ones(shape, dtype)))
+        found = _whiten(local.noise, local.matvec(jnp.broadcast_to(probe, shape)))
+        return (jnp.abs(found - expected) > 100 * jnp.finfo(dtype).eps * jnp.abs(expected)).sum()
+
+    return not _compile(lambda: _sum_over(violations, blocks))
+
+
+def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
+    """Return the variance of isotropic events that explains the mean square of the residuals."""
+
+    def squares(block: jax.Array) -> tuple[jax.Array, ...]:
+        operator, residual, _, num_values = observe(block)
+        return jnp.square(residual).sum(), num_values.sum(), jnp.square(operator).sum()
+
+    total, noise, gain = _sum_over(squares, blocks)
+    signal = jnp.maximum(total - noise, 0.01 * noise)  # some, even where noise drowns it
+    return jnp.where(gain > 0, signal / jnp.where(gain > 0, gain, 1), 1)
+
+
+def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> _Full:
+    # Seen from far away, a covariance would be the small difference of large squares.
+    def products(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operator, residual, *_ = observe(block)
+        gram = einsum("nmi,nmj->ij", operator, operator)
+        return gram, einsum("nmd,nm->d", operator, residual)
+
+    def centred(block: jax.Array) -> _Observations:
+        seen = observe(block)
+        return seen._replace(residual=seen.residual - einsum("nmd,d->nm", seen.operator, mean))
+
+    gram, back = _sum_over(products, blocks)
+    # What is hardly seen is left to the iterations.
+    inverse = jnp.linalg.pinv(gram, rtol=jnp.finfo(dtype).eps ** 0.5, hermitian=True)
+    mean = einsum("ij,j->i", inverse, back)
+    return _Full(mean, jnp.sqrt(_initial_variance(centred, blocks)) * jnp.eye(size, dtype=dtype))
+
+
+def _start_factors(
+    observe: _Block, blocks: jax.Array, size: int, rank: int, dtype: DTypeLike
+) -> _Factors:
+    # Without factors EM would never find any; these take half of the variance. They only have to
+    # be in general position, so a constant key will do.
+    scale = jnp.sqrt(_initial_variance(observe, blocks))
+    factor = jax.random.normal(jax.random.key(0), (size, rank), dtype)
+    half = jnp.full(size, 0.5**0.5, dtype)
+    return _Factors(jnp.zeros(size, dtype), scale * half, scale * factor * (0.5 / rank) ** 0.5)
+
+
+def _posterior(gain: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return :math:`W`, the means of the white coordinates and the log-evidence."""
+    num, m, size = gain.shape
+    identity = jnp.broadcast_to(jnp.eye(m, dtype=gain.dtype), (num, m, m))
+    q, r = by_matrix(jnp.linalg.qr, jnp.concatenate([gain.mT, identity], axis=1))
+    t = einsum("nij,ni->nj", q[:, size:], residual)
+    logdet = 2 * jnp.log(jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))).sum(-1)
+    w = q[:, :size].mT
+    return w, einsum("nmi,nm->ni", w, t), -0.5 * (jnp.square(t).sum(-1) + logdet)
+
+
+def _expect_full(state: _Full, seen: _Observations) -> tuple[jax.Array, _FullMoments]:
+    residual = seen.residual - einsum("nmd,d->nm", seen.operator, state.mean)
+    gain = einsum("nmd,dk->nmk", seen.operator, state.root)
+    w, mean, log_evidence = _posterior(gain, residual)
+    excess = einsum("ni,nj->ij", mean, mean) - einsum("nmi,nmj->ij", w, w)
+    return (log_evidence + seen.constant).sum(), _FullMoments(mean.sum(0), excess)
+
+
+def _maximise_full(state: _Full, moments: _FullMoments) -> _Full:
+    excess = moments.excess - jnp.outer(moments.mean, moments.mean)
+    # The square root is updated by a factor, so that small variances keep their digits.
+    eigenvalues, eigenvectors = jnp.linalg.eigh(excess + jnp.eye(len(excess), dtype=excess.dtype))
+    root = einsum("dk,ki->di", state.root, eigenvectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    return _Full(state.mean + einsum("dk,k->d", state.root, moments.mean), root)
+
+
+def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:
+    residual = seen.residual - einsum("nmd,d->nm", seen.operator, state.mean)
+    own = seen.operator * state.scale
+    shared = einsum("nmd,dr->nmr", seen.operator, state.factor)
+    w, mean, log_evidence = _posterior(jnp.concatenate([own, shared], axis=-1), residual)
+    size = state.scale.size
+    e, z, w_e, w_z = mean[:, :size], mean[:, size:], w[..., :size], w[..., size:]
+    moments = _FactorMoments(
+        e=e.sum(0),
+        z=z.sum(0),
+        ee=jnp.square(e).sum(0) - jnp.square(w_e).sum((0, 1)),
+        ez=einsum("nd,nr->dr", e, z) - einsum("nmd,nmr->dr", w_e, w_z),
+        zz=einsum("nr,ns->rs", z, z) - einsum("nmr,nms->rs", w_z, w_z),
+    )
+    return (log_evidence + seen.constant).sum(), moments
+
+
+def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:
+    r"""Return what `_expect_factors` does, for diagonal operators :math:`a`.
+
+    Given :math:`z` the elements are independent: with :math:`c = 1 + a^2 D`,
+    :math:`G = a F / \sqrt{c}` and :math:`\rho = (r - a \mu) / \sqrt{c}`, the factors have the
+    posterior covariance :math:`P^{-1} = (I + G^T G)^{-1}` and mean :math:`P^{-1} G^T \rho`.
+    """
+    own = seen.operator * state.scale
+    c = 1 + jnp.square(own)
+    share = own / jnp.sqrt(c)
+    loading = (seen.operator / jnp.sqrt(c))[..., None] * state.factor
+    rho = (seen.residual - seen.operator * state.mean) / jnp.sqrt(c)
+
+    gram = einsum("ndr,nds->nrs", loading, loading)
+    # What rounding may take from the diagonal is put on top.
+    ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
+    identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
+    chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
+    inverse = inverse_lower(chol)
+    cov_z = einsum("nri,nrj->nij", inverse, inverse)
+    cov_load = einsum("ndr,nrs->nds", loading, cov_z)
+    z = einsum("ndr,nd->nr", cov_load, rho)
+    rest = rho - einsum("ndr,nr->nd", loading, z)
+    e = share * rest
+
+    quadratic = jnp.square(rest).sum(-1) + jnp.square(z).sum(-1)
+    logdet = jnp.log(c).sum(-1) + 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
+    explained = 1 - (cov_load * loading).sum(-1)
+    moments = _FactorMoments(
+        e=e.sum(0),
+        z=z.sum(0),
+        ee=(jnp.square(e) - jnp.square(share) * explained).sum(0),
+        ez=einsum("nd,nr->dr", e, z) - einsum("nd,ndr->dr", share, cov_load),
+        zz=einsum("nr,ns->rs", z, z) + (cov_z - identity).sum(0),
+    )
+    return (seen.constant - 0.5 * (quadratic + logdet)).sum(), moments
+
+
+def _maximise_factors(state: _Factors, moments: _FactorMoments) -> _Factors:
+    """Regress the elements' own parts on the factors; the rest is their variance."""
+    e, z, ee, ez, zz = moments
+    cov_z = zz - jnp.outer(z, z) + jnp.eye(z.size, dtype=z.dtype)
+    cov_ez = ez - jnp.outer(e, z)
+    slope = jnp.linalg.solve(cov_z, cov_ez.T).T
+    # Parameter expansion: factors that came out with another covariance than I are redefined.
+    factor = state.factor + state.scale[:, None] * slope
+    variance = 1 + ee - jnp.square(e) - (slope * cov_ez).sum(-1)
+    return _Factors(
+        state.mean + state.scale * e + einsum("dr,r->d", state.factor, z),
+        state.scale * jnp.sqrt(jnp.maximum(variance, jnp.finfo(e.dtype).eps)),
+        einsum("dr,rs->ds", factor, jnp.linalg.cholesky(cov_z)),
+    )
+
+
+def _covariance(state: _Full | _Factors) -> Covariance:
+    if isinstance(state, _Full):
+        eigenvectors, roots, _ = jnp.linalg.svd(state.root)
+        return Dense(jnp.square(roots), eigenvectors)
+    # No row is left to the factors alone: that would make the solves ill-conditioned.
+    smallest = jnp.finfo(state.scale.dtype).eps ** 0.5 * jnp.square(state.factor).sum(-1)
+    return DiagonalPlusLowRank(jnp.maximum(jnp.square(state.scale), smallest), state.factor)
+
+
+def _sum_over(function: _Block, blocks: jax.Array) -> Any:
+    """Sum the arrays that a function of a block returns over all blocks."""
+
+    def add(total: Any, block: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(block)), None
+
+    shapes = jax.eval_shape(function, blocks[0])
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zeros, blocks)[0]
+
+
+def _compile(function: Callable[[], Any]) -> Any:
+    """Compile and run a function with the data that it encloses as arguments.
+
+    XLA would fold them as constants, for minutes where they are large.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)()
+
+    def call(data: list[Any]) -> list[jax.Array]:
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, data))()
+
+    return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(call)(closed.consts))

@@ -1,0 +1,100 @@
+r"""The state, metrics and result of expectation maximization."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from numpyro_diffprior.em.sites import (
+    Sites,
+)
+
+__all__ = ["EMMetrics", "EMResult", "EMState"]
+
+
+class EMState(NamedTuple):
+    """The state of `EM`, a pytree.
+
+    With a dict of priors, ``prior``, ``training`` and ``initial`` are dicts as well, the latter
+    two of those with a network.
+
+    Attributes:
+        prior: The current prior, from which the next E-step draws.
+        training: The state of the M-step.
+        initial: The untrained denoiser, from which cold M-steps start.
+        params: The values of the model's ``numpyro.param`` sites, by name.
+        params_opt_state: The state of their optimiser.
+        draws: The last E-step's draws by site, with shape ``(num_draws, *batch, *event)``.
+        rng_key: The random key of the next iteration.
+        num_iterations: How many iterations were made.
+        sites: Which prior governs which site.
+    """
+
+    prior: Any
+    training: Any
+    initial: Any
+    params: dict[str, jax.Array]
+    params_opt_state: optax.OptState
+    draws: dict[str, jax.Array]
+    rng_key: jax.Array
+    num_iterations: int
+    sites: Sites
+
+
+class EMMetrics(NamedTuple):
+    """What iterations report: scalars of one, or arrays of shape ``(num_iterations,)`` of a run.
+
+    Attributes:
+        loss: The mean training loss of the M-step, over the priors.
+        sliced_wasserstein: The distance between this E-step's draws and the last one's, of every
+            few of them where there are more than 32,768; the mean over the sites.
+        residual: The mean relative residual of guidance's solves.
+        num_truncated: The mean number of directions that guidance left out.
+        ess: The mean over the draws of the lowest effective number of particles.
+        num_resamplings: The mean number of resamplings per draw.
+        log_evidence: The mean log-evidence per event (NaN with one particle).
+        chi_square: The mean squared residual of the draws in deviations of the noise.
+        e_step_seconds: The time of the E-step.
+        m_step_seconds: The time of the M-step.
+        heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
+        heldout_standard_error: Its standard error.
+        num_failed: The number of draws that were not finite, summed over the sites. Means over
+            draws leave out what is NaN.
+    """
+
+    loss: jax.Array
+    sliced_wasserstein: jax.Array
+    residual: jax.Array
+    num_truncated: jax.Array
+    ess: jax.Array
+    num_resamplings: jax.Array
+    log_evidence: jax.Array
+    chi_square: jax.Array
+    e_step_seconds: jax.Array
+    m_step_seconds: jax.Array
+    heldout_log_evidence: jax.Array
+    heldout_standard_error: jax.Array
+    num_failed: jax.Array
+
+
+class EMResult(NamedTuple):
+    """What `EM.run` returns.
+
+    Attributes:
+        prior: The learned prior, of the last iteration.
+        state: The last state, to go on from.
+        history: The iterations' metrics.
+        best: The prior of the iteration with the largest held-out log-evidence, or of the state
+            that the run went on from where no iteration has a larger one; without held-out events
+            the last.
+        params: The values of the model's ``numpyro.param`` sites, of the last iteration; for use
+            with the prior ``numpyro.handlers.substitute`` puts them into the model.
+        best_params: Those of the iteration of ``best``.
+    """
+
+    prior: Any
+    state: EMState
+    history: EMMetrics
+    best: Any
+    params: dict[str, jax.Array]
+    best_params: dict[str, jax.Array]

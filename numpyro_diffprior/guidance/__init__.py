@@ -1,0 +1,35 @@
+"""Guidance: from a prior's denoiser and a likelihood to the denoiser of the posterior."""
+
+from numpyro_diffprior.guidance.covariances import (
+    CalibratedCovariance,
+    GaussianCovariance,
+    IsotropicCovariance,
+    PosteriorCovariance,
+    TweedieCovariance,
+    UnitCovariance,
+)
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.likelihood import Likelihood, linear_gaussian
+from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.guidance.scheduled import Piecewise, Tempered
+
+__all__ = [
+    "DPS",
+    "MMPS",
+    "TMPD",
+    "CalibratedCovariance",
+    "GaussianCovariance",
+    "Guidance",
+    "Guided",
+    "GuidedDenoiser",
+    "IsotropicCovariance",
+    "Likelihood",
+    "PiGDM",
+    "Piecewise",
+    "PosteriorCovariance",
+    "Tempered",
+    "TweedieCovariance",
+    "UnitCovariance",
+    "linear_gaussian",
+]

@@ -1,0 +1,187 @@
+r"""Likelihoods: what the observed sites say about the events of one latent site.
+
+A likelihood is read at events ``x`` through its first two moments,
+
+.. math:: y \approx \mathcal{N}(h(x), \Sigma_y(x)), \quad
+    h(x + v) \approx h(x) + A v, \quad A = \partial h / \partial x,
+
+for guidance, and through its exact log-density, for weights. Where it has no moments,
+:math:`h(x)` are its parameters and :math:`y` what its log-density would have them be: a
+pseudo-observation, with the inverse curvature for noise, made anew at every :math:`x`. Nothing
+here knows of NumPyro: `numpyro_diffprior.reading.latent` makes a likelihood from a model.
+
+Shapes: ``x`` is ``(*extra, *batch, *event)``, where ``batch`` are the events that are observed (a
+plate) and ``extra`` are draws or particles of each. All observed values of an event form one
+vector of length ``m``; entries that are hidden by a mask have a zero row in :math:`A`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.linalg.batched import apply
+from numpyro_diffprior.linalg.covariances import Covariance
+
+__all__ = ["Likelihood", "Linearization", "Reading", "linear_gaussian"]
+
+
+class Reading(NamedTuple):
+    """What is expected of a batch of events, and what was observed.
+
+    Attributes:
+        y_hat: The expected values, with shape ``(*batch, m)``.
+        noise: The covariance of the observed values given ``x``.
+        y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
+    """
+
+    y_hat: jax.Array
+    noise: Covariance
+    y: jax.Array
+
+
+class Linearization(NamedTuple):
+    """A likelihood at one set of events.
+
+    Attributes:
+        residual: Observed minus expected values, with shape ``(*batch, m)``.
+        matvec: The operator :math:`A`, from ``(*batch, d)`` to ``(*batch, m)``.
+        transpose: Its transpose, from ``(*batch, m)`` to ``(*batch, d)``.
+        noise: The covariance of the observed values given ``x``.
+    """
+
+    residual: jax.Array
+    matvec: Callable[[jax.Array], jax.Array]
+    transpose: Callable[[jax.Array], jax.Array]
+    noise: Covariance
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """The likelihood of a batch of independent events.
+
+    Args:
+        y: Observed values, with shape ``(*batch, m)``; zero where masked. (Pseudo-observations
+            are those at the prior's mean.)
+        read: Maps ``x`` to the mean of ``y``, its covariance and ``y``.
+        log_prob: Maps ``x`` to its exact log-likelihood, without the event's axes.
+        event_shape: The shape of one event.
+        linear: Whether the mean is affine in ``x``, and covariance and ``y`` are the same at all.
+            Operator and solves are then shared by all draws and particles of an event.
+        visible: Which values are observed, with shape ``(*batch, m)`` (default: all).
+    """
+
+    y: jax.Array
+    read: Callable[[jax.Array], Reading]
+    log_prob: Callable[[jax.Array], jax.Array]
+    event_shape: tuple[int, ...]
+    linear: bool = field(default=False)
+    visible: jax.Array | None = field(default=None)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch of observed events."""
+        return self.y.shape[:-1]
+
+    @property
+    def num_observed(self) -> int:
+        """The number of observed values of one event, hidden ones included."""
+        return self.y.shape[-1]
+
+    @property
+    def num_visible(self) -> jax.Array:
+        """The number of observed values of each event, with shape ``batch``."""
+        if self.visible is None:
+            return jnp.full(self.batch_shape, self.num_observed)
+        return self.visible.sum(-1)
+
+    def chi_square(self, x: jax.Array) -> jax.Array:
+        r"""Return the mean of the squared residuals, in deviations of the noise.
+
+        Where noise is Gaussian, :math:`m` times it is :math:`\chi^2_m` over exact posterior
+        draws for data that the model itself has made: event and data are then a draw of both.
+
+        Args:
+            x: Events, with shape ``(*extra, *batch, *event)``.
+
+        Returns:
+            An array without the event's axes; zero where nothing is observed.
+        """
+        y_hat, noise, y = self.read(x)
+        residual = y - y_hat
+        total = jnp.sum(residual * noise.solve(residual), axis=-1)
+        return total / jnp.maximum(self.num_visible, 1)
+
+    def linearize(self, x: jax.Array) -> Linearization:
+        """Linearise the mean at ``x``."""
+
+        def split(x: jax.Array) -> tuple[jax.Array, tuple[Covariance, jax.Array]]:
+            y_hat, noise, y = self.read(x)
+            return y_hat, (noise, y)
+
+        y_hat, tangent, (noise, y) = jax.linearize(split, x, has_aux=True)
+        transposed = jax.linear_transpose(tangent, x)
+        flat_shape = (*x.shape[: x.ndim - len(self.event_shape)], prod(self.event_shape))
+
+        def matvec(v: jax.Array) -> jax.Array:
+            return tangent(v.reshape(x.shape))
+
+        def transpose(u: jax.Array) -> jax.Array:
+            return transposed(u)[0].reshape(flat_shape)
+
+        return Linearization(y - y_hat, matvec, transpose, noise)
+
+    def operator(self, x: jax.Array) -> jax.Array:
+        """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""
+        local = self.linearize(x)
+        size = prod(self.event_shape)
+        if size <= self.num_observed:
+            basis = jnp.eye(size, dtype=x.dtype)
+            shape = (*local.residual.shape[:-1], size)
+            columns = jax.vmap(lambda e: local.matvec(jnp.broadcast_to(e, shape)), out_axes=-1)
+            return columns(basis)
+        basis = jnp.eye(self.num_observed, dtype=x.dtype)
+        shape = local.residual.shape
+        return jax.vmap(lambda e: local.transpose(jnp.broadcast_to(e, shape)), out_axes=-2)(basis)
+
+
+def linear_gaussian(
+    y: jax.Array, matrix: jax.Array, noise: Covariance, event_shape: tuple[int, ...]
+) -> Likelihood:
+    r"""Return the likelihood of :math:`y \sim \mathcal{N}(A x, \Sigma_y)`.
+
+    Args:
+        y: Observed values, with shape ``(*batch, m)``.
+        matrix: The operator on flattened events, with shape ``(*batch, m, d)`` or ``(m, d)``.
+        noise: The covariance of the noise, of size ``m``.
+        event_shape: The shape of one event, of ``d`` elements.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if matrix.shape[-2:] != (y.shape[-1], prod(event_shape)) or noise.size != y.shape[-1]:
+        raise ValueError(
+            f"linear_gaussian: y of shape {y.shape} and events of shape {event_shape} need a "
+            f"matrix of shape (..., {y.shape[-1]}, {prod(event_shape)}) and noise of size "
+            f"{y.shape[-1]}; got {matrix.shape} and {noise.size}."
+        )
+
+    def read(x: jax.Array) -> Reading:
+        flat = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
+        y_hat = apply(matrix, flat)
+        return Reading(y_hat, noise, y)
+
+    def log_prob(x: jax.Array) -> jax.Array:
+        residual = y - read(x).y_hat
+        return gaussian_log_density(residual, noise.solve(residual), noise.logdet())
+
+    return Likelihood(y, read, log_prob, event_shape, linear=True)
+
+
+def gaussian_log_density(residual: jax.Array, solution: jax.Array, logdet: jax.Array) -> jax.Array:
+    r"""Return :math:`\log \mathcal{N}(r; 0, S)` for the residual r and S^-1 r, the solution."""
+    size = residual.shape[-1]
+    return -0.5 * (jnp.sum(residual * solution, axis=-1) + logdet + size * jnp.log(2 * jnp.pi))

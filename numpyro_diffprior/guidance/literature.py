@@ -1,0 +1,106 @@
+r"""Guidance of the literature, to compare with: DPS, PiGDM and TMPD.
+
+They have the interface of `MMPS`, and take a simpler covariance of :math:`x` given :math:`x_t`, or
+none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.guidance.covariances import UnitCovariance
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, pull_back
+from numpyro_diffprior.guidance.likelihood import Likelihood, Linearization, gaussian_log_density
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.linalg.covariances import Diagonal
+
+__all__ = ["DPS", "TMPD", "PiGDM"]
+
+
+@dataclass(frozen=True)
+class PiGDM(Guidance):
+    r"""Pseudoinverse guidance (Song et al., ICLR 2023), for noisy linear observations.
+
+    MMPS with :math:`V = r^2 I`, :math:`r^2 = \sigma^2 s^2 / (\sigma^2 + s^2)`, where the paper has
+    data of unit scale :math:`s`; its guidance enters through the score, at full weight.
+    """
+
+    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior; see `MMPS.condition`."""
+        return MMPS(UnitCovariance()).condition(denoiser, likelihood)
+
+    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Evaluate prior and posterior at one noise level."""
+        return MMPS(UnitCovariance()).guide(posterior, x_t, sigma)
+
+
+@dataclass(frozen=True)
+class TMPD(Guidance):
+    r"""Tweedie moment projected diffusions (Boys et al., 2023, arXiv 2310.06721).
+
+    :math:`A V A^T` is replaced by the diagonal of its row sums, :math:`A V A^T 1`, at one further
+    vector-Jacobian product; negative sums are set to zero.
+    """
+
+    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Evaluate prior and posterior at one noise level."""
+        x_hat, local, pull = _linearize(posterior, x_t, sigma)
+        row_sums = local.matvec(pull(jnp.ones_like(local.residual)))
+        noisy = Diagonal(local.noise.diagonal() + jnp.maximum(row_sums, 0))
+        solution = noisy.solve(local.residual)
+        return _direct(x_hat, pull(solution), local, solution, noisy.logdet())
+
+
+@dataclass(frozen=True)
+class DPS(Guidance):
+    r"""Diffusion posterior sampling (Chung et al., ICLR 2023, arXiv 2209.14687).
+
+    .. math:: E[x \mid x_t, y] \approx \hat x - \zeta \, s \,
+        \nabla_{x_t} \lVert y - h(\hat x) \rVert
+
+    The paper moves each step of its sampler by a multiple of this gradient. As a denoiser the
+    multiple is per unit of :math:`\log \sigma`, so that it does not depend on the number of steps;
+    the prior's scale :math:`s` stands for the unit scale of the paper's data (with :math:`y` in
+    the units of :math:`x`).
+
+    Args:
+        strength: The factor :math:`\zeta`.
+    """
+
+    strength: float = 1.0
+
+    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Evaluate prior and posterior at one noise level."""
+        x_hat, local, pull = _linearize(posterior, x_t, sigma)
+        norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)
+        tiny = jnp.finfo(norm.dtype).tiny
+        gradient = pull(local.residual / jnp.maximum(norm, tiny)) / sigma[..., None] ** 2
+        shift = self.strength * posterior.denoiser.scale * gradient
+        solution = local.noise.solve(local.residual)
+        return _direct(x_hat, shift, local, solution, local.noise.logdet())
+
+
+def _linearize(
+    posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
+) -> tuple[jax.Array, Linearization, Callable[[jax.Array], jax.Array]]:
+    r"""Return :math:`\hat x`, the likelihood there, and :math:`u \mapsto \sigma^2 J^T A^T u`."""
+    x_hat, pull = pull_back(posterior, x_t, sigma)
+    local = posterior.likelihood.linearize(x_hat)
+    return x_hat, local, lambda u: pull(local.transpose(u))
+
+
+def _direct(
+    x_hat: jax.Array,
+    correction: jax.Array,
+    local: Linearization,
+    solution: jax.Array,
+    logdet: jax.Array,
+) -> Guided:
+    """Guide by a correction that took no solver."""
+    log_twist = gaussian_log_density(local.residual, solution, logdet)
+    zeros = jnp.zeros_like(log_twist)
+    x_hat_y = x_hat + correction.reshape(x_hat.shape)
+    return Guided(x_hat, x_hat_y, log_twist, zeros, zeros.astype(int))

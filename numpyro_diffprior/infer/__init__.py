@@ -1,0 +1,1 @@
+"""Inference with diffusion priors in NumPyro models."""

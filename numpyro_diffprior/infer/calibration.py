@@ -1,0 +1,310 @@
+r"""Simulation-based calibration: whether posterior draws are what they claim to be.
+
+Latents drawn from the model, data drawn given them, posterior draws given the data: if the draws
+are exact, the truth's rank among them is uniform, for every element of every latent site. So is
+the rank of its distance to a point that knows nothing of it, which sees errors of the joint
+posterior that no single element shows.
+
+References:
+    Talts et al., *Validating Bayesian inference algorithms with simulation-based calibration*,
+    arXiv 1804.06788.
+    Lemos et al., *Sampling-based accuracy testing of posterior estimators for general inference*,
+    ICML 2023, arXiv 2302.03026 (TARP; here the point is the truth of another simulation).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import xarray as xr
+from numpyro import handlers
+from numpyro.infer import MCMC
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
+from numpyro_diffprior.diffusion.samplers import Sampler
+from numpyro_diffprior.guidance.guidance import Guidance
+from numpyro_diffprior.infer.blocks import sample_blocks
+from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.metrics.calibration import sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.latent import read_latent
+from numpyro_diffprior.reading.likelihood import read_likelihood
+from numpyro_diffprior.reading.tracing import Model, bind, fix_plates, is_unobserved
+
+__all__ = ["Calibration", "calibrate"]
+
+
+class Calibration(NamedTuple):
+    """Ranks of true values among posterior draws, by site.
+
+    Attributes:
+        ranks: The number of draws below the truth, element by element, integers with shape
+            ``(num_simulations, *batch, *event)``; ties are broken at random.
+        distance_ranks: The number of draws closer than the truth to the truth of another
+            simulation, integers with shape ``(num_simulations, *batch)``.
+        num_samples: The number of draws per simulation.
+    """
+
+    ranks: dict[str, jax.Array]
+    distance_ranks: dict[str, jax.Array]
+    num_samples: int
+
+    def pvalues(self, num_bins: int = 10) -> dict[str, jax.Array]:
+        """Return chi-square p-values of uniform ranks, by site, with shape ``(*batch, *event)``.
+
+        Elements of one event are not independent; with many of them some p-values are small by
+        chance.
+        """
+        return self._test(self.ranks, num_bins)
+
+    def distance_pvalues(self, num_bins: int = 10) -> dict[str, jax.Array]:
+        """Return chi-square p-values of uniform distance ranks, by site, of shape ``batch``."""
+        return self._test(self.distance_ranks, num_bins)
+
+    def coverage(self, levels: Sequence[float] = (0.5, 0.8, 0.95)) -> dict[str, jax.Array]:
+        """Return the part of all elements inside their central intervals, with shape ``levels``.
+
+        Intervals between draws cannot have every probability: take ``num_samples + 1`` a multiple
+        of 40 for these levels.
+        """
+        centred = {name: jnp.abs(2 * u - 1) for name, u in self.pit().items()}
+        return {
+            name: jnp.stack([jnp.mean(u <= level) for level in np.atleast_1d(levels)])
+            for name, u in centred.items()
+        }
+
+    def pit(self) -> dict[str, np.ndarray]:
+        """Return probability integral transforms, uniform on (0, 1): for plots of their ECDF."""
+        # Of NumPy, which ArviZ sorts in place.
+        return {name: np.array(self._transform(rank)) for name, rank in self.ranks.items()}
+
+    def to_datatree(self) -> xr.DataTree:
+        """Return the group ``prior_sbc`` that ArviZ's ``plot_ecdf_pit`` takes and simuk makes.
+
+        Its values are `pit`, by site, and those of ``{site}_distance``; its dimensions are
+        ``chain`` (one), ``draw`` (the simulations) and a site's own.
+        """
+        data: dict[str, Any] = {**self.pit()}
+        for name, rank in self.distance_ranks.items():
+            data[f"{name}_distance"] = self._transform(rank)
+        arrays = {}
+        for name, value in data.items():
+            dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.ndim - 1)))
+            coords = {dim: np.arange(size) for dim, size in zip(dims, (1, *value.shape))}
+            arrays[name] = xr.DataArray(np.asarray(value)[None], coords, dims)
+        return xr.DataTree.from_dict({"prior_sbc": xr.Dataset(arrays)})
+
+    def _transform(self, rank: jax.Array) -> jax.Array:
+        return (rank + 0.5) / (self.num_samples + 1)
+
+    def _test(self, ranks: dict[str, jax.Array], num_bins: int) -> dict[str, jax.Array]:
+        test = partial(sbc_uniformity_pvalue, num_draws=self.num_samples, num_bins=num_bins)
+        return {name: test(rank) for name, rank in ranks.items()}
+
+
+def calibrate(
+    rng_key: jax.Array,
+    model: Model,
+    prior: DiffusionPrior | Mapping[str, DiffusionPrior],
+    *args: Any,
+    num_simulations: int = 200,
+    num_samples: int = 79,
+    num_particles: int = 1,
+    sampler: Sampler | None = None,
+    guidance: Guidance | None = None,
+    kernel: Callable[[Model], MCMCKernel] | None = None,
+    num_warmup: int = 0,
+    num_chains: int = 1,
+    thinning: int = 1,
+    max_batch_size: int = 256,
+    **kwargs: Any,
+) -> Calibration:
+    """Calibrate a sampler on simulations of the model itself.
+
+    Args:
+        rng_key: A random key.
+        model: A NumPyro model.
+        prior: The model's first argument.
+        *args: The model's other arguments, as for inference: observed values say which sites are
+            observed, and are replaced by simulated ones.
+        num_simulations: The number of simulations.
+        num_samples: The number of posterior draws per simulation.
+        num_particles: Particles per draw, see `sample_posterior`.
+        sampler: The sampler, see `sample_posterior`.
+        guidance: The guidance, see `sample_posterior`.
+        kernel: A function that makes a kernel of a model, to calibrate that kernel in `MCMC` in
+            place of `sample_posterior`: ``NUTS``, say. It sees all latent sites.
+        num_warmup: Warm-up of the kernel's chains.
+        num_chains: The number of the kernel's chains, run as a batch; they share the draws.
+        thinning: Keep one of so many of the kernel's draws: ranks ask for independent ones.
+        max_batch_size: How many draws are made at once by `sample_posterior`.
+        **kwargs: The model's keyword arguments.
+
+    Returns:
+        The ranks, see `Calibration`.
+
+    Raises:
+        ValueError: If nothing is observed, an observed site cannot be simulated,
+            ``num_samples`` is no multiple of ``num_chains``, or ``kernel`` is none or comes with
+            settings that it does not see; see also `sample_posterior`.
+    """
+    if num_samples % num_chains:
+        raise ValueError(
+            f"calibrate: expected num_samples to be a multiple of num_chains = {num_chains}, got "
+            f"{num_samples}."
+        )
+    if isinstance(kernel, MCMCKernel):
+        raise ValueError(
+            "calibrate: expected as kernel a function of the model, such as "
+            f"`lambda model: {type(kernel).__name__}(model, ...)`, got a kernel."
+        )
+    if kernel is not None and (num_particles, sampler, guidance) != (1, None, None):
+        raise ValueError(
+            "calibrate: num_particles, sampler and guidance are those of `sample_posterior`; give "
+            "them to the kernel, in the function that makes it."
+        )
+    bound = bind(model, (prior, *args), kwargs)
+    sites = _read_sites(bound)
+    key_simulate, key_draw, key_ties = jax.random.split(rng_key, 3)
+    arguments = split_arguments(((prior, *args), kwargs))
+    truth, data = _simulate(
+        jax.random.split(key_simulate, num_simulations), *arguments, model, sites
+    )
+    conditioned = _condition(model)
+    if kernel is None:
+        latent = read_latent(bound)
+        read_likelihood(bound, latent)  # errors before anything is compiled
+        settings = resolve_settings(latent.prior, num_particles, sampler, guidance)
+
+        def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            draws = sample_blocks(
+                key,
+                conditioned,
+                args,
+                kwargs,
+                settings,
+                num_draws=num_samples,
+                batch_size=max(max_batch_size, prod(latent.plate_sizes)),  # whole plates
+            )
+            return draws.samples
+    else:
+
+        def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            mcmc = MCMC(
+                kernel(conditioned),
+                num_warmup=num_warmup,
+                num_samples=num_samples // num_chains * thinning,
+                num_chains=num_chains,
+                chain_method=jax.vmap,  # which Gibbs takes, too
+                thinning=thinning,
+                progress_bar=False,
+            )
+            mcmc.run(key, *args, **kwargs)
+            draws = mcmc.get_samples()
+            return {name: draws[name] for name in truth}
+
+    keys = jax.random.split(key_draw, num_simulations)
+    samples = _draw(keys, data, *arguments, draw)
+    ranks = {
+        name: sbc_ranks(samples[name], truth[name], rng_key=key)
+        for name, key in zip(truth, jax.random.split(key_ties, len(truth)), strict=True)
+    }
+    distance_ranks = {
+        name: _distance_ranks(samples[name], truth[name], event_dim)
+        for name, event_dim in sites.event_dims
+    }
+    return Calibration(ranks, distance_ranks, num_samples)
+
+
+class _Sites(NamedTuple):
+    """What a trace says, all static."""
+
+    observed: tuple[str, ...]
+    event_dims: tuple[tuple[str, int], ...]
+    plate_sizes: tuple[tuple[str, int], ...]
+
+
+def _read_sites(bound: Callable[[], Any]) -> _Sites:
+    trace = handlers.trace(bound).get_trace()
+    plates = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
+    sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    observed = tuple(name for name, site in sites.items() if site["is_observed"])
+    if not observed:
+        raise ValueError(
+            "calibrate: the model has no observed site; pass its observed values, whose place "
+            "simulated ones take."
+        )
+    factors = sorted(name for name in observed if isinstance(sites[name]["fn"], dist.Unit))
+    if factors:
+        raise ValueError(
+            f"calibrate: the sites {factors} are factors, from which no data can be simulated."
+        )
+    event_dims = tuple(
+        (name, site["fn"].event_dim)
+        for name, site in sites.items()
+        if name not in observed and not is_unobserved(name, trace)
+    )
+    return _Sites(observed, event_dims, tuple(plates.items()))
+
+
+def _condition(model: Model) -> Model:
+    """Return the model with the values of its observed sites as second argument."""
+
+    def conditioned(prior: Any, data: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+        with handlers.condition(data=dict(data)):
+            return model(prior, *args, **kwargs)
+
+    return conditioned
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _simulate(
+    rng_keys: jax.Array,
+    dynamic: list[jax.Array],
+    static: StaticArguments,
+    model: Model,
+    sites: _Sites,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Draw latents and data with whole plates."""
+    args, kwargs = merge_arguments(dynamic, static)
+    whole = {name: jnp.arange(size) for name, size in sites.plate_sizes}
+
+    def simulate(key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        with fix_plates(indices=whole), handlers.seed(rng_seed=key):
+            trace = handlers.trace(handlers.uncondition(model)).get_trace(*args, **kwargs)
+        truth = {name: trace[name]["value"] for name, _ in sites.event_dims}
+        return truth, {name: trace[name]["value"] for name in sites.observed}
+
+    return jax.lax.map(simulate, rng_keys)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _draw(
+    rng_keys: jax.Array,
+    data: dict[str, jax.Array],
+    dynamic: list[jax.Array],
+    static: StaticArguments,
+    draw: Callable[..., dict[str, jax.Array]],
+) -> dict[str, jax.Array]:
+    """Draw from the posterior of one simulation after the other."""
+    (prior, *args), kwargs = merge_arguments(dynamic, static)
+
+    def draw_one(inputs: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        key, values = inputs
+        return draw(key, (prior, values, *args), kwargs)
+
+    return jax.lax.map(draw_one, (rng_keys, data))
+
+
+def _distance_ranks(samples: jax.Array, truth: jax.Array, event_dim: int) -> jax.Array:
+    """Count the draws closer than the truth to the truth of the next simulation."""
+    point = jnp.roll(truth, 1, axis=0)
+    axes = tuple(range(-event_dim, 0))
+    distances = jnp.square(samples - point[:, None]).sum(axes)
+    return sbc_ranks(distances, jnp.square(truth - point).sum(axes))

@@ -1,0 +1,23 @@
+"""Structured covariances, batched dense matrices, and solvers in the space of observations."""
+
+from numpyro_diffprior.linalg.covariances import (
+    Blocks,
+    Covariance,
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Isotropic,
+    Repeated,
+)
+from numpyro_diffprior.linalg.empirical import empirical_gaussian
+
+__all__ = [
+    "Blocks",
+    "Covariance",
+    "Dense",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Isotropic",
+    "Repeated",
+    "empirical_gaussian",
+]

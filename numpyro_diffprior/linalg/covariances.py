@@ -1,0 +1,469 @@
+r"""Structured covariances.
+
+A :class:`Covariance` acts on the last axis of its vectors: one event each, all leading axes are
+batch. Its parameters may have leading axes of their own, which broadcast against those of the
+vectors; so may the scalar arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``.
+What a noise level asks for stays within the class, at any level and for many levels at once:
+
+.. math:: \mathrm{shift}: \Sigma + v I, \qquad
+    \mathrm{harmonic}: (\Sigma^{-1} + I / v)^{-1}.
+
+A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``shift``,
+``harmonic`` and ``sqrt_matvec`` take it.
+
+References:
+    Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
+    low-rank fit).
+"""
+
+# ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import TYPE_CHECKING, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.linalg.batched import (
+    apply,
+    apply_transpose,
+    by_matrix,
+    inverse_lower,
+    matmul,
+)
+
+__all__ = [
+    "Blocks",
+    "Covariance",
+    "Dense",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Isotropic",
+    "Repeated",
+]
+
+
+class Covariance(ABC):
+    r"""A symmetric positive semi-definite matrix :math:`\Sigma`."""
+
+    if TYPE_CHECKING:  # read-only: a field in one class, a property of the shapes in the others
+
+        @property
+        def size(self) -> int:
+            """Dimension of the vectors."""
+
+    @abstractmethod
+    def matvec(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma v`, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def solve(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`\Sigma^{-1} v`, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        r"""Return :math:`L z`, where :math:`L` is square and :math:`L L^T = \Sigma`."""
+
+    @abstractmethod
+    def logdet(self) -> jax.Array:
+        r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
+
+    @abstractmethod
+    def diagonal(self) -> jax.Array:
+        """Return the variances, with shape ``(*batch, size)``."""
+
+    @abstractmethod
+    def max_eigenvalue(self) -> jax.Array:
+        """Return the largest eigenvalue or an upper bound, with shape ``(*batch,)``."""
+
+    @abstractmethod
+    def scale(self, c: ArrayLike) -> Self:
+        r"""Return :math:`c \Sigma` for :math:`c \ge 0`."""
+
+    @abstractmethod
+    def shift(self, variance: ArrayLike) -> Self:
+        r"""Return :math:`\Sigma + v I`."""
+
+    @abstractmethod
+    def harmonic(self, variance: ArrayLike) -> Self:
+        r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, what noise of variance v leaves."""
+
+    def trace(self) -> jax.Array:
+        """Return the total variance, with shape ``(*batch,)``."""
+        return self.diagonal().sum(-1)
+
+    def sandwich(self, matrix: jax.Array) -> jax.Array:
+        r"""Return :math:`A \Sigma A^T` for ``matrix`` with shape ``(*batch, m, size)``."""
+        rows = jax.vmap(self.matvec, in_axes=-2, out_axes=-2)
+        return matmul(rows(matrix), matrix.mT)
+
+    def dense(self) -> jax.Array:
+        """Return the matrix, with shape ``(*batch, size, size)``."""
+        identity = jnp.eye(self.size, dtype=self.diagonal().dtype)
+        return jax.vmap(self.matvec, out_axes=-1)(identity)
+
+    def __add__(self, other: "Covariance") -> "Covariance":
+        """Return the sum, structured where the structures allow it and :class:`Dense` otherwise.
+
+        Raises:
+            ValueError: if the sizes differ.
+        """
+        if self.size != other.size:
+            raise ValueError(
+                f"Expected two covariances of one size, got {self.size} and {other.size}."
+            )
+        return _add(self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Isotropic(Covariance):
+    r""":math:`v I`, with ``variance`` of shape ``(*batch,)``."""
+
+    variance: ArrayLike
+    size: int = field(metadata={"static": True})
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return _column(self.variance) * v
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return v / _column(self.variance)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return jnp.sqrt(_column(self.variance)) * z
+
+    def logdet(self) -> jax.Array:
+        return self.size * jnp.log(self.variance)
+
+    def diagonal(self) -> jax.Array:
+        return jnp.broadcast_to(_column(self.variance), (*jnp.shape(self.variance), self.size))
+
+    def max_eigenvalue(self) -> jax.Array:
+        return jnp.asarray(self.variance)
+
+    def scale(self, c: ArrayLike) -> "Isotropic":
+        return Isotropic(c * jnp.asarray(self.variance), self.size)
+
+    def shift(self, variance: ArrayLike) -> "Isotropic":
+        return Isotropic(jnp.add(self.variance, variance), self.size)
+
+    def harmonic(self, variance: ArrayLike) -> "Isotropic":
+        return Isotropic(_harmonic(self.variance, variance), self.size)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Diagonal(Covariance):
+    """Independent coordinates, with ``variances`` of shape ``(*batch, size)``."""
+
+    variances: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.variances.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self.variances * v
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return v / self.variances
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return jnp.sqrt(self.variances) * z
+
+    def logdet(self) -> jax.Array:
+        return jnp.log(self.variances).sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return self.variances
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self.variances.max(-1)
+
+    def scale(self, c: ArrayLike) -> "Diagonal":
+        return Diagonal(_column(c) * self.variances)
+
+    def shift(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(self.variances + _column(variance))
+
+    def harmonic(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(_harmonic(self.variances, _column(variance)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class DiagonalPlusLowRank(Covariance):
+    r""":math:`D + F F^T`: ``diag`` ``(*batch, size)`` and ``factor`` ``(*batch, size, rank)``.
+
+    Everything follows from one small Cholesky factor, :math:`C C^T = I + F^T D^{-1} F` (Woodbury).
+    With :math:`G = D^{-1/2} F` the square root is :math:`L = D^{1/2} (I + G (I + C)^{-1} G^T)`.
+    """
+
+    diag: jax.Array
+    factor: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.diag.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self.diag * v + apply(self.factor, apply_transpose(self.factor, v))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        inverse = inverse_lower(_capacitance(self.factor, 1 / self.diag))
+        inner = apply(inverse, apply_transpose(self.factor, v / self.diag))
+        inner = apply_transpose(inverse, inner)
+        return (v - apply(self.factor, inner)) / self.diag
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        # G divides by D, which is kept above sqrt(eps) of the variance: C would lose its digits.
+        info = jnp.finfo(self.factor.dtype)
+        smallest = info.eps**0.5 * jnp.square(self.factor).sum(-1) + info.tiny
+        diag = jnp.maximum(self.diag, smallest)
+        chol = _capacitance(self.factor, 1 / diag)
+        inverse = inverse_lower(chol + jnp.eye(chol.shape[-1], dtype=chol.dtype))
+        inner = apply(inverse, apply_transpose(self.factor, z / jnp.sqrt(diag)))
+        return jnp.sqrt(diag) * z + apply(self.factor, inner)
+
+    def logdet(self) -> jax.Array:
+        chol = _capacitance(self.factor, 1 / self.diag)
+        small = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
+        return jnp.log(self.diag).sum(-1) + small
+
+    def diagonal(self) -> jax.Array:
+        return self.diag + jnp.square(self.factor).sum(-1)
+
+    def max_eigenvalue(self) -> jax.Array:
+        """Return the sum of the two parts' largest eigenvalues: exact if ``diag`` is constant."""
+        gram = matmul(self.factor.mT, self.factor)
+        return self.diag.max(-1) + by_matrix(jnp.linalg.eigvalsh, gram).max(-1)
+
+    def scale(self, c: ArrayLike) -> "DiagonalPlusLowRank":
+        root = jnp.sqrt(_column(_column(c)))
+        return DiagonalPlusLowRank(_column(c) * self.diag, root * self.factor)
+
+    def shift(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+        return DiagonalPlusLowRank(self.diag + _column(variance), self.factor)
+
+    def harmonic(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+        v = _column(variance)
+        weights = 1 / (self.diag + v)
+        inverse = inverse_lower(_capacitance(self.factor, weights))
+        factor = matmul(_column(v * weights) * self.factor, inverse.mT)
+        return DiagonalPlusLowRank(_harmonic(self.diag, v), factor)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Dense(Covariance):
+    r""":math:`Q \Lambda Q^T`, with ``eigenvalues`` ``(*batch, size)`` and orthonormal columns.
+
+    In its eigenbasis the matrix is shifted, inverted and rooted without any factorisation.
+    """
+
+    eigenvalues: jax.Array
+    eigenvectors: jax.Array
+
+    @classmethod
+    def from_matrix(cls, matrix: jax.Array) -> "Dense":
+        """Decompose the symmetric part of ``matrix``; negative eigenvalues are set to zero.
+
+        Raises:
+            ValueError: if ``matrix`` is not square in its last two axes.
+        """
+        shape = jnp.shape(matrix)
+        if len(shape) < 2 or shape[-1] != shape[-2]:
+            raise ValueError(f"Expected a matrix of shape (*batch, size, size), got {shape}.")
+        eigenvalues, eigenvectors = by_matrix(jnp.linalg.eigh, jnp.asarray(matrix))
+        return cls(jnp.maximum(eigenvalues, 0), eigenvectors)
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.eigenvalues.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return apply(self.eigenvectors, self.eigenvalues * apply_transpose(self.eigenvectors, v))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return apply(self.eigenvectors, apply_transpose(self.eigenvectors, v) / self.eigenvalues)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return apply(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
+
+    def sandwich(self, matrix: jax.Array) -> jax.Array:
+        # In a loop over noise levels the first product is the same for all, and made once.
+        rotated = matmul(matrix, self.eigenvectors)
+        return matmul(rotated * self.eigenvalues[..., None, :], rotated.mT)
+
+    def logdet(self) -> jax.Array:
+        return jnp.log(self.eigenvalues).sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return apply(jnp.square(self.eigenvectors), self.eigenvalues)
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self.eigenvalues.max(-1)
+
+    def scale(self, c: ArrayLike) -> "Dense":
+        return Dense(_column(c) * self.eigenvalues, self.eigenvectors)
+
+    def shift(self, variance: ArrayLike) -> "Dense":
+        return Dense(self.eigenvalues + _column(variance), self.eigenvectors)
+
+    def harmonic(self, variance: ArrayLike) -> "Dense":
+        return Dense(_harmonic(self.eigenvalues, _column(variance)), self.eigenvectors)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Blocks(Covariance):
+    """Block diagonal: independent groups of coordinates, one per observed site, say."""
+
+    blocks: tuple[Covariance, ...]
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return sum(block.size for block in self.blocks)
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return _join([block.matvec(part) for block, part in self._parts(v)])
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return _join([block.solve(part) for block, part in self._parts(v)])
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return _join([block.sqrt_matvec(part) for block, part in self._parts(z)])
+
+    def logdet(self) -> jax.Array:
+        return reduce(jnp.add, [block.logdet() for block in self.blocks])
+
+    def diagonal(self) -> jax.Array:
+        return _join([block.diagonal() for block in self.blocks])
+
+    def max_eigenvalue(self) -> jax.Array:
+        return reduce(jnp.maximum, [block.max_eigenvalue() for block in self.blocks])
+
+    def scale(self, c: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.scale(c) for block in self.blocks))
+
+    def shift(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.shift(variance) for block in self.blocks))
+
+    def harmonic(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.harmonic(variance) for block in self.blocks))
+
+    def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
+        ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
+        return list(zip(self.blocks, jnp.split(v, ends, axis=-1), strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Repeated(Covariance):
+    """Block diagonal with blocks of one size: the elements of a plate, say.
+
+    The last leading axis of the block's parameters is that of the blocks (of length ``num``, or
+    one); a block without leading axes is the same everywhere.
+    """
+
+    block: Covariance
+    num: int = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.num * self.block.size
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self._merge(self.block.matvec(self._split(v)))
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return self._merge(self.block.solve(self._split(v)))
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return self._merge(self.block.sqrt_matvec(self._split(z)))
+
+    def logdet(self) -> jax.Array:
+        return self._spread(self.block.logdet()[..., None])[..., 0].sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        return self._merge(self._spread(self.block.diagonal()))
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self._spread(self.block.max_eigenvalue()[..., None])[..., 0].max(-1)
+
+    def scale(self, c: ArrayLike) -> "Repeated":
+        return Repeated(self.block.scale(_column(c)), self.num)
+
+    def shift(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.shift(_column(variance)), self.num)
+
+    def harmonic(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.harmonic(_column(variance)), self.num)
+
+    def _split(self, v: jax.Array) -> jax.Array:
+        return v.reshape(*v.shape[:-1], self.num, self.block.size)
+
+    def _merge(self, parts: jax.Array) -> jax.Array:
+        return parts.reshape(*parts.shape[:-2], self.size)
+
+    def _spread(self, parameter: jax.Array) -> jax.Array:
+        """Give a parameter its axis of blocks."""
+        lead = parameter.shape[:-2]
+        return jnp.broadcast_to(parameter, (*lead, self.num, parameter.shape[-1]))
+
+
+def _add(a: Covariance, b: Covariance) -> Covariance:
+    match a, b:
+        case _, Isotropic():
+            return a.shift(b.variance)
+        case Diagonal(), Diagonal():
+            return Diagonal(a.variances + b.variances)
+        case DiagonalPlusLowRank(), Diagonal():
+            return DiagonalPlusLowRank(a.diag + b.variances, a.factor)
+        case DiagonalPlusLowRank(), DiagonalPlusLowRank():
+            columns = _join([a.factor, b.factor])
+            return DiagonalPlusLowRank(a.diag + b.diag, columns)
+        case Blocks(), Diagonal():
+            return Blocks(tuple(block + Diagonal(part) for block, part in a._parts(b.variances)))
+        case Blocks(), Blocks() if [x.size for x in a.blocks] == [x.size for x in b.blocks]:
+            return Blocks(tuple(x + y for x, y in zip(a.blocks, b.blocks, strict=True)))
+        case Repeated(), Diagonal():
+            return Repeated(a.block + Diagonal(a._split(b.variances)), a.num)
+        case Repeated(), Repeated() if a.num == b.num:
+            return Repeated(a.block + b.block, a.num)
+        case (Isotropic(), _) | (Diagonal(), DiagonalPlusLowRank() | Blocks() | Repeated()):
+            return _add(b, a)
+        case _:
+            return Dense.from_matrix(a.dense() + b.dense())
+
+
+def _harmonic(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    # Variances are squares of what may be large or small: a product of two may not be a number.
+    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+    return low / (1 + low / high)
+
+
+def _column(c: ArrayLike) -> jax.Array:
+    return jnp.asarray(c)[..., None]
+
+
+def _join(parts: Sequence[jax.Array]) -> jax.Array:
+    # Parts may have different leading axes: those of their parameters.
+    batch = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    parts = [jnp.broadcast_to(part, (*batch, part.shape[-1])) for part in parts]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
+    r"""Return the Cholesky factor of :math:`I + F^T W F`."""
+    gram = matmul(factor.mT, _column(weights) * factor)
+    return by_matrix(jnp.linalg.cholesky, gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))

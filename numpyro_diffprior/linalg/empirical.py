@@ -1,0 +1,69 @@
+r"""The Gaussian summary of draws: their mean, and a structured covariance.
+
+References:
+    Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
+    low-rank fit).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.linalg.batched import matmul
+from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank, _column
+
+__all__ = ["empirical_gaussian"]
+
+
+def empirical_gaussian(
+    x: jax.Array, *, rank: int | None = None, max_dense: int = 512
+) -> tuple[jax.Array, Covariance]:
+    r"""Fit a Gaussian to draws: their mean and their (unbiased) covariance :math:`S`.
+
+    Up to ``max_dense`` dimensions the covariance is :class:`Dense`. Beyond, it is
+    :class:`DiagonalPlusLowRank`: the Nyström approximation of :math:`S` on its leading subspace,
+    found by subspace iteration without forming :math:`S`, plus the diagonal that makes the
+    variances those of the draws.
+
+    Args:
+        x: draws with shape ``(n, d)``.
+        rank: number of factors beyond ``max_dense`` dimensions (default 32).
+        max_dense: largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+
+    Returns:
+        The mean, with shape ``(d,)``, and the covariance.
+
+    Raises:
+        ValueError: if ``x`` is not ``(n, d)`` with ``n > 1``, or ``rank`` is not positive.
+    """
+    if x.ndim != 2 or x.shape[0] < 2:
+        raise ValueError(
+            f"Expected at least two draws of shape (n, d), got an array of shape {x.shape}."
+        )
+    num, size = x.shape
+    rank = min(32 if rank is None else rank, size)
+    if rank < 1:
+        raise ValueError(f"Expected a rank of at least 1, got {rank}.")
+    mean = x.mean(0)
+    centred = (x - mean) / (num - 1) ** 0.5
+    if size <= max_dense:
+        return mean, Dense.from_matrix(matmul(centred.T, centred))
+
+    def improve(_: int, basis: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matmul(centred.T, matmul(centred, basis)))[0]
+
+    # The start only has to be in general position, so a constant key will do.
+    start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
+    basis = jax.lax.fori_loop(0, 6, improve, start)
+    scores = matmul(centred, basis)
+    eigenvalues, rotation = jnp.linalg.eigh(matmul(scores.T, scores))
+    eigenvalues, rotation = eigenvalues[-rank:], rotation[:, -rank:]
+    eps = jnp.finfo(x.dtype).eps
+    positive = eigenvalues > eps * size * eigenvalues[-1]
+    roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
+    factor = matmul(centred.T, matmul(scores, rotation * roots))
+
+    # No row is left to the factors alone: that would make the solves ill-conditioned.
+    variances, explained = jnp.square(centred).sum(0), jnp.square(factor).sum(-1)
+    diag = jnp.maximum(variances - explained, eps**0.5 * variances)
+    shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
+    return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)

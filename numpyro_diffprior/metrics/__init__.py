@@ -1,0 +1,27 @@
+r"""Metrics of samples: distances between point clouds, and calibration of posterior draws."""
+
+from numpyro_diffprior.metrics.calibration import coverage, sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.metrics.frechet import frechet_distance
+from numpyro_diffprior.metrics.transport import (
+    TransportResult,
+    entropic_transport,
+    entropic_transport_cost,
+    excess_transport_cost,
+    max_sliced_wasserstein,
+    sinkhorn_divergence,
+    sliced_wasserstein,
+)
+
+__all__ = [
+    "TransportResult",
+    "coverage",
+    "entropic_transport",
+    "entropic_transport_cost",
+    "excess_transport_cost",
+    "frechet_distance",
+    "max_sliced_wasserstein",
+    "sbc_ranks",
+    "sbc_uniformity_pvalue",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+]

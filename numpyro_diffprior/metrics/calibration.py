@@ -1,0 +1,179 @@
+r"""Calibration of posterior draws against the truth that generated the data.
+
+References:
+    Talts et al., *Validating Bayesian inference algorithms with simulation-based calibration*,
+    arXiv 1804.06788.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import chi2
+
+from numpyro_diffprior.metrics.transport import (
+    TransportResult,
+    entropic_transport,
+    entropic_transport_cost,
+    excess_transport_cost,
+    max_sliced_wasserstein,
+    sinkhorn_divergence,
+    sliced_wasserstein,
+)
+
+__all__ = [
+    "TransportResult",
+    "coverage",
+    "entropic_transport",
+    "entropic_transport_cost",
+    "excess_transport_cost",
+    "max_sliced_wasserstein",
+    "sbc_ranks",
+    "sbc_uniformity_pvalue",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+]
+
+
+def coverage(
+    samples: jax.Array,
+    truth: jax.Array,
+    *,
+    levels: Sequence[float] = (0.5, 0.9),
+    where: jax.Array | None = None,
+) -> jax.Array:
+    r"""Fraction of the truth's elements inside their central credible intervals.
+
+    The bounds at level :math:`\alpha` are the draws' quantiles at :math:`(1 \mp \alpha) / 2`, with
+    the ``q``-th quantile at the :math:`q (\mathrm{draws} + 1)`-th smallest draw: unlike with the
+    usual position, exact draws then cover with probability :math:`\alpha` however few they are. A
+    level above ``(draws - 1) / (draws + 1)`` needs more draws. A draw that is NaN makes a miss.
+
+    Args:
+        samples: posterior draws with shape ``(draws, *shape)``.
+        truth: what they should cover, with shape ``shape``.
+        levels: probabilities of the intervals, between 0 and 1.
+        where: elements that count, boolean, broadcastable to ``shape``; by default all.
+            NaN results if there are none.
+
+    Returns:
+        The empirical coverage per level, with shape ``(len(levels),)``.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a level is outside (0, 1) or too high for so few
+            draws.
+    """
+    samples, truth = jnp.asarray(samples), jnp.asarray(truth)
+    if samples.ndim == 0 or samples.shape[1:] != truth.shape:
+        raise ValueError(
+            "expected samples with shape (draws, *shape) and truth with shape shape, got "
+            f"{samples.shape} and {truth.shape}"
+        )
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"expected levels between 0 and 1, got {tuple(levels)}")
+    num_draws = samples.shape[0]
+    highest = (num_draws - 1) / (num_draws + 1)
+    # the slack is for levels such as 0.9 with 19 draws, which are equal up to rounding
+    if any(level > highest + 1e-9 for level in levels):
+        raise ValueError(
+            f"expected levels up to {highest:.4g} with {num_draws} draws, got {tuple(levels)}: "
+            "take more draws or lower levels"
+        )
+    dtype = jnp.result_type(samples, float)
+    level = np.asarray(levels, dtype=np.float64)
+    lower, upper = (
+        jnp.quantile(
+            samples.astype(dtype),
+            jnp.asarray(_quantile_position(q, num_draws), dtype=dtype),
+            axis=0,
+        )
+        for q in ((1 - level) / 2, (1 + level) / 2)
+    )
+    inside = (lower <= truth) & (truth <= upper)
+    mask = None if where is None else jnp.broadcast_to(where, truth.shape)
+    axes = tuple(range(1, inside.ndim))
+    return jnp.mean(inside, axis=axes, where=mask, dtype=dtype)
+
+
+def sbc_ranks(
+    samples: jax.Array, truth: jax.Array, *, rng_key: jax.Array | None = None
+) -> jax.Array:
+    """Ranks of the truth among posterior draws, for simulation-based calibration.
+
+    Where the truth is drawn from the prior, the data from the likelihood and the draws,
+    independently, from the exact posterior, every element's ranks over simulations are uniform on
+    ``0..draws``. Draws equal to the truth count as above it, or, with a key, a random number of
+    them as below: so that ranks of discrete or constant elements are uniform too.
+
+    Args:
+        samples: posterior draws with shape ``(simulations, draws, *shape)``.
+        truth: what generated the data, with shape ``(simulations, *shape)``.
+        rng_key: a random key, to break ties with.
+
+    Returns:
+        The numbers of draws below the truth, integers with shape ``(simulations, *shape)``.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    samples, truth = jnp.asarray(samples), jnp.asarray(truth)
+    if samples.ndim < 2 or samples.shape[:1] + samples.shape[2:] != truth.shape:
+        raise ValueError(
+            "expected samples with shape (simulations, draws, *shape) and truth with shape "
+            f"(simulations, *shape), got {samples.shape} and {truth.shape}"
+        )
+    ranks = jnp.sum(samples < truth[:, None], axis=1, dtype=jnp.int32)
+    if rng_key is None:
+        return ranks
+    num_ties = jnp.sum(samples == truth[:, None], axis=1, dtype=jnp.int32)
+    return ranks + jax.random.randint(rng_key, ranks.shape, 0, num_ties + 1)
+
+
+def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 10) -> jax.Array:
+    """Chi-square p-value of the hypothesis that ranks are uniform on ``0..num_draws``.
+
+    The ranks are counted in ``num_bins`` bins of nearly equal width; expected counts allow for the
+    widths. Simulations are independent, elements of one event are not: hence one p-value per
+    element.
+    The approximation wants five or more simulations per bin.
+
+    Args:
+        ranks: integers from 0 to ``num_draws`` with shape ``(simulations, *shape)``, see
+            `sbc_ranks`.
+        num_draws: number of draws among which the ranks were taken.
+        num_bins: number of bins, from 2 to ``num_draws + 1``.
+
+    Returns:
+        The p-values, with shape ``shape``.
+
+    Raises:
+        ValueError: if the number of bins is out of range, or ranks are not integers or (where
+            that can be seen, not under ``jit``) out of range.
+    """
+    ranks = jnp.asarray(ranks)
+    if ranks.ndim == 0 or not jnp.issubdtype(ranks.dtype, jnp.integer):
+        raise ValueError(
+            "expected integer ranks with shape (simulations, *shape), got "
+            f"{ranks.dtype} with shape {ranks.shape}"
+        )
+    if not 2 <= num_bins <= num_draws + 1:
+        raise ValueError(f"expected num_bins from 2 to {num_draws + 1}, got {num_bins}")
+    if not isinstance(ranks, jax.core.Tracer) and bool(jnp.any((ranks < 0) | (ranks > num_draws))):
+        raise ValueError(
+            f"expected ranks from 0 to num_draws = {num_draws}, got {ranks.min()} to {ranks.max()}"
+        )
+    bin_of_rank = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
+    num_simulations = ranks.shape[0]
+    widths = jnp.asarray(np.bincount(bin_of_rank, minlength=num_bins), dtype=float)
+    expected = num_simulations * widths / (num_draws + 1)
+    bins = jnp.asarray(bin_of_rank)[ranks].reshape(num_simulations, -1)
+    counts = jax.vmap(functools.partial(jnp.bincount, length=num_bins), in_axes=1)(bins)
+    statistic = jnp.sum((counts - expected) ** 2 / expected, axis=-1)
+    return chi2.sf(statistic, num_bins - 1).reshape(ranks.shape[1:])
+
+
+def _quantile_position(q: np.ndarray, num_draws: int) -> np.ndarray:
+    """Argument of `jnp.quantile` that gives the ``q (num_draws + 1)``-th smallest draw."""
+    return np.clip((q * (num_draws + 1) - 1) / max(num_draws - 1, 1), 0.0, 1.0)

@@ -1,0 +1,130 @@
+r"""A multilayer perceptron over flattened events."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from numpyro_diffprior.nets.layers import (
+    Embedding,
+    Modulated,
+    layer_norm,
+    linear,
+)
+from numpyro_diffprior.nets.options import (
+    check_context_shape,
+    check_dtype,
+    check_embedding,
+    check_inputs,
+    check_rate,
+    check_sizes,
+)
+
+__all__ = ["MLP"]
+
+
+class MLP(nnx.Module):
+    """A multilayer perceptron over the flattened event.
+
+    Every hidden layer is normalised, modulated by the noise level, activated and dropped out;
+    hidden layers of equal width are joined by residual connections.
+
+    Args:
+        event_shape: Shape of one event, of any rank.
+        features: Widths of the hidden layers.
+        embedding: Width of the embedding of the noise level, an even number.
+        context_shape: Shape of one context, of any rank, or None for a network without; its
+            values should be of order one (labels one-hot).
+        dropout: Probability that a hidden unit is dropped in training.
+        param_dtype: Floating dtype of the weights and of the computation.
+        rngs: Random streams that initialise the weights.
+
+    Raises:
+        ValueError: If a width, a rate, the event's shape or the dtype is out of range.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        features: Sequence[int] = (256, 256, 256),
+        embedding: int = 64,
+        context_shape: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Initialise the weights."""
+        self.event_shape = check_sizes("event_shape", event_shape)
+        self.features = check_sizes("features", features)
+        self.embedding = check_embedding(embedding)
+        self.context_shape = check_context_shape(context_shape)
+        self.dropout = check_rate(dropout)
+        self.param_dtype = check_dtype(param_dtype)
+        size = math.prod(self.event_shape)
+        options: dict[str, Any] = {"param_dtype": self.param_dtype, "rngs": rngs}
+        widths = self.features
+        self.embed = Embedding(embedding, self.context_shape, **options)
+        self.first = linear(size, widths[0], **options)
+        # Added before the first normalisation, which would otherwise hide the magnitude of `x`.
+        self.offset = linear(embedding, widths[0], **options)
+        self.norms = nnx.List(
+            [
+                Modulated(layer_norm(width, **options), width, embedding, **options)
+                for width in widths
+            ]
+        )
+        self.hidden = nnx.List([linear(a, b, **options) for a, b in pairwise(widths)])
+        self.drop = nnx.Dropout(self.dropout)
+        self.last = linear(widths[-1], size, zero=True, **options)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments but `rngs`, fit for JSON."""
+        return {
+            "event_shape": list(self.event_shape),
+            "features": list(self.features),
+            "embedding": self.embedding,
+            "context_shape": None if self.context_shape is None else list(self.context_shape),
+            "dropout": self.dropout,
+            "param_dtype": self.param_dtype.name,
+        }
+
+    def __call__(
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Evaluate the network.
+
+        Args:
+            x: Noisy events, with shape ``(batch, *event_shape)``.
+            noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, of a network that has them.
+            rngs: Random streams, to train with dropout.
+
+        Returns:
+            An array with shape ``(batch, *event_shape)``, of the network's dtype.
+
+        Raises:
+            ValueError: If a shape is wrong.
+        """
+        x, noise = check_inputs(x, noise, self.event_shape, self.param_dtype)
+        embedded = self.embed(noise, context)
+        h = self.first(x.reshape(x.shape[0], -1)) + self.offset(embedded)
+        for i, norm in enumerate(self.norms):
+            update = nnx.silu(norm(h, embedded))
+            update = self.drop(update, deterministic=rngs is None, rngs=rngs)
+            if i == len(self.hidden):
+                return self.last(update).reshape(x.shape)
+            update = self.hidden[i](update)
+            h = h + update if h.shape == update.shape else update
+        raise AssertionError("unreachable: there is at least one hidden layer")

@@ -1,0 +1,73 @@
+"""Checks of the options and inputs of networks; each raises a `ValueError`."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+__all__ = [
+    "check_context_shape",
+    "check_dtype",
+    "check_embedding",
+    "check_inputs",
+    "check_rate",
+    "check_sizes",
+]
+
+
+def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Return positive integers as a tuple."""
+    sizes = tuple(int(value) for value in values)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
+    return sizes
+
+
+def check_embedding(embedding: int) -> int:
+    """Return the width of an embedding, a positive even number."""
+    if embedding < 2 or embedding % 2:
+        raise ValueError(f"embedding must be a positive even number, got {embedding}.")
+    return int(embedding)
+
+
+def check_context_shape(context_shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the shape of a context, or None."""
+    if context_shape is None:
+        return None
+    return check_sizes("context_shape", context_shape) if len(context_shape) else ()  # scalars
+
+
+def check_rate(dropout: float) -> float:
+    """Return a dropout rate in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a probability below one, got {dropout}.")
+    return float(dropout)
+
+
+def check_dtype(param_dtype: DTypeLike) -> np.dtype:
+    """Return a floating dtype that JAX has."""
+    dtype = jnp.dtype(param_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"param_dtype must be a floating dtype, got {dtype.name}.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"param_dtype {dtype.name} needs 64-bit JAX: set the environment variable "
+            "JAX_ENABLE_X64=1, or ask for float32."
+        )
+    return dtype
+
+
+def check_inputs(
+    x: jax.Array, noise: jax.Array, event_shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Return events and noise levels of the network's dtype, of matching shapes."""
+    if x.ndim == 0 or x.shape[1:] != event_shape:
+        raise ValueError(
+            f"Expected x with one batch axis before the event_shape {event_shape}, got shape "
+            f"{x.shape}; flatten several batch axes, and give a lone event an axis of length one."
+        )
+    if noise.shape not in ((1,), x.shape[:1]):
+        raise ValueError(f"Expected noise with shape {x.shape[:1]} or (1,), got {noise.shape}.")
+    return x.astype(dtype), noise.astype(dtype)

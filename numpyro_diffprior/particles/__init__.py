@@ -1,0 +1,1 @@
+"""Particle samplers: the twisted SMC and its conditional form."""

@@ -1,0 +1,197 @@
+r"""Conditional SMC: a Markov kernel on paths that leaves the posterior invariant.
+
+A *path* is a walk :math:`x_{\sigma_{max}}, \ldots, x_{\sigma_{min}}` of a stochastic sampler,
+which ends in the event :math:`x = D(x_{\sigma_{min}}, \sigma_{min})`. Under the prior's chain and
+the exact likelihood of :math:`x` paths have a posterior. The particles of the twisted SMC
+(`numpyro_diffprior.particles.smc`), with the retained path as one of them, move it and leave this
+posterior invariant, for any number of particles from two on. Where particles are resampled, the
+retained path finds a new past among them (ancestor sampling), so that few particles are enough for
+it to move at all noise levels.
+
+The chain of a multistep sampler remembers one denoised mean: the future of the retained path
+weighs a past by two transitions,
+
+.. math:: w^i \, p(x_s \mid x_t^i, \hat x_{prev}^i) \, p(x_r \mid x_s, \hat x_t^i),
+    \quad r < s < t.
+
+References:
+    | Andrieu, Doucet, Holenstein, *Particle Markov chain Monte Carlo methods*, JRSS B 72, 2010.
+    | Lindsten, Jordan, Schön, *Particle Gibbs with ancestor sampling*, JMLR 15, 2014, arXiv
+      1401.0604 (section 4 for chains with a memory).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.diffusion.samplers import Levels, Sampler
+from numpyro_diffprior.guidance.guidance import GuidedDenoiser
+from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.linalg.batched import einsum
+from numpyro_diffprior.particles.proposals import Cloud, propose, take
+from numpyro_diffprior.particles.system import (
+    Draws,
+    Progress,
+    Settings,
+    ancestors,
+    assess,
+    begin,
+    discard_nan,
+    finish,
+    watch,
+)
+
+__all__ = ["PathDraw", "diffuse_path", "update_path"]
+
+
+class PathDraw(NamedTuple):
+    """A path, its event and what is known of the update that led to it.
+
+    Attributes:
+        path: The events at all noise levels, with shape ``(num_steps, *batch, *event)``.
+        draws: The event and the statistics; arrays of shape ``(*batch, ...)``. The evidence is
+            that of particles of which one is retained, and not unbiased.
+        updated: The fraction of the noise levels at which the path is another than before, with
+            shape ``(*batch,)``.
+    """
+
+    path: jax.Array
+    draws: Draws
+    updated: jax.Array
+
+
+def diffuse_path(
+    rng_key: jax.Array, denoiser: Denoiser, sampler: Sampler, x: jax.Array
+) -> jax.Array:
+    """Return a path that ends near given events, by adding noise: a path to start from.
+
+    Args:
+        rng_key: A random key.
+        denoiser: The prior.
+        sampler: The sampler whose noise levels the path has.
+        x: Events, with shape ``(*batch, *event)``.
+    """
+    sigmas = sampler.sigmas(denoiser)
+    increments = jnp.sqrt(jnp.diff(sigmas[::-1] ** 2, prepend=0))
+    noise = jax.random.normal(rng_key, (sampler.num_steps, *x.shape), x.dtype)
+    return x + jnp.cumsum(einsum("t,t...->t...", increments, noise), axis=0)[::-1]
+
+
+def update_path(
+    rng_key: jax.Array,
+    denoiser: Denoiser,
+    likelihood: Likelihood,
+    settings: Settings,
+    path: jax.Array,
+) -> PathDraw:
+    """Move every event's path by conditional SMC; NumPyro-free and traceable.
+
+    Args:
+        rng_key: A random key.
+        denoiser: The prior.
+        likelihood: What was observed.
+        settings: How the particles move; at least two of them, and a stochastic sampler of one
+            evaluation per step.
+        path: The retained path, with shape ``(num_steps, *batch, *event)``.
+    """
+    posterior = settings.guidance.condition(denoiser, likelihood)
+    sampler, num_particles = settings.sampler, settings.num_particles
+    key_init, key_scan, key_last = jax.random.split(rng_key, 3)
+    batch_shape = likelihood.batch_shape
+    free = sampler.initial(key_init, denoiser, (num_particles - 1, *batch_shape))
+    x_t = jnp.concatenate([path[:1], free])
+    levels = sampler.levels(denoiser)
+    sigmas = sampler.sigmas(denoiser)
+    x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path, sigmas))
+    # Behind the last level there is no transition: whatever stands there is not looked at.
+    ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
+    futures = _Future(
+        path[1:],
+        x_hats[1:],
+        jnp.concatenate([path[2:], path[-1:]]),
+        ahead,
+        jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
+    )
+
+    def body(
+        progress: Progress, inputs: tuple[jax.Array, Levels, _Future]
+    ) -> tuple[Progress, _Moved]:
+        key, level, future = inputs
+        return _advance(key, posterior, sampler, progress, level, future)
+
+    keys = jax.random.split(key_scan, sampler.num_steps - 1)
+    start = begin(x_t, len(denoiser.event_shape))
+    (cloud, log_weight, stats), moved = jax.lax.scan(body, start, (keys, levels, futures))
+    x = denoiser(cloud.x_t, sigmas[-1])
+    log_weight = discard_nan(log_weight + likelihood.log_prob(x))
+    chosen = jax.random.categorical(key_last, log_weight, axis=0)
+
+    def trace_back(index: jax.Array, moved: _Moved) -> tuple[jax.Array, jax.Array]:
+        return take(moved.ancestor, index[None])[0], take(moved.x_s, index[None])[0]
+
+    first, rest = jax.lax.scan(trace_back, chosen, moved, reverse=True)
+    new_path = jnp.concatenate([take(x_t, first[None]), rest])
+    event_axes = tuple(range(-len(denoiser.event_shape), 0))
+    updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
+    draws = finish(stats, likelihood, x, log_weight, chosen, moved.ess)
+    return PathDraw(new_path, draws, updated.astype(x_t.dtype))
+
+
+class _Future(NamedTuple):
+    """What the retained path does next: at level s, and behind it at level r."""
+
+    x_s: jax.Array
+    x_hat_s: jax.Array
+    x_r: jax.Array
+    levels: Levels
+    goes_on: jax.Array
+
+
+class _Moved(NamedTuple):
+    """What a level leaves: the particles there, whence they came, and how many were effective."""
+
+    x_s: jax.Array
+    ancestor: jax.Array
+    ess: jax.Array
+
+
+def _advance(
+    rng_key: jax.Array,
+    posterior: GuidedDenoiser,
+    sampler: Sampler,
+    progress: Progress,
+    levels: Levels,
+    future: _Future,
+) -> tuple[Progress, _Moved]:
+    """Move all particles one level down, the first along the retained path."""
+    previous, untwisted, stats = progress
+    event_axes = tuple(range(-len(posterior.event_shape), 0))
+    key_free, key_past, key_move = jax.random.split(rng_key, 3)
+    step = propose(posterior, sampler, previous, levels)
+    mean, tau = step.proposal.mean, step.proposal.tau
+    log_weight = untwisted + step.proposal.log_twist
+
+    def log_transition(x: jax.Array, mean: jax.Array, tau: jax.Array) -> jax.Array:
+        return -0.5 * jnp.sum(((x - mean) / tau) ** 2, axis=event_axes)
+
+    x_tilde = sampler.extrapolate(future.x_hat_s, step.x_hat, future.levels)
+    mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
+    log_past = untwisted + log_transition(future.x_s, mean, tau)
+    # Without extrapolation the factor is the same for all pasts.
+    log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
+
+    degenerate, ess, stats = assess(watch(stats, step), log_weight)
+    num_free = len(log_weight) - 1
+    free = jax.random.categorical(
+        key_free, log_weight, axis=0, shape=(num_free, *degenerate.shape)
+    )
+    past = jax.random.categorical(key_past, discard_nan(log_past), axis=0)
+    index = ancestors(degenerate, jnp.concatenate([past[None], free]))
+    proposal = step.proposal.take(index)
+    x_s = proposal.draw(key_move).at[0].set(future.x_s)
+    log_weight = jnp.where(degenerate, 0, log_weight)
+    log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
+    cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
+    return Progress(cloud, log_weight, stats), _Moved(x_s, index, ess)

@@ -1,0 +1,234 @@
+r"""Proposals of the particle samplers: where particles go from one noise level to the next.
+
+The prior's chain goes to :math:`x_s = \mu + \tau \varepsilon`. A proposal shifts it towards the
+observations, and says by how much its density is off,
+
+.. math:: \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)},
+
+in closed form. Two kinds:
+
+- *Guided* (TDS): the guided mean :math:`\mu_y`, and the deviation :math:`\tau` of the prior's
+  chain.
+- *Looking ahead*: for a mean linear in :math:`x`, a closed form for :math:`V` and a matrix small
+  enough to be factored, :math:`p(y \mid x_s)` is taken for the Gaussian
+  :math:`\mathcal{N}(r; G (x_s - \mu), S)` with
+
+  .. math:: r = y - h(\hat x), \quad G = A V_s / \sigma_s^2, \quad
+      S = \Sigma_y + A V_s A^T, \quad M = S + \tau^2 G G^T,
+
+  :math:`V_s / \sigma_s^2` being a Gaussian prior's Jacobian of the denoiser. The product of the
+  chain's Gaussian and this one is the proposal, its integral :math:`\mathcal{N}(r; 0, M)` the
+  twist before the step, and by Bayes' rule
+
+  .. math:: \log \frac{p}{q} = \log \mathcal{N}(r; 0, M) - \log \mathcal{N}(r; G (x_s - \mu), S).
+
+  On a Gaussian prior the weights stay equal, but for the steps' own error. It asks for no
+  vector-Jacobian product of the network. Guided steps keep the chain's deviation where the
+  observations leave less, and each observed value then adds to the spread of the weights. But
+  they follow the network's own Jacobian, which on a curve is far from a Gaussian's.
+
+References:
+    | Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*
+      (TDS), NeurIPS 2023, arXiv 2306.17775.
+    | Doucet, Godsill, Andrieu, *On sequential Monte Carlo sampling methods for Bayesian
+      filtering*, Statistics and Computing 2000 (the proposal that looks ahead).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.diffusion.samplers import Levels, Sampler
+from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, Outlook
+from numpyro_diffprior.guidance.likelihood import gaussian_log_density
+from numpyro_diffprior.linalg.batched import Factor
+
+__all__ = ["Cloud", "Proposal", "Step", "propose", "take"]
+
+
+class Cloud(NamedTuple):
+    """Particles between two steps, with shape ``(num_particles, *batch, *event)``.
+
+    Attributes:
+        x_t: The particles.
+        x_hat: The prior's means at the level before, the memory of multistep samplers.
+        x_hat_y: The guided means there.
+    """
+
+    x_t: jax.Array
+    x_hat: jax.Array
+    x_hat_y: jax.Array
+
+
+class Proposal(ABC):
+    r"""The next level's Gaussians, of the prior's chain and of the proposal.
+
+    Attributes:
+        mean: The chain's mean :math:`\mu`, with shape ``(num_particles, *batch, *event)``.
+        tau: Its deviation, scalar.
+        log_twist: The approximate :math:`\log p(y \mid x_t)`, with shape
+            ``(num_particles, *batch)``.
+    """
+
+    mean: jax.Array
+    tau: jax.Array
+    log_twist: jax.Array
+
+    @abstractmethod
+    def take(self, index: jax.Array) -> "Proposal":
+        """Return the proposal of other particles, by index of shape ``(n, *batch)``."""
+
+    @abstractmethod
+    def draw(self, rng_key: jax.Array) -> jax.Array:
+        """Draw the next level's particles, with the shape of ``mean``."""
+
+    @abstractmethod
+    def log_ratio(self, x_s: jax.Array) -> jax.Array:
+        """Return the log-density of the chain less that of the proposal, without event's axes."""
+
+
+@dataclass(frozen=True, eq=False)
+class _GuidedProposal(Proposal):
+    r"""With :math:`\delta = (\mu_y - \mu) / \tau`, ``shift``."""
+
+    mean: jax.Array
+    tau: jax.Array
+    log_twist: jax.Array
+    shift: jax.Array
+
+    def take(self, index: jax.Array) -> "_GuidedProposal":
+        mean, log_twist, shift = (take(x, index) for x in (self.mean, self.log_twist, self.shift))
+        return _GuidedProposal(mean, self.tau, log_twist, shift)
+
+    def draw(self, rng_key: jax.Array) -> jax.Array:
+        noise = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        return self.mean + self.tau * (self.shift + noise)
+
+    def log_ratio(self, x_s: jax.Array) -> jax.Array:
+        noise = (x_s - self.mean) / self.tau - self.shift
+        axes = tuple(range(self.log_twist.ndim, x_s.ndim))
+        return -jnp.sum(self.shift * (noise + self.shift / 2), axis=axes)
+
+
+@dataclass(frozen=True, eq=False)
+class _LookingAhead(Proposal):
+    """The product of the chain's Gaussian and an outlook on the observations."""
+
+    mean: jax.Array
+    tau: jax.Array
+    log_twist: jax.Array
+    residual: jax.Array  # (num_particles, *batch, m)
+    outlook: Outlook
+    ahead: Factor  # of S
+    before: Factor  # of M
+
+    @classmethod
+    def make(cls, mean: jax.Array, tau: jax.Array, outlook: Outlook) -> "_LookingAhead":
+        ahead, spread = outlook.cov, tau**2 * outlook.spread
+        # The least that rounding asks for, in both, so that one is still the other's marginal.
+        trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
+        identity = jnp.eye(ahead.shape[-1], dtype=ahead.dtype)
+        ahead = ahead + jnp.finfo(ahead.dtype).eps * trace * identity
+        before = Factor.of(ahead + spread)
+        residual = outlook.residual
+        log_twist = gaussian_log_density(residual, before.solve(residual), before.logdet())
+        return cls(mean, tau, log_twist, residual, outlook, Factor.of(ahead), before)
+
+    def take(self, index: jax.Array) -> "_LookingAhead":
+        mean, log_twist, residual = (
+            take(x, index) for x in (self.mean, self.log_twist, self.residual)
+        )
+        return _LookingAhead(
+            mean, self.tau, log_twist, residual, self.outlook, self.ahead, self.before
+        )
+
+    def draw(self, rng_key: jax.Array) -> jax.Array:
+        """Draw from chain and outlook, and update by what was observed (Matheron's rule)."""
+        key_chain, key_outlook = jax.random.split(rng_key)
+        shape, dtype = self.residual.shape, self.residual.dtype
+        noise = self.tau * jax.random.normal(
+            key_chain, (*shape[:-1], self.outlook.event_size), dtype
+        )
+        imagined = self.outlook.matvec(noise)
+        imagined += self.ahead.sqrt_matvec(jax.random.normal(key_outlook, shape, dtype))
+        solution = self.before.solve(self.residual - imagined)
+        step = noise + self.tau**2 * self.outlook.transpose(solution)
+        return self.mean + step.reshape(self.mean.shape)
+
+    def log_ratio(self, x_s: jax.Array) -> jax.Array:
+        step = (x_s - self.mean).reshape(*self.residual.shape[:-1], -1)
+        error = self.residual - self.outlook.matvec(step)
+        log_ahead = gaussian_log_density(error, self.ahead.solve(error), self.ahead.logdet())
+        return self.log_twist - log_ahead
+
+
+class Step(NamedTuple):
+    """What a level's evaluation of the denoiser gives.
+
+    Attributes:
+        proposal: Where particles go.
+        x_hat: The prior's means, with shape ``(num_particles, *batch, *event)``.
+        x_hat_y: The guided means, likewise.
+        residual: The relative residual of guidance's solve, ``(num_particles, *batch)``.
+        num_truncated: The number of directions that guidance left out, likewise.
+    """
+
+    proposal: Proposal
+    x_hat: jax.Array
+    x_hat_y: jax.Array
+    residual: jax.Array
+    num_truncated: jax.Array
+
+
+def propose(posterior: GuidedDenoiser, sampler: Sampler, previous: Cloud, levels: Levels) -> Step:
+    """Evaluate the denoiser at ``previous.x_t``, and say where particles go from there."""
+    if posterior.looks_ahead:
+        x_hat = posterior.denoiser(previous.x_t, levels.current)
+        x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
+        mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
+        outlook = posterior.outlook(x_hat, levels.following)
+        proposal = _LookingAhead.make(mean, tau, outlook)
+        zeros = jnp.zeros_like(proposal.log_twist)
+        return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
+    guided = _mend(posterior.guide(previous.x_t, levels.current))
+    x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
+    x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
+    mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
+    mean_y, _ = sampler.transition(previous.x_t, x_tilde_y, levels)
+    shift = (mean_y - mean) / tau
+    return Step(
+        _GuidedProposal(mean, tau, guided.log_twist, shift),
+        guided.x_hat,
+        guided.x_hat_y,
+        guided.residual,
+        guided.num_truncated,
+    )
+
+
+def _mend(guided: Guided) -> Guided:
+    """Let particles whose guidance has failed walk as the prior's, twisted below the best.
+
+    Where the log-density at the denoised mean is NaN or minus infinity, that of the event may
+    still be a number. A twist may be any positive function of all particles of a system: the
+    weights of the next level are divided by it.
+    """
+    event_axes = tuple(range(guided.log_twist.ndim, guided.x_hat.ndim))
+    works = jnp.isfinite(guided.x_hat_y).all(event_axes) & jnp.isfinite(guided.log_twist)
+    largest = jnp.where(works, guided.log_twist, -jnp.inf).max(0)
+    low = jnp.where(jnp.isfinite(largest), largest - _HANDICAP, 0)
+    return guided._replace(
+        x_hat_y=jnp.where(jnp.expand_dims(works, event_axes), guided.x_hat_y, guided.x_hat),
+        log_twist=jnp.where(works, guided.log_twist, low),
+    )
+
+
+_HANDICAP = 2.0  # keeps weights within a factor of seven of each other
+
+
+def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Gather along the first axis, with an index of shape ``(n, *batch)``."""
+    index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
+    return jnp.take_along_axis(leaf, index, axis=0)

@@ -1,0 +1,188 @@
+r"""Posterior draws as arrays: guided sampling, and the twisted SMC that corrects it.
+
+One particle is plain guided sampling: a sampler walks on the posterior's denoiser (MMPS of arXiv
+2405.13712). With :math:`K > 1` particles per draw there is a sequential Monte Carlo sampler whose
+target at each noise level is the prior's chain times a *twist* :math:`\psi_t`, a moment-matched
+:math:`p(y \mid x_t)`. Its proposal :math:`q` (`numpyro_diffprior.particles.proposals`) depends on the
+observations, and the weight of a step has a closed form,
+
+.. math:: \log w_s = \log \frac{\psi_s(x_s)}{\psi_t(x_t)}
+    + \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)},
+
+and the last weight is the exact likelihood of the user's sites. Any positive twist leaves the
+limit of many particles exact; the product of mean weights is an unbiased estimate of the evidence
+:math:`p(y)` under the prior that the chain samples. Each element of a plate, and each draw of it,
+is a particle system of its own.
+
+References:
+    | Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*
+      (TDS), NeurIPS 2023, arXiv 2306.17775.
+    | Rozet et al., NeurIPS 2024, arXiv 2405.13712.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.diffusion.samplers import Levels, Sampler
+from numpyro_diffprior.guidance.guidance import GuidedDenoiser
+from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.particles.proposals import Cloud, propose, take
+from numpyro_diffprior.particles.system import (
+    Draws,
+    Progress,
+    Settings,
+    ancestors,
+    assess,
+    begin,
+    discard_nan,
+    finish,
+    systematic,
+    watch,
+)
+
+__all__ = ["draw_posterior"]
+
+
+def draw_posterior(
+    rng_key: jax.Array,
+    denoiser: Denoiser,
+    likelihood: Likelihood,
+    settings: Settings,
+    num_draws: int = 1,
+) -> Draws:
+    """Make draws for every event of a likelihood; NumPyro-free and traceable.
+
+    Args:
+        rng_key: A random key.
+        denoiser: The prior.
+        likelihood: What was observed.
+        settings: How the draws are made.
+        num_draws: The number of draws per event, made at once.
+
+    Returns:
+        Draws whose arrays have the leading shape ``(num_draws, *batch)``.
+    """
+    posterior = settings.guidance.condition(denoiser, likelihood)
+    num_systems = num_draws if settings.independent else -(-num_draws // settings.num_particles)
+    batch_shape = (num_systems, *likelihood.batch_shape)
+    key_init, key_run = jax.random.split(rng_key)
+    sampler, num_particles = settings.sampler, settings.num_particles
+    x_t = sampler.initial(key_init, denoiser, (num_particles, *batch_shape))
+    if num_particles > 1:
+        return _twisted_smc(key_run, posterior, settings, x_t, num_draws)
+    x_t = x_t[0]
+    if sampler.eta == 0:
+        x_t = x_t + _initial_shift(posterior, sampler)
+    if sampler.is_single:
+        return _walk(key_run, posterior, sampler, x_t)
+    x = sampler.run(key_run, posterior, x_t)
+    last = posterior.guide(x, sampler.sigmas(denoiser)[-1])
+    return _single_draws(posterior, sampler, x, last.residual, last.num_truncated)
+
+
+def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
+    """Return how far observations move the mean, with shape ``(*batch, *event)``.
+
+    A deterministic sampler never forgets where it started: from the prior's mean, it would end off
+    the posterior's by the shift times deviation over ``sigma_max``, however many steps it takes.
+    """
+    location = posterior.denoiser.location(posterior.likelihood.batch_shape)
+    return posterior(location, sampler.sigmas(posterior)[0]) - location
+
+
+def _walk(
+    rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
+) -> Draws:
+    """Walk the posterior's chain once per draw, and keep the worst of guidance's solves."""
+    batch_shape = x_t.shape[: x_t.ndim - len(posterior.event_shape)]
+    zeros = jnp.zeros(batch_shape, x_t.dtype)
+
+    def body(
+        carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+        inputs: tuple[jax.Array, Levels],
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], None]:
+        (x_t, x_hat_prev, residual, num_truncated), (key, levels) = carry, inputs
+        guided = posterior.guide(x_t, levels.current)
+        x_tilde = sampler.extrapolate(guided.x_hat_y, x_hat_prev, levels)
+        x_s, tau = sampler.transition(x_t, x_tilde, levels)
+        if sampler.eta > 0:
+            x_s = x_s + tau * jax.random.normal(key, x_t.shape, x_t.dtype)
+        residual = jnp.maximum(residual, guided.residual)
+        num_truncated = jnp.maximum(num_truncated, guided.num_truncated)
+        return (x_s, guided.x_hat_y, residual, num_truncated), None
+
+    levels = sampler.levels(posterior.denoiser)
+    keys = jax.random.split(rng_key, sampler.num_steps - 1)
+    start = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
+    (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, start, (keys, levels))
+    last = posterior.guide(x_t, levels.following[-1])
+    return _single_draws(
+        posterior,
+        sampler,
+        last.x_hat_y,
+        jnp.maximum(residual, last.residual),
+        jnp.maximum(num_truncated, last.num_truncated),
+    )
+
+
+def _single_draws(
+    posterior: GuidedDenoiser,
+    sampler: Sampler,
+    x: jax.Array,
+    residual: jax.Array,
+    num_truncated: jax.Array,
+) -> Draws:
+    """Return draws that were made without particles."""
+    ones = jnp.ones_like(residual)
+    return Draws(
+        x,
+        residual,
+        num_truncated,
+        ones,
+        jnp.zeros_like(num_truncated),
+        ones * jnp.nan,
+        posterior.likelihood.chi_square(x),
+        jnp.ones((*residual.shape, sampler.num_steps), residual.dtype),
+    )
+
+
+def _twisted_smc(
+    rng_key: jax.Array,
+    posterior: GuidedDenoiser,
+    settings: Settings,
+    x_t: jax.Array,
+    num_draws: int,
+) -> Draws:
+    sampler = settings.sampler
+
+    def body(progress: Progress, inputs: tuple[jax.Array, Levels]) -> tuple[Progress, jax.Array]:
+        (key, levels), (previous, log_weight, stats) = inputs, progress
+        key_resample, key_move = jax.random.split(key)
+        step = propose(posterior, sampler, previous, levels)
+        log_weight = log_weight + step.proposal.log_twist
+        degenerate, ess, stats = assess(watch(stats, step), log_weight)
+        index = ancestors(degenerate, systematic(key_resample, log_weight))
+        proposal = step.proposal.take(index)
+        x_s = proposal.draw(key_move)
+        log_weight = jnp.where(degenerate, 0, log_weight)
+        log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
+        cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
+        return Progress(cloud, log_weight, stats), ess
+
+    start = begin(x_t, len(posterior.event_shape))
+    levels = sampler.levels(posterior.denoiser)
+    keys = jax.random.split(rng_key, sampler.num_steps)
+    (cloud, log_weight, stats), ess = jax.lax.scan(body, start, (keys[1:], levels))
+    x = posterior.denoiser(cloud.x_t, levels.following[-1])
+    log_weight = discard_nan(log_weight + posterior.likelihood.log_prob(x))
+
+    def choose(chosen: jax.Array) -> Draws:
+        return finish(stats, posterior.likelihood, x, log_weight, chosen, ess)
+
+    if settings.independent:
+        return choose(jax.random.categorical(keys[0], log_weight, axis=0))
+    key_index, key_order = jax.random.split(keys[0])
+    index = jax.random.permutation(key_order, systematic(key_index, log_weight))
+    draws = jax.vmap(choose)(index)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_draws], draws)

@@ -1,0 +1,385 @@
+r"""`DiffusionPrior`: a prior given by a denoiser, as a NumPyro distribution.
+
+The distribution of :math:`x` is defined by :math:`D(x_t, \sigma) = E[x \mid x_t]`, with
+:math:`x_t = x + \sigma \varepsilon`. Draws come from a sampler
+(`numpyro_diffprior.diffusion.samplers`), and the log-density is that of the probability flow: a real density, which HMC can use.
+
+References:
+    Song et al., *Score-based generative modeling through stochastic differential equations*, ICLR
+    2021, arXiv 2011.13456 (section 4.3 and appendix D.2).
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from numpyro.distributions import Distribution, constraints
+from numpyro.distributions.util import validate_sample
+from numpyro.util import not_jax_tracer
+
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.serialization import load_denoiser, save_denoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.diffusion.probability_flow import flow_log_prob
+from numpyro_diffprior.diffusion.samplers import MultistepSDE, Sampler
+
+__all__ = ["DiffusionPrior"]
+
+_MAX_EXACT = 64  # elements of an event up to which the exact divergence is cheap
+_NUM_PROBES = 16
+
+
+class DiffusionPrior(Distribution):
+    r"""The distribution over events that a denoiser defines.
+
+    A prior has no batch shape of its own: plates and ``expand`` repeat it; one that is conditioned
+    (`condition`) has that of its contexts. It is a pytree whose leaves are the denoiser's arrays,
+    so that functions compiled for one prior run with the new weights of another; sampler and
+    limits are static.
+
+    `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
+    The same key gives the same draws; with another ``max_batch_size`` they are other draws.
+
+    The elements of an event should share a unit, whatever it is (standardise columns of a
+    catalogue): draws end at the denoiser's ``sigma_min``, a thousandth of the elements'
+    root-mean-square deviation, and elements that vary by less than ten times that come out too
+    narrow. Draws have the bias of the sampler, which more steps make smaller. `log_prob` is the
+    density of the probability flow, smoothed by noise of the denoiser's ``sigma_min``; it is
+    differentiable at the cost of some ten evaluations of the denoiser's Jacobian. Where an event
+    cannot be integrated it is NaN, which NUTS takes for a divergence.
+
+    Args:
+        denoiser: The denoiser, of events of any shape.
+        sampler: How draws are made, and by default how posterior draws are.
+        num_probes: The number of Hutchinson probes for the divergence in `log_prob`, the same for
+            all calls. By default the divergence is exact up to 64 elements, and estimated with 16
+            probes beyond; it is exact for as many probes as an event has elements, or more.
+        max_batch_size: The number of events that are worked on at once.
+        validate_args: Whether to check the values that `log_prob` gets.
+
+    Raises:
+        ValueError: If an argument is of the wrong type or out of its range, if the denoiser's mean
+            and covariance differ in size or are not finite, or if it is not of floating type.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_diffprior.denoisers.denoiser import GaussianDenoiser
+        >>> prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(3), jnp.eye(3)))
+        >>> prior.sample(jax.random.key(0), (5,)).shape
+        (5, 3)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    pytree_data_fields = ("denoiser",)
+    pytree_aux_fields = ("sampler", "num_probes", "max_batch_size")
+
+    denoiser: Denoiser
+    sampler: Sampler
+    num_probes: int | None
+    max_batch_size: int
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        sampler: Sampler = MultistepSDE(),
+        num_probes: int | None = None,
+        max_batch_size: int = 1024,
+        validate_args: bool | None = None,
+    ) -> None:
+        # JAX rebuilds pytrees without __init__, so that placeholders never get here.
+        _check_denoiser(denoiser)
+        _check_sampler(sampler)
+        _check_positive("num_probes", 1 if num_probes is None else num_probes)
+        _check_positive("max_batch_size", max_batch_size)
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.num_probes = num_probes
+        self.max_batch_size = max_batch_size
+        batch_shape = denoiser.batch_shape if isinstance(denoiser, ConditionedDenoiser) else ()
+        super().__init__(batch_shape, denoiser.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        """All real events."""
+        if self.event_dim == 0:
+            return constraints.real
+        return constraints.independent(constraints.real, self.event_dim)
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean of the denoiser's Gaussian summary.
+
+        Exact for analytic denoisers, and as good as the fit for learned ones.
+        """
+        return self._repeat(self.denoiser.mean)
+
+    @property
+    def variance(self) -> jax.Array:
+        """The variances of the denoiser's Gaussian summary."""
+        return self._repeat(self.denoiser.cov.diagonal().reshape(jnp.shape(self.denoiser.mean)))
+
+    def condition(self, context: ArrayLike) -> "DiffusionPrior":
+        """Return the prior given a context, of a denoiser whose network has a ``context_shape``.
+
+        A model says what belongs to an element of a plate, and passes it by `numpyro.subsample`.
+        A context may be another site of the model, which must then have a kernel of its own, NUTS
+        say, that asks for `log_prob` (do not `mask_priors`): sites with diffusion priors are drawn
+        together only where these do not depend on each other.
+
+        Args:
+            context: Contexts, with shape ``(*batch, *context_shape)``; ``batch`` is the batch
+                shape of the prior returned.
+
+        Raises:
+            ValueError: If the prior's network has no contexts, or those of another shape.
+
+        Example:
+            >>> import jax.numpy as jnp, numpyro
+            >>> from flax import nnx
+            >>> from numpyro_diffprior import MLP, NetworkDenoiser
+            >>> net = MLP((2,), context_shape=(3,), rngs=nnx.Rngs(0))
+            >>> prior = DiffusionPrior(NetworkDenoiser(net))
+            >>> def model(prior, label):
+            ...     with numpyro.plate("events", len(label)):
+            ...         label = numpyro.subsample(label, event_dim=1)
+            ...         return numpyro.sample("x", prior.condition(label))
+            >>> prior.condition(jnp.eye(3)).batch_shape
+            (3,)
+        """
+        return self.replace_denoiser(ConditionedDenoiser(self.denoiser, context))
+
+    def replace_denoiser(self, denoiser: Denoiser) -> "DiffusionPrior":
+        """Return a prior with another denoiser, and sampler and limits as they are."""
+        return DiffusionPrior(
+            denoiser,
+            sampler=self.sampler,
+            num_probes=self.num_probes,
+            max_batch_size=self.max_batch_size,
+            validate_args=self._validate_args,
+        )
+
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        """Draw independent events, with shape ``(*sample_shape, *batch, *event)``."""
+        shape = (*sample_shape, *self.batch_shape)
+        return _sample(key, self.denoiser, self.sampler, shape, self.max_batch_size)
+
+    @validate_sample
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        """Return the log-density of events by the probability flow.
+
+        Args:
+            value: Events, with shape ``(*batch, *event)``.
+            intermediates: Not used.
+
+        Returns:
+            Log-densities, with shape ``(*batch,)``.
+
+        Raises:
+            ValueError: If the last axes of ``value`` are not an event's.
+        """
+        x, size = self._events(value), prod(self.event_shape)
+        batch_shape = jnp.broadcast_shapes(x.shape[: x.ndim - self.event_dim], self.batch_shape)
+        x = jnp.broadcast_to(x, (*batch_shape, *self.event_shape))
+        default = size if size <= _MAX_EXACT else _NUM_PROBES
+        num_probes = default if self.num_probes is None else self.num_probes
+        exact = num_probes >= size
+        return _log_prob(self.denoiser, x, None if exact else num_probes, self.max_batch_size)
+
+    def denoise(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
+        r"""Return :math:`E[x \mid x_t]`.
+
+        Args:
+            x_t: Noisy events, with shape ``(*batch, *event)``.
+            sigma: Noise levels, broadcastable to shape ``(*batch,)``.
+
+        Raises:
+            ValueError: If the last axes of ``x_t`` are not an event's.
+        """
+        return self.denoiser(self._events(x_t), jnp.asarray(sigma, self.denoiser.dtype))
+
+    def score(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
+        r"""Return :math:`\nabla_{x_t} \log p(x_t)`, the score of the prior with noise.
+
+        Args:
+            x_t: Noisy events, with shape ``(*batch, *event)``.
+            sigma: Noise levels, broadcastable to shape ``(*batch,)``.
+
+        Raises:
+            ValueError: If the last axes of ``x_t`` are not an event's.
+        """
+        return self.denoiser.score(self._events(x_t), jnp.asarray(sigma, self.denoiser.dtype))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the denoiser to a safetensors file; see `save_denoiser`.
+
+        The sampler and the other options are not stored: they belong to a use of the prior, and
+        `load` takes them again.
+        """
+        save_denoiser(path, self.denoiser)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        networks: Mapping[str, Callable[..., nnx.Module]] | None = None,
+        sampler: Sampler = MultistepSDE(),
+        num_probes: int | None = None,
+        max_batch_size: int = 1024,
+        validate_args: bool | None = None,
+    ) -> Self:
+        """Read a prior from a file of `save` or `save_denoiser`; see `load_denoiser`.
+
+        Args:
+            path: The file.
+            networks: Networks of your own by the name of their class.
+            sampler: See `DiffusionPrior`, as for the arguments that follow.
+            num_probes: See `DiffusionPrior`.
+            max_batch_size: See `DiffusionPrior`.
+            validate_args: See `DiffusionPrior`.
+        """
+        return cls(
+            load_denoiser(path, networks=networks),
+            sampler=sampler,
+            num_probes=num_probes,
+            max_batch_size=max_batch_size,
+            validate_args=validate_args,
+        )
+
+    def _repeat(self, x: jax.Array) -> jax.Array:
+        """Repeat for all contexts."""
+        return jnp.broadcast_to(x, (*self.batch_shape, *jnp.shape(x)))
+
+    def _events(self, x: ArrayLike) -> jax.Array:
+        shape = jnp.shape(x)
+        if shape[max(len(shape) - self.event_dim, 0) :] != self.event_shape:
+            raise ValueError(
+                f"DiffusionPrior: expected events of shape {self.event_shape} in the last axes, "
+                f"got an array of shape {shape}; reshape it to (*batch, *event_shape)."
+            )
+        return jnp.asarray(x, self.denoiser.dtype)
+
+
+# Compiled here: called eagerly, their loops would be compiled anew at every call.
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _sample(
+    rng_key: jax.Array,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    batch_shape: tuple[int, ...],
+    max_batch_size: int,
+) -> jax.Array:
+    num = prod(batch_shape)
+    if num == 0:
+        return jnp.zeros((*batch_shape, *denoiser.event_shape), denoiser.dtype)
+    num_chunks, size = _chunks(num, max_batch_size)
+    if num_chunks == 1:
+        return sampler.sample(rng_key, denoiser, batch_shape)
+
+    def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        key, contexts = inputs
+        return sampler.sample(key, denoiser.at(contexts), (size,))
+
+    contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
+    draws = jax.lax.map(chunk, (jax.random.split(rng_key, num_chunks), contexts))
+    draws = draws.reshape(num_chunks * size, *denoiser.event_shape)[:num]
+    return draws.reshape(*batch_shape, *denoiser.event_shape)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _log_prob(
+    denoiser: Denoiser, x: jax.Array, num_probes: int | None, max_batch_size: int
+) -> jax.Array:
+    event_shape = denoiser.event_shape
+    batch_shape = x.shape[: x.ndim - len(event_shape)]
+    num = prod(batch_shape)
+    if num == 0:
+        return jnp.zeros(batch_shape, x.dtype)
+    num_chunks, size = _chunks(num, max_batch_size)
+    if num_chunks == 1:
+        return flow_log_prob(denoiser, x, num_probes=num_probes)
+
+    # Checkpointed: the gradient keeps the intermediate values of one chunk, not of all.
+    @jax.checkpoint
+    def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        x, contexts = inputs
+        return flow_log_prob(denoiser.at(contexts), x, num_probes=num_probes)
+
+    x = x.reshape(num, *event_shape)
+    contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
+    log_probs = jax.lax.map(chunk, (_cut(x, num_chunks, size), contexts))
+    return log_probs.reshape(-1)[:num].reshape(batch_shape)
+
+
+def _chunks(num: int, max_batch_size: int) -> tuple[int, int]:
+    """Return number and size of the fewest chunks, as even as can be."""
+    num_chunks = -(-num // max_batch_size)
+    return num_chunks, -(-num // num_chunks)
+
+
+def _cut(x: jax.Array | None, num_chunks: int, size: int) -> jax.Array | None:
+    """Cut into chunks, filled up with elements that are there, which are known to be finite."""
+    if x is None:
+        return None
+    x = jnp.concatenate([x, x[: num_chunks * size - len(x)]])
+    return x.reshape(num_chunks, size, *x.shape[1:])
+
+
+def _check_denoiser(denoiser: Denoiser) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(
+            f"DiffusionPrior: expected a Denoiser, got {type(denoiser).__name__}; wrap a network "
+            "as NetworkDenoiser(net), a mean and a covariance as GaussianDenoiser(mean, cov)."
+        )
+    if not jnp.issubdtype(denoiser.dtype, jnp.floating):
+        raise ValueError(
+            f"DiffusionPrior: expected a denoiser of floating type, got {denoiser.dtype}; convert "
+            "its mean and covariance."
+        )
+    if denoiser.cov.size != denoiser.event_size:
+        raise ValueError(
+            f"DiffusionPrior: events of shape {denoiser.event_shape} need a covariance of size "
+            f"{denoiser.event_size}, got one of size {denoiser.cov.size}; fit mean and covariance "
+            "to the same flattened events."
+        )
+    with jax.ensure_compile_time_eval():  # also where a model builds its prior inside jit
+        finite = jnp.all(jnp.isfinite(denoiser.mean))
+        scale = denoiser.scale
+        positive = jnp.all((scale > 0) & jnp.isfinite(scale))
+    if not_jax_tracer(finite) and not finite:
+        raise ValueError(
+            "DiffusionPrior: expected a finite mean, got NaN or infinity; look for them in the "
+            "data that the mean was fitted to."
+        )
+    if not_jax_tracer(positive) and not positive:
+        raise ValueError(
+            "DiffusionPrior: expected a covariance with positive and finite total variance, got a "
+            f"scale of {scale}; it sets the noise levels, so give the prior some width."
+        )
+
+
+def _check_sampler(sampler: Sampler) -> None:
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"DiffusionPrior: expected an instance of Sampler, got {sampler!r}; pass an object "
+            "such as MultistepSDE(num_steps=64)."
+        )
+    try:
+        hash(sampler)
+    except TypeError as error:
+        raise ValueError(
+            f"DiffusionPrior: expected a hashable sampler, for it is static under jit, got "
+            f"{sampler}; give it Python numbers instead of arrays."
+        ) from error
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"DiffusionPrior: expected {name} to be a positive int, got {value!r}.")

@@ -1,0 +1,1 @@
+"""From a NumPyro model to its latent sites and their likelihood."""

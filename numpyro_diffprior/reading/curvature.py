@@ -1,0 +1,214 @@
+r"""Gaussian pseudo-observations: what a log-density says where there are no moments to match.
+
+Around parameters :math:`\theta` a log-density with gradient :math:`g` and curvature :math:`-H`
+is that of a Gaussian observation of :math:`\theta`,
+
+.. math:: \theta + H^{-1} g \sim \mathcal{N}(\theta, H^{-1}),
+
+made anew wherever the latent is. Guidance by it is :math:`(I + V H)^{-1} V g` in the space of
+:math:`\theta`. Where the log-density is not concave, the curvature of a direction :math:`u` is
+:math:`(u^T g)^2`: what is known of it then moves the direction by no more than a unit of its
+log-density. Student's and Cauchy's distributions are taken for scale mixtures of Gaussians at the
+residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`. A normal distribution whose scale
+depends on the latent is observed twice, its location by the value and the logarithm of its scale
+by the squared residual, with Fisher's information for a curvature: :math:`1 / s^2` and 2. A
+mixture (or a zero-inflated count) is observed once for each component, with its variance over
+the probability :math:`r_k` that the value is the component's: :math:`H_k = r_k / s_k^2`.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from numpyro_diffprior.linalg.batched import apply, apply_transpose, eigh
+from numpyro_diffprior.reading.moments import gaussian_moments
+from numpyro_diffprior.reading.unwrap import unwrap
+
+__all__ = ["PseudoObservation", "from_log_prob", "pseudo_observe"]
+
+
+class PseudoObservation(NamedTuple):
+    """A Gaussian observation of parameters, equivalent up to second order.
+
+    Attributes:
+        theta: The parameters, with shape ``(*batch, p)``.
+        y: What was observed of them, likewise.
+        variances: The variances of the noise, likewise.
+        directions: Its directions, in columns, with shape ``(*batch, p, p)``; None where they are
+            the axes.
+    """
+
+    theta: jax.Array
+    y: jax.Array
+    variances: jax.Array
+    directions: jax.Array | None
+
+
+def pseudo_observe(
+    fn: dist.Distribution,
+    batch_shape: tuple[int, ...],
+    value: jax.Array,
+    depends: Sequence[bool],
+) -> PseudoObservation:
+    """Return the pseudo-observation of those parameters that depend on the latent.
+
+    Args:
+        fn: A distribution, unwrapped.
+        batch_shape: The shape of its elements, of which each is observed on its own.
+        value: The observed values, with shape ``batch_shape + fn.event_shape``.
+        depends: Which of the distribution's leaves depend on the latent.
+    """
+    leaves, treedef = jax.tree.flatten(fn)
+    chosen = [i for i, marked in enumerate(depends) if marked]
+    own_shapes = [jnp.shape(leaves[i])[len(fn.batch_shape) :] for i in chosen]
+    parts = [
+        jnp.broadcast_to(leaves[i], (*batch_shape, *own)).reshape(*batch_shape, prod(own))
+        for i, own in zip(chosen, own_shapes, strict=True)
+    ]
+    theta = jnp.concatenate(parts, axis=-1)
+    if _is_heteroscedastic(fn, depends):
+        return _location_and_scale(fn, batch_shape, value)
+    if (by_component := _by_component(fn, batch_shape, value, depends)) is not None:
+        return by_component
+    is_scale_mixture = isinstance(fn, dist.StudentT | dist.Cauchy | dist.MultivariateStudentT)
+    if is_scale_mixture and all(leaves[i] is fn.loc for i in chosen):
+        return _scale_mixture(fn, theta, value)
+    ends = [sum(map(prod, own_shapes[: i + 1])) for i in range(len(chosen) - 1)]
+
+    def log_prob(theta: jax.Array) -> jax.Array:
+        replaced = list(leaves)
+        for i, own, part in zip(chosen, own_shapes, jnp.split(theta, ends, -1), strict=True):
+            replaced[i] = part.reshape(*batch_shape, *own)
+        return jax.tree.unflatten(treedef, replaced).log_prob(value)
+
+    return from_log_prob(log_prob, theta)
+
+
+def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
+    """Whether it is a normal distribution whose scale is among the leaves that depend."""
+    if not isinstance(fn, dist.Normal):
+        return False
+    leaves = jax.tree.leaves(fn)
+    return any(marked and leaf is fn.scale for leaf, marked in zip(leaves, depends, strict=True))
+
+
+def from_log_prob(
+    log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
+) -> PseudoObservation:
+    """Return the pseudo-observation of parameters by a log-density.
+
+    Args:
+        log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, each on its own.
+        theta: The parameters.
+    """
+    gradient, hessian = _derivatives(log_prob, theta)
+    curvature, directions = eigh(-(hessian + hessian.mT) / 2)
+    along = apply_transpose(directions, gradient)
+    eps = jnp.finfo(theta.dtype).eps
+    rounding = eps * theta.shape[-1] * jnp.abs(curvature).max(-1, keepdims=True)
+    curvature = jnp.where(curvature > rounding, curvature, along**2)
+    # What rounding leaves of a direction of which nothing is known would drown the others.
+    known = curvature > rounding
+    along = jnp.where(known, along, 0)
+    curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
+    y = theta + apply(directions, along / curvature)
+    return PseudoObservation(theta, y, 1 / curvature, directions)
+
+
+def _derivatives(
+    log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return gradients, and matrices of second derivatives of each element."""
+    gradient = jax.grad(lambda theta: log_prob(theta).sum())
+    basis = jnp.eye(theta.shape[-1], dtype=theta.dtype)
+
+    def column(e: jax.Array) -> jax.Array:
+        return jax.jvp(gradient, (theta,), (jnp.broadcast_to(e, theta.shape),))[1]
+
+    return gradient(theta), jax.vmap(column, out_axes=-1)(basis)
+
+
+def _scale_mixture(
+    fn: dist.StudentT | dist.Cauchy | dist.MultivariateStudentT,
+    theta: jax.Array,
+    value: jax.Array,
+) -> PseudoObservation:
+    if isinstance(fn, dist.MultivariateStudentT):
+        size = theta.shape[-1]
+        matrix = jnp.broadcast_to(fn.covariance_matrix, (*theta.shape, size))
+        variances, directions = eigh(matrix)
+        along = apply_transpose(directions, value - theta)
+        square = jnp.sum(along**2 / variances, axis=-1, keepdims=True)
+        df = jnp.expand_dims(fn.df, -1)
+        factor = (df + square) / (df + size)
+        return PseudoObservation(theta, value, variances * factor, directions)
+    df = fn.df if isinstance(fn, dist.StudentT) else jnp.ones(())
+    variance = (df * fn.scale**2 + (value - theta[..., 0]) ** 2) / (df + 1)
+    return PseudoObservation(theta, value[..., None], variance[..., None], None)
+
+
+def _location_and_scale(
+    fn: dist.Normal, batch_shape: tuple[int, ...], value: jax.Array
+) -> PseudoObservation:
+    loc, scale = (jnp.broadcast_to(leaf, batch_shape) for leaf in (fn.loc, fn.scale))
+    log_scale = jnp.log(scale)
+    # Beyond three deviations it is the location that is wrong rather than the scale.
+    excess = (jnp.minimum(((value - loc) / scale) ** 2, 9) - 1) / 2
+    theta, y, variances = (
+        jnp.stack(pair, axis=-1)
+        for pair in (
+            (loc, log_scale),
+            (value, log_scale + excess),
+            (scale**2, jnp.full_like(scale, 0.5)),
+        )
+    )
+    return PseudoObservation(theta, y, variances, None)
+
+
+def _by_component(
+    fn: dist.Distribution, batch_shape: tuple[int, ...], value: jax.Array, depends: Sequence[bool]
+) -> PseudoObservation | None:
+    """Observe the components of a mixture, where their means tell of the latent.
+
+    None where weights depend on it, or the scale of a normal component.
+    """
+    match fn:
+        case dist.MixtureSameFamily():
+            components, weights = [fn.component_distribution], fn.mixing_distribution
+        case dist.MixtureGeneral():
+            components, weights = fn.component_distributions, fn.mixing_distribution
+        case dist.ZeroInflatedProbs():
+            components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
+        case _:
+            return None
+    parts = [unwrap(component).fn for component in components]
+    scales = [part.scale for part in parts if isinstance(part, dist.Normal)]
+    beyond = jax.tree.leaves((weights, scales))
+    marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]
+    if fn.event_shape or any(leaf is other for leaf in marked for other in beyond):
+        return None
+    moments = [gaussian_moments(component) for component in components]
+    known = [m for m in moments if m is not None and not m.full and m.transform is None]
+    if len(known) < len(moments):
+        return None
+    if isinstance(fn, dist.ZeroInflatedProbs):
+        log_joint = jnp.log1p(-fn.gate) + fn.base_dist.log_prob(value)
+        log_joint, mean, variance = (
+            jnp.expand_dims(v, -1) for v in (log_joint, known[0].mean, known[0].cov)
+        )
+    else:
+        log_joint = fn.component_log_probs(value)
+        mean, variance = (
+            v[0] if len(components) == 1 else jnp.stack(v, axis=-1)
+            for v in ([m.mean for m in known], [m.cov for m in known])
+        )
+    probability = jnp.exp(log_joint - fn.log_prob(value)[..., None])
+    # A component that is all but excluded tells nothing, but is not divided by zero.
+    variance = variance / jnp.maximum(probability, jnp.finfo(mean.dtype).eps)
+    shape = (*batch_shape, mean.shape[-1])
+    mean, y, variance = (jnp.broadcast_to(v, shape) for v in (mean, value[..., None], variance))
+    return PseudoObservation(mean, y.astype(mean.dtype), variance, None)
