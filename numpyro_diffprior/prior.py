@@ -2,7 +2,8 @@ r"""`DiffusionPrior`: a prior given by a denoiser, as a NumPyro distribution.
 
 The distribution of :math:`x` is defined by :math:`D(x_t, \sigma) = E[x \mid x_t]`, with
 :math:`x_t = x + \sigma \varepsilon`. Draws come from a sampler
-(`numpyro_diffprior.diffusion.samplers`), and the log-density is that of the probability flow: a real density, which HMC can use.
+(`numpyro_diffprior.diffusion.samplers`), and the log-density is that of the probability flow: a
+real density, which HMC can use.
 
 References:
     Song et al., *Score-based generative modeling through stochastic differential equations*, ICLR

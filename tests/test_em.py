@@ -7,10 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_diffprior import em as em_module
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import DDIM, MultistepSDE
+from numpyro_diffprior.em import em as em_module
 from numpyro_diffprior.em.em import EM
 from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.metrics.transport import sliced_wasserstein

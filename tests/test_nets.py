@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_diffprior import net_layers
 from numpyro_diffprior.nets import NETWORKS
+from numpyro_diffprior.nets import layers as net_layers
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 

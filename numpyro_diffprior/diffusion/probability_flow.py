@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -165,6 +164,8 @@ class _Flow:
         self, field: Callable, start: Any, rtol: float, max_steps: int
     ) -> tuple[Any, jax.Array]:
         """Return the state at the highest noise level, and whether it was reached."""
+        import diffrax  # slow to import
+
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),

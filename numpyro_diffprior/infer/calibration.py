@@ -15,13 +15,12 @@ References:
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import xarray as xr
 from numpyro import handlers
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
@@ -36,6 +35,9 @@ from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.latent import read_latent
 from numpyro_diffprior.reading.likelihood import read_likelihood
 from numpyro_diffprior.reading.tracing import Model, bind, fix_plates, is_unobserved
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -84,12 +86,14 @@ class Calibration(NamedTuple):
         # Of NumPy, which ArviZ sorts in place.
         return {name: np.array(self._transform(rank)) for name, rank in self.ranks.items()}
 
-    def to_datatree(self) -> xr.DataTree:
+    def to_datatree(self) -> "xr.DataTree":
         """Return the group ``prior_sbc`` that ArviZ's ``plot_ecdf_pit`` takes and simuk makes.
 
         Its values are `pit`, by site, and those of ``{site}_distance``; its dimensions are
         ``chain`` (one), ``draw`` (the simulations) and a site's own.
         """
+        import xarray as xr  # slow to import
+
         data: dict[str, Any] = {**self.pit()}
         for name, rank in self.distance_ranks.items():
             data[f"{name}_distance"] = self._transform(rank)

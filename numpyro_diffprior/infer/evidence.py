@@ -1,8 +1,8 @@
 r"""Evidence: how probable a prior makes the observations.
 
 The twisted SMC (`numpyro_diffprior.particles.smc`) estimates :math:`p(y)` of every event without
-bias, under the prior that the sampler draws. Independent estimates are averaged; their spread gives
-the error. The logarithm of an average is too low on average, by half of its squared error.
+bias, under the prior that the sampler draws. Independent estimates are averaged; their spread
+gives the error. The logarithm of an average is too low on average, by half of its squared error.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.arguments import replicate_arguments
@@ -57,6 +56,7 @@ class LogEvidence(NamedTuple):
         the estimates' own error (`total_standard_error`) comes on top.
         """
         import arviz as az  # slow to import, and loud before 1.0
+        import xarray as xr
 
         value = np.asarray(self.value, float).ravel()
         pointwise = xr.DataArray(value, dims="event", name="loo_i")

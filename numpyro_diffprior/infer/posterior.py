@@ -1,7 +1,7 @@
 """Posterior draws of a NumPyro model's diffusion site.
 
-The model's trace gives the likelihood (`numpyro_diffprior.reading`), guided sampling or the twisted
-SMC the draws (`numpyro_diffprior.particles.smc`), in compiled blocks of bounded size.
+The model's trace gives the likelihood (`numpyro_diffprior.reading`), guided sampling or the
+twisted SMC the draws (`numpyro_diffprior.particles.smc`), in compiled blocks of bounded size.
 """
 
 import warnings

@@ -13,28 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import chi2
 
-from numpyro_diffprior.metrics.transport import (
-    TransportResult,
-    entropic_transport,
-    entropic_transport_cost,
-    excess_transport_cost,
-    max_sliced_wasserstein,
-    sinkhorn_divergence,
-    sliced_wasserstein,
-)
-
-__all__ = [
-    "TransportResult",
-    "coverage",
-    "entropic_transport",
-    "entropic_transport_cost",
-    "excess_transport_cost",
-    "max_sliced_wasserstein",
-    "sbc_ranks",
-    "sbc_uniformity_pvalue",
-    "sinkhorn_divergence",
-    "sliced_wasserstein",
-]
+__all__ = ["coverage", "sbc_ranks", "sbc_uniformity_pvalue"]
 
 
 def coverage(

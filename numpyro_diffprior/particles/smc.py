@@ -3,8 +3,8 @@ r"""Posterior draws as arrays: guided sampling, and the twisted SMC that correct
 One particle is plain guided sampling: a sampler walks on the posterior's denoiser (MMPS of arXiv
 2405.13712). With :math:`K > 1` particles per draw there is a sequential Monte Carlo sampler whose
 target at each noise level is the prior's chain times a *twist* :math:`\psi_t`, a moment-matched
-:math:`p(y \mid x_t)`. Its proposal :math:`q` (`numpyro_diffprior.particles.proposals`) depends on the
-observations, and the weight of a step has a closed form,
+:math:`p(y \mid x_t)`. Its proposal :math:`q` (`numpyro_diffprior.particles.proposals`) depends on
+the observations, and the weight of a step has a closed form,
 
 .. math:: \log w_s = \log \frac{\psi_s(x_s)}{\psi_t(x_t)}
     + \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)},
