@@ -22,8 +22,9 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.infer.blocks import sample_blocks
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.reading.reader import read
 
 SIZE = 64
 EMBEDDING = 64
@@ -57,21 +58,25 @@ def our_functions(rng_key, args):
     key_data, key_net, key_em, key_draw = jax.random.split(rng_key, 4)
     data = digits.make_data(key_data, 0.5, args.num_images)
     optimizer = digits.make_optimizer(1e-3)
+    num_in_memory = args.batch_size * args.num_particles
     em = ndp.EM(
-        digits.model, optimizer, batch_size=args.batch_size, num_particles=args.num_particles
+        digits.model,
+        optimizer,
+        e_step=ndp.EStep(num_particles=args.num_particles, batch_size=num_in_memory),
+        m_step=ndp.MStep(batch_size=args.batch_size),
     )
     state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)
     prior, mask, y = state.prior, data.mask, data.y
     sampler = ndp.samplers.MultistepSDE(args.num_steps)
-    e_step = resolve_settings(prior, em.num_particles, sampler, em.guidance)
+    e_step = em.e_step.settings(sampler)
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
-    plain = resolve_settings(prior, 1, ndp.samplers.DDPM(args.num_steps), one_step)
+    plain = resolve_settings(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
 
     def draw(settings, mask, y):
-        return sample_blocks(
-            key_draw, digits.model, (prior, mask, y), {}, settings,
-            num_draws=1, batch_size=args.batch_size,
-        ).samples["x"]  # fmt: skip
+        options = {"num_draws": 1, "batch_size": args.batch_size * settings.num_particles}
+        size = block_size(settings.num_particles, **options)
+        found = read(digits.model, (prior, mask, y), {}, block_size=size)
+        return sample_blocks(key_draw, found, settings, **options).samples["x"]
 
     x = jnp.zeros((args.num_particles * args.batch_size, 8, 8))
     jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)
@@ -85,7 +90,7 @@ def our_functions(rng_key, args):
         "forward and vjp": lambda: [jitted_vjp(prior, x) for _ in evaluations],
         "SGD": lambda: train(
             key_draw,
-            state.training,
+            state.training["prior"],
             data.clean,
             optimizer,
             num_steps=NUM_SGD_STEPS,

@@ -52,7 +52,9 @@ def refit(rng_key, prior, data, sampler, args):
 def main(args):
     key_data, key_fit, key_refit = jax.random.split(jax.random.key(args.seed), 3)
     data = digits.make_data(key_data, args.hidden, args.num_images)
-    em = ndp.EM(digits.model, optax.adam(1e-3), num_gaussian_iterations=args.num_gaussian)
+    em = ndp.EM(
+        digits.model, optax.adam(1e-3), start=ndp.GaussianStart(num_iterations=args.num_gaussian)
+    )
     start = em.init(key_fit, digits.make_prior(key_fit, width=8), data.mask, data.y).prior
     gaussian = ndp.DiffusionPrior(ndp.GaussianDenoiser(start.mean, start.denoiser.cov))
     fixed = float(gaussian.denoiser.cov.trace())

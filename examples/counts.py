@@ -53,10 +53,13 @@ def learn(rng_key, model, counts, args):
     em = ndp.EM(
         model,
         digits.make_optimizer(digits.anneal(1e-3, num_steps)),
-        num_sgd_steps=args.num_sgd_steps,
-        num_particles=1,
-        guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance(), num_iterations=2),
-        num_gaussian_iterations=args.num_gaussian_iterations,
+        e_step=ndp.EStep(
+            num_particles=1,
+            guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance(), num_iterations=2),
+            batch_size=256,
+        ),
+        m_step=ndp.MStep(num_steps=args.num_sgd_steps),
+        start=ndp.GaussianStart(num_iterations=args.num_gaussian_iterations),
     )
     prior = digits.make_prior(key_net, args.width)
     return em.run(key_em, args.num_iterations, prior, args.photons, counts)

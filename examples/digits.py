@@ -101,7 +101,7 @@ def train_on_clean(rng_key, data, features, args, round_steps=1000):
     keys = jax.random.split(rng_key, args.clean_rounds + 1)
     denoiser = make_prior(keys[0], args.width, args.dropout).denoiser
     mean, cov = ndp.linalg.empirical_gaussian(clean.reshape(len(clean), -1))
-    denoiser = denoiser.fit_gaussian(mean.reshape(8, 8), cov)
+    denoiser = denoiser.with_gaussian(mean.reshape(8, 8), cov)
     state = ndp.training.init_training(denoiser, optimizer)
     best, distances = None, []
     for key in keys[1:]:
@@ -143,18 +143,22 @@ def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_pa
     return scores, draws
 
 
-def make_em(args, model=model, **options):
-    """EM as the arguments have it, or with other options."""
-    num_steps = args.num_iterations * args.num_sgd_steps
-    settings = {
-        "optimizer": make_optimizer(anneal(args.learning_rate, num_steps)),
-        "num_sgd_steps": args.num_sgd_steps,
-        "batch_size": args.batch_size,
-        "num_particles": args.num_particles,
-        "num_draws": args.num_draws,
-        "guidance": ndp.MMPS(ndp.guidance.CalibratedCovariance()),
-    }
-    return ndp.EM(model, **(settings | options))
+def make_em(args, model=model, *, optimizer=None, num_particles=None, use_average=True):
+    """EM as the arguments have it, or with another optimizer or number of particles."""
+    if optimizer is None:
+        num_steps = args.num_iterations * args.num_sgd_steps
+        optimizer = make_optimizer(anneal(args.learning_rate, num_steps))
+    num_particles = args.num_particles if num_particles is None else num_particles
+    e_step = ndp.EStep(
+        num_particles=num_particles,
+        num_draws=args.num_draws,
+        guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance()),
+        batch_size=args.batch_size * num_particles,
+    )
+    m_step = ndp.MStep(
+        num_steps=args.num_sgd_steps, batch_size=args.batch_size, use_average=use_average
+    )
+    return ndp.EM(model, optimizer, e_step=e_step, m_step=m_step)
 
 
 def is_judged(iteration, args):

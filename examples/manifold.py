@@ -127,14 +127,19 @@ def make_em(args, model=model):
     return ndp.EM(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
-        num_sgd_steps=args.num_sgd_steps,
-        batch_size=args.batch_size,
-        num_particles=args.num_particles,
-        sampler=SAMPLERS[args.sampler](args.num_steps),
-        guidance=ndp.MMPS(COVARIANCES[args.covariance]()),
-        noise=NOISES[args.noise](),
-        ema_decay=args.ema_decay,
-        reset_optimizer=args.reset_optimizer,
+        e_step=ndp.EStep(
+            num_particles=args.num_particles,
+            sampler=SAMPLERS[args.sampler](args.num_steps),
+            guidance=ndp.MMPS(COVARIANCES[args.covariance]()),
+            batch_size=args.batch_size * args.num_particles,
+        ),
+        m_step=ndp.MStep(
+            num_steps=args.num_sgd_steps,
+            batch_size=args.batch_size,
+            noise=NOISES[args.noise](),
+            ema_decay=args.ema_decay,
+            reset_optimizer=args.reset_optimizer,
+        ),
     )
 
 

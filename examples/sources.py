@@ -115,11 +115,12 @@ def learn(rng_key, data, args):
     em = ndp.EM(
         both_views,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(args.learning_rate)),
-        num_sgd_steps=args.num_sgd_steps,
-        batch_size=args.batch_size,
-        num_particles=args.num_particles,
-        sampler=ndp.samplers.DDPM(args.num_steps),
-        ema_decay=0.99,
+        e_step=ndp.EStep(
+            num_particles=args.num_particles,
+            sampler=ndp.samplers.DDPM(args.num_steps),
+            batch_size=args.batch_size * args.num_particles,
+        ),
+        m_step=ndp.MStep(num_steps=args.num_sgd_steps, batch_size=args.batch_size, ema_decay=0.99),
     )
     rows = []
 

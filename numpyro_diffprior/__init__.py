@@ -14,7 +14,10 @@ from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion import noise, samplers, training
 from numpyro_diffprior.diffusion.training import FitResult, fit_denoiser, measure_error
+from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
+from numpyro_diffprior.em.initial import GaussianStart
+from numpyro_diffprior.em.m_step import MStep, ParamStep
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples
@@ -33,6 +36,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EM",
+    "EStep",
+    "GaussianStart",
+    "MStep",
+    "ParamStep",
     "MLP",
     "MMPS",
     "Calibration",

@@ -24,6 +24,7 @@ from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.serialization import load_denoiser, save_denoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
@@ -97,12 +98,12 @@ class DiffusionPrior(Distribution):
         # JAX rebuilds pytrees without __init__, so that placeholders never get here.
         _check_denoiser(denoiser)
         _check_sampler(sampler)
-        _check_positive("num_probes", 1 if num_probes is None else num_probes)
-        _check_positive("max_batch_size", max_batch_size)
+        if num_probes is not None:
+            num_probes = check_count("DiffusionPrior", "num_probes", num_probes)
         self.denoiser = denoiser
         self.sampler = sampler
         self.num_probes = num_probes
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = check_count("DiffusionPrior", "max_batch_size", max_batch_size)
         batch_shape = denoiser.batch_shape if isinstance(denoiser, ConditionedDenoiser) else ()
         super().__init__(batch_shape, denoiser.event_shape, validate_args=validate_args)
 
@@ -379,8 +380,3 @@ def _check_sampler(sampler: Sampler) -> None:
             f"DiffusionPrior: expected a hashable sampler, for it is static under jit, got "
             f"{sampler}; give it Python numbers instead of arrays."
         ) from error
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"DiffusionPrior: expected {name} to be a positive int, got {value!r}.")

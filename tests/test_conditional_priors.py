@@ -17,7 +17,10 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.diffusion.training import fit_denoiser
+from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
+from numpyro_diffprior.em.initial import GaussianStart
+from numpyro_diffprior.em.m_step import MStep
 from numpyro_diffprior.infer.evidence import log_evidence
 from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.infer.posterior import sample_posterior
@@ -153,10 +156,10 @@ def labelled(num):
     return jnp.asarray(label), jnp.asarray(x + NOISE * rng.normal(size=x.shape))
 
 
-def learner(**options):
-    return EM(
-        model, optax.adam(3e-3), num_sgd_steps=128, batch_size=128, num_particles=1, **options
-    )
+STEPS = {
+    "e_step": EStep(num_particles=1, batch_size=128),
+    "m_step": MStep(num_steps=128, batch_size=128),
+}
 
 
 def new_prior():
@@ -166,7 +169,11 @@ def new_prior():
 
 def test_em_learns_the_classes_apart():
     label, y = labelled(512)
-    prior = (learner().run(jax.random.key(6), 8, new_prior(), label, y, progress_bar=False)).prior
+    prior = (
+        EM(model, optax.adam(3e-3), **STEPS).run(
+            jax.random.key(6), 8, new_prior(), label, y, progress_bar=False
+        )
+    ).prior
     x = prior.condition(jnp.eye(2)).sample(jax.random.key(7), (512,))
     np.testing.assert_allclose(x.mean(0), [[2.0, 0.0], [-2.0, 1.0]], atol=0.15)
     assert jnp.all(x.std(0) < 0.45)  # of all classes together, 2
@@ -187,10 +194,8 @@ def test_em_knows_the_contexts_of_one_of_several_priors():
     em = EM(
         in_a_dict,
         optax.adam(3e-3),
-        num_sgd_steps=128,
-        batch_size=128,
-        num_particles=1,
-        num_gaussian_iterations=2,
+        start=GaussianStart(num_iterations=2),
+        **STEPS,
     )
     result = em.run(
         jax.random.key(8),

@@ -175,12 +175,12 @@ def test_default_network_has_a_standard_gaussian():
 def test_summary_moves_without_the_preconditioning():
     net = Linear(jnp.eye(4))
     denoiser = NetworkDenoiser(net, jnp.ones(4), Isotropic(4.0, 4))
-    moved = denoiser.summarise(jnp.zeros(4), Isotropic(9.0, 4))
+    moved = denoiser.with_summary(jnp.zeros(4), Isotropic(9.0, 4))
     x_t = jnp.arange(8.0).reshape(2, 4)
     np.testing.assert_array_equal(moved(x_t, 0.5), denoiser(x_t, 0.5))
     np.testing.assert_allclose(moved.scale, 3.0)
     np.testing.assert_array_equal(moved.mean, np.zeros(4))
-    fitted = denoiser.fit_gaussian(jnp.zeros(4), Isotropic(9.0, 4))
+    fitted = denoiser.with_gaussian(jnp.zeros(4), Isotropic(9.0, 4))
     expected = NetworkDenoiser(net, jnp.zeros(4), Isotropic(9.0, 4))
     np.testing.assert_array_equal(fitted(x_t, 0.5), expected(x_t, 0.5))
 

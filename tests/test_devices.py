@@ -165,7 +165,7 @@ def test_minibatch_that_cannot_be_divided():
             jax.random.key(4), state, Y, optimizer, num_steps=1, batch_size=12, mesh=make_mesh(8)
         )
     with pytest.raises(ValueError, match="multiple of the 8 devices .* got 12; take 16"):
-        ndp.EM(model, optimizer, batch_size=12, mesh=make_mesh(8))
+        ndp.EM(model, optimizer, m_step=ndp.MStep(batch_size=12), mesh=make_mesh(8))
 
 
 @on_eight
@@ -176,7 +176,11 @@ def test_em():
     histories = []
     for mesh, (mask, y) in ((None, data), (make_mesh(8), jax.device_put(data, sharding))):
         em = ndp.EM(
-            model, optax.adam(1e-3), num_sgd_steps=8, batch_size=8, sampler=SAMPLER, mesh=mesh
+            model,
+            optax.adam(1e-3),
+            e_step=ndp.EStep(sampler=SAMPLER, batch_size=32),
+            m_step=ndp.MStep(num_steps=8, batch_size=8),
+            mesh=mesh,
         )
         result = em.run(
             jax.random.key(5), 2, make_prior(), mask, y, heldout=(mask, y), progress_bar=False

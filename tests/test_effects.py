@@ -14,9 +14,7 @@ from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.infer.reparam import DiffusionReparam
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import bind
+from numpyro_diffprior.reading.reader import read as read_model
 from tests.oracles import tolerance
 
 N, D = 4, 3
@@ -33,9 +31,9 @@ def model(prior, y=None):
 
 
 def read(model, *args):
-    bound = bind(model, args, {})
-    latent = read_latent(bound)
-    return latent, read_likelihood(bound, latent)
+    found = read_model(model, args, {})
+    (part,) = found.reading.groups
+    return part.group, part.bind(found.data).likelihood
 
 
 def same(found, expected):
@@ -84,7 +82,7 @@ def test_vmapped_forward_models():
 def test_scope():
     latent, likelihood = read(handlers.scope(model, prefix="galaxy"), PRIOR, Y)
     assert latent.names == ("galaxy/x",)
-    assert latent.plates == ("galaxy/n",)
+    assert [plate.name for plate in latent.plates] == ["galaxy/n"]
     same(likelihood, read(model, PRIOR, Y)[1])
     scoped = handlers.scope(model, prefix="galaxy")
     draws = sample_posterior(jax.random.key(0), scoped, PRIOR, Y)

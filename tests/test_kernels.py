@@ -168,7 +168,7 @@ def test_particle_gibbs_with_an_unknown_noise_level():
 def test_init_refuses_what_the_core_refuses():
     with pytest.raises(ValueError, match="no observed site depends"):
         run(MMPSKernel(lambda prior, y: numpyro.sample("x", prior)))
-    with pytest.raises(ValueError, match="nobody samples the latent sites"):
+    with pytest.raises(ValueError, match="have no sampler"):
         MMPSKernel(model).init(jax.random.key(0), 0, None, (PRIOR,), {})
     with pytest.raises(ValueError, match="stochastic sampler"):
         run(MMPSKernel(model, num_particles=2, sampler=DDPM(4, eta=0.0)))
@@ -181,7 +181,7 @@ def test_starts_where_it_is_told():
     kernel = ParticleGibbs(model)
     state = kernel.init(jax.random.key(0), 0, start, (PRIOR, Y), {})
     np.testing.assert_array_equal(state.z["x"], start["x"])
-    np.testing.assert_allclose(state.path[-1], start["x"], atol=1.0)
+    np.testing.assert_allclose(state.path[0][-1], start["x"], atol=1.0)
 
 
 @pytest.mark.parametrize("name", KERNELS)

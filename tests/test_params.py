@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
-from numpyro_diffprior.em.params import fit_params, init_params, with_params
+from numpyro_diffprior.em.params import fit_params, init_params
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.tracing import bind
+from numpyro_diffprior.reading.reader import read
 
 N, M, D = 40, 3, 2
 PRIOR = DiffusionPrior(GaussianDenoiser(jnp.zeros(D), jnp.eye(D)))
@@ -35,17 +35,15 @@ def model(prior, y, labels, subsample_size=None):
 
 def fit(num_steps, batch_size, *args, learning_rate=0.05):
     optimizer = optax.adam(learning_rate)
-    params, opt_state = init_params(bind(model, (PRIOR, *args), {}), optimizer)
+    found = read(model, (PRIOR, *args), {}, block_size=lambda group: batch_size)
+    params, opt_state = init_params(found, optimizer)
     params, _ = fit_params(
         jax.random.key(0),
-        with_params(model),
-        ((PRIOR, params), *args),
-        {},
+        found.with_params(params),
         {"x": X},
         optimizer,
         opt_state,
         num_steps=num_steps,
-        batch_size=batch_size,
     )
     return params
 
@@ -69,9 +67,9 @@ def test_minibatches(subsample_size):
     np.testing.assert_allclose(params["shares"], SHARES, atol=0.05)
 
 
-def test_values_stand_beside_the_prior():
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(with_params(model), 0)).get_trace(
-        (PRIOR, {"noise": jnp.asarray(0.2)}), Y, LABELS
-    )
-    assert trace["noise"]["value"] == jnp.asarray(0.2)
-    np.testing.assert_allclose(trace["shares"]["value"], 1 / 3, rtol=1e-6)
+def test_a_value_that_is_given_is_no_parameter():
+    fixed = numpyro.handlers.substitute(model, data={"noise": jnp.asarray(0.2)})
+    found = read(fixed, (PRIOR, Y, LABELS), {})
+    assert set(found.reading.constraints) == {"shares"}
+    params, _ = init_params(found, optax.adam(0.1))
+    np.testing.assert_allclose(params["shares"], 1 / 3, rtol=1e-6)

@@ -15,6 +15,7 @@ from numpyro_diffprior.guidance.literature import DPS
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.prior import DiffusionPrior
+from tests.counting import compilations, counted
 from tests.oracles import gaussian_posterior, spd, tolerance
 
 N, D, NOISE = 3, 2, 0.4
@@ -178,26 +179,23 @@ def test_boolean_indices_are_explained():
 
 
 def test_same_key_same_draws_and_new_weights_compile_nothing():
-    traces = []
-
-    def counted(prior, mask, y):
-        traces.append(1)
-        model(prior, mask, y)
+    observed, executions = counted(model)
 
     def draw(prior):
         x = sample_posterior(
-            jax.random.key(3), counted, prior, jnp.asarray(MASK), jnp.asarray(Y), sampler=DDPM(4)
+            jax.random.key(3), observed, prior, jnp.asarray(MASK), jnp.asarray(Y), sampler=DDPM(4)
         )
         return x.samples["x"]
 
     first = draw(PRIOR)
-    compiled = len(traces)
-    np.testing.assert_array_equal(first, draw(PRIOR))
-    eager = len(traces) - compiled  # what is traced anew each time, to look for errors
     other = DiffusionPrior(GaussianDenoiser(jnp.asarray(MEAN) + 1, jnp.asarray(COV)))
-    assert not np.array_equal(first, draw(other))
-    assert len(traces) == compiled + 2 * eager
-    assert eager < compiled
+    before = len(executions)
+    with compilations() as count:
+        again, moved = draw(PRIOR), draw(other)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, moved)
+    assert count.compiled == 0
+    assert len(executions) == before + 2
 
 
 def test_nonlinear_means_are_linearised():

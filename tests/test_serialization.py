@@ -77,7 +77,7 @@ def mlp():
     fitted = NetworkDenoiser(
         net, jnp.ones((2, 2)), covariance("Dense", np.random.default_rng(4), 4)
     )
-    return fitted.summarise(jnp.full((2, 2), 2.0), Isotropic(jnp.asarray(3.0), 4))
+    return fitted.with_summary(jnp.full((2, 2), 2.0), Isotropic(jnp.asarray(3.0), 4))
 
 
 def unet():

@@ -413,7 +413,7 @@ def test_the_error_of_a_gaussian_is_its_own():
     denoiser = small_denoiser()
     x = np.random.default_rng(3).normal(size=(4096, *denoiser.event_shape))
     mean, cov = empirical_gaussian(jnp.asarray(x.reshape(4096, -1), denoiser.dtype))
-    denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    denoiser = denoiser.with_gaussian(mean.reshape(denoiser.event_shape), cov)
     measured = measure_error(jax.random.key(0), denoiser, x, batch_size=2048)
     standard_error = np.sqrt(2 / (2048 * denoiser.event_size))
     np.testing.assert_allclose(measured.error_ratios, 1, atol=5 * standard_error)

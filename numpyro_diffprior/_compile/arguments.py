@@ -19,9 +19,13 @@ class StaticArguments(NamedTuple):
 
 
 def split_arguments(arguments: Any) -> tuple[list[jax.Array], StaticArguments]:
-    """Split a tree into its arrays and the rest (sizes, flags), which is static when compiled."""
+    """Split a tree into its arrays and the rest, which is static when compiled.
+
+    Numbers of Python are static, and so are integers and booleans of NumPy: they are sizes and
+    flags.
+    """
     leaves, treedef = jax.tree.flatten(arguments)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.inexact) for leaf in leaves]
     dynamic = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     rest = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
     return dynamic, StaticArguments(treedef, rest)

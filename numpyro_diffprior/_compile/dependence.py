@@ -1,4 +1,4 @@
-"""Which results of a function may depend on its arguments, by its program."""
+"""Which results of a function may depend on its arguments, found from its jaxpr."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-__all__ = ["depends"]
+__all__ = ["depends", "propagate"]
 
 
 def depends(f: Callable[..., Any], *args: Any, on: Sequence[int] | None = None) -> Any:
@@ -23,7 +23,8 @@ def depends(f: Callable[..., Any], *args: Any, on: Sequence[int] | None = None) 
         for position, arg in enumerate(args)
         for _ in jax.tree.leaves(arg)
     ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), _taint(jaxpr.jaxpr, marks))
+    marked = propagate(jaxpr.jaxpr, marks)
+    return jax.tree.unflatten(jax.tree.structure(shapes), _outputs(jaxpr.jaxpr, marked))
 
 
 _CALLS = {
@@ -37,9 +38,13 @@ _CALLS = {
 }
 
 
-def _taint(jaxpr: Jaxpr, tainted: list[bool]) -> list[bool]:
-    """Return which outputs of a program may depend on the inputs that are marked."""
-    marked = {var for var, mark in zip(jaxpr.invars, tainted, strict=True) if mark}
+def propagate(jaxpr: Jaxpr, inputs: Sequence[bool]) -> set[Var]:
+    """Return the variables of a jaxpr that may depend on the inputs that are marked.
+
+    Calls and scans are looked into; of another equation with a marked input all results may
+    depend on it.
+    """
+    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
     for eqn in jaxpr.eqns:
         marks = [isinstance(var, Var) and var in marked for var in eqn.invars]
         if any(marks):
@@ -48,10 +53,14 @@ def _taint(jaxpr: Jaxpr, tainted: list[bool]) -> list[bool]:
             if isinstance(inner, ClosedJaxpr):
                 inner = inner.jaxpr
             if eqn.primitive.name in _CALLS and inner is not None:
-                outs = _taint(inner, marks)
+                outs = _outputs(inner, propagate(inner, marks))
             elif eqn.primitive.name == "scan" and inner is not None:
-                outs = _taint_scan(inner, marks, _carry(eqn.params))
+                outs = _propagate_scan(inner, marks, _carry(eqn.params))
             marked.update(var for var, mark in zip(eqn.outvars, outs, strict=True) if mark)
+    return marked
+
+
+def _outputs(jaxpr: Jaxpr, marked: set[Var]) -> list[bool]:
     return [isinstance(var, Var) and var in marked for var in jaxpr.outvars]
 
 
@@ -64,11 +73,11 @@ def _carry(params: dict[str, Any]) -> slice:
     return slice(start, start + size)
 
 
-def _taint_scan(body: Jaxpr, tainted: list[bool], carry: slice) -> list[bool]:
-    """Return the same of a scan, by its body; what one turn marks, the next finds marked."""
+def _propagate_scan(body: Jaxpr, inputs: list[bool], carry: slice) -> list[bool]:
+    """Propagate the marks of a scan's inputs through its carry until nothing changes."""
     while True:
-        outs = _taint(body, tainted)
-        grown = [a or b for a, b in zip(tainted[carry], outs, strict=False)]
-        if grown == tainted[carry]:
+        outs = _outputs(body, propagate(body, inputs))
+        grown = [a or b for a, b in zip(inputs[carry], outs, strict=False)]
+        if grown == inputs[carry]:
             return outs
-        tainted = [*tainted[: carry.start], *grown, *tainted[carry.stop :]]
+        inputs = [*inputs[: carry.start], *grown, *inputs[carry.stop :]]

@@ -162,10 +162,10 @@ class NetworkDenoiser(Denoiser):
         log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
         return jnp.interp(log_sigma, grid, self.error_ratios)
 
-    def fit_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
+    def with_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
         """Return this denoiser with its preconditioning and its summary at a new Gaussian."""
         return NetworkDenoiser(self.net, mean, cov)
 
-    def summarise(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
+    def with_summary(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
         """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
         return NetworkDenoiser(self.net, mean, cov, self.base)

@@ -14,12 +14,15 @@ References:
     maximization*, 2024, arXiv 2405.13712.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from numpyro_diffprior._compile.checks import check_number, set_numbers
 
 __all__ = [
     "Karras",
@@ -93,7 +96,7 @@ class Karras(Schedule):
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_positive(rho=self.rho)
+        set_numbers(self, rho=check_number("Karras", "rho", self.rho))
 
     def __call__(self, num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
         """See `Schedule.__call__`."""
@@ -187,7 +190,11 @@ class LogBeta(NoiseDistribution):
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_positive(alpha=self.alpha, beta=self.beta)
+        set_numbers(
+            self,
+            alpha=check_number("LogBeta", "alpha", self.alpha),
+            beta=check_number("LogBeta", "beta", self.beta),
+        )
 
     def quantile(
         self,
@@ -231,7 +238,8 @@ class LogNormal(NoiseDistribution):
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_positive(std=self.std)
+        mean = check_number("LogNormal", "mean", self.mean, -math.inf)
+        set_numbers(self, mean=mean, std=check_number("LogNormal", "std", self.std))
 
     def quantile(
         self,
@@ -288,9 +296,3 @@ def _log_interpolate(t: jax.Array, sigma_min: ArrayLike, sigma_max: ArrayLike) -
 
 def _float_dtype(*values: ArrayLike) -> jnp.dtype:
     return jnp.result_type(float, *values)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")

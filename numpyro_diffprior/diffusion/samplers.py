@@ -39,6 +39,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, Schedule
 
@@ -82,7 +83,8 @@ class Sampler:
         schedule: The spacing of the levels between them.
 
     Raises:
-        ValueError: If there are fewer than two levels.
+        ValueError: If there are fewer than two levels, or a level is not positive or the last one
+            not below the first.
     """
 
     num_steps: int = 32
@@ -94,12 +96,19 @@ class Sampler:
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2:
+        owner = type(self).__name__
+        set_numbers(self, num_steps=check_count(owner, "num_steps", self.num_steps, 2))
+        limits = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        given = {k: check_number(owner, k, v) for k, v in limits.items() if v is not None}
+        set_numbers(self, **given)
+        if len(given) == 2 and not given["sigma_min"] < given["sigma_max"]:
             raise ValueError(
-                f"{type(self).__name__}: expected num_steps >= 2, got {self.num_steps}."
+                f"{owner}: expected sigma_min < sigma_max, got {self.sigma_min} and "
+                f"{self.sigma_max}."
             )
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"{type(self).__name__}: expected 0 <= eta <= 1, got {self.eta}.")
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(f"{owner}: expected a Schedule, got {self.schedule!r}.")
+        check_number(owner, "eta", self.eta, 0, 1, inclusive=True)
 
     @property
     def num_evaluations(self) -> int:
@@ -118,6 +127,11 @@ class Sampler:
         return self.schedule(
             self.num_steps, jnp.asarray(low, denoiser.dtype), jnp.asarray(high, denoiser.dtype)
         )
+
+    def are_levels_valid(self, denoiser: Denoiser) -> jax.Array:
+        """Whether the noise levels are finite, positive and decreasing, a scalar."""
+        sigmas = self.sigmas(denoiser)
+        return jnp.isfinite(sigmas).all() & (sigmas > 0).all() & (jnp.diff(sigmas) < 0).all()
 
     def levels(self, denoiser: Denoiser) -> Levels:
         """Return the levels of all steps but the last, each with shape ``(num_steps - 1,)``."""
@@ -297,6 +311,16 @@ class PredictorCorrector(Sampler):
 
     num_corrections: int = 1
     step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_numbers(
+            self,
+            num_corrections=check_count(
+                "PredictorCorrector", "num_corrections", self.num_corrections
+            ),
+            step_size=check_number("PredictorCorrector", "step_size", self.step_size, 0, 1),
+        )
 
     @property
     def num_evaluations(self) -> int:

@@ -283,7 +283,7 @@ def fit_denoiser(
     x = _check_events(x, denoiser)
     x, context = replicate((x, context), mesh)
     mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
-    denoiser = denoiser.fit_gaussian(mean.reshape(denoiser.event_shape), cov)
+    denoiser = denoiser.with_gaussian(mean.reshape(denoiser.event_shape), cov)
     key_train, key_measure = jax.random.split(rng_key)
     state, losses = train(
         key_train,
@@ -332,31 +332,42 @@ def _train(
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
-        carry: tuple[Any, Any, optax.OptState, jax.Array], rng_key: jax.Array
-    ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array], jax.Array]:
-        weights, averaged, opt_state, count = carry
+        carry: tuple[Any, Any, optax.OptState, jax.Array, jax.Array], rng_key: jax.Array
+    ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array, jax.Array], jax.Array]:
+        weights, averaged, opt_state, count, diverged = carry
         key_batch, key_loss = jax.random.split(rng_key)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
         loss, gradient = jax.value_and_grad(loss_fn)(weights, index, key_loss)
-        update, opt_state = optimizer.update(gradient, opt_state, weights)
-        weights = optax.apply_updates(weights, update)
-        count = count + 1
+        update, new_opt_state = optimizer.update(gradient, opt_state, weights)
+        new_weights = optax.apply_updates(weights, update)
+        # A step that is not finite is not taken, nor is any after it: losses then are NaN.
+        is_finite = _are_finite((loss, new_weights)) & _are_finite(gradient)
+        diverged = diverged | ~is_finite
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
+
+        loss = jnp.where(diverged, jnp.nan, loss)
+        weights, opt_state = keep(new_weights, weights), keep(new_opt_state, opt_state)
+        count = count + ~diverged
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
             # In the average's dtype, which may be narrower than that of `decay`.
-            lambda new, old: old + (1 - decay).astype(old.dtype) * (new - old),
+            lambda new, old: jnp.where(
+                diverged, old, old + (1 - decay).astype(old.dtype) * (new - old)
+            ),
             weights,
             averaged,
         )
-        return (weights, averaged, opt_state, count), loss
+        return (weights, averaged, opt_state, count, diverged), loss
 
     # In the weights' own dtype, bfloat16 say, small steps of the average would round to none.
     wide = jax.tree.map(
         lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), averaged
     )
-    carry = (weights, wide, state.opt_state, state.num_steps)
+    carry = (weights, wide, state.opt_state, state.num_steps, jnp.zeros((), bool))
     carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
-    weights, wide, opt_state, count = carry
+    weights, wide, opt_state, count, _ = carry
     averaged = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), wide, averaged)
     state = TrainState(
         replace(fixed, net=_join(weights, rest)),
@@ -365,6 +376,12 @@ def _train(
         count,
     )
     return state, losses
+
+
+def _are_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite."""
+    flags = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(flags).all()
 
 
 def _split(net: Any) -> tuple[Any, Any]:

@@ -1,18 +1,18 @@
 r"""Empirical Bayes: learn a diffusion prior from incomplete, noisy observations alone.
 
-Expectation maximisation on the observations' marginal likelihood (DiEM). The E-step draws events
+Expectation maximization on the observations' marginal likelihood (DiEM). The E-step draws events
 from their posteriors under the current prior; the M-step fits the denoiser to the draws. The
 first prior is the Gaussian of greatest marginal likelihood, in closed form where the model is
 linear and Gaussian; an untrained `NetworkDenoiser` is exactly that Gaussian.
 
-A model may have several priors, passed as a dict: of a sum of sources, say. All sites are drawn
-together, and each prior learns from the draws of its sites; priors without a network stay as they
-are. Sites of ``numpyro.param`` (a noise level, a gain) are learned beside the priors: the M-step
-raises the observed sites' expected log-density over them too.
+A model may have several priors, passed as a dict: of a sum of sources, say. Sites that
+observations connect are drawn together, and each prior learns from the draws of its sites; priors
+without a network stay as they are. Sites of ``numpyro.param`` (a noise level, a gain) are learned beside the
+priors: the M-step raises the observed sites' expected log-density over them too.
 
 Draws are renewed often and the network takes few steps between: long M-steps on fixed draws
-over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.infer.posterior`); with one
-particle, an E-step is the paper's. The log-evidence of observations that were kept out tells which
+over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.particles`); with one
+particle, an E-step is the paper's. The log-evidence of observations that were kept out says which
 iteration to keep, without looking at the truth.
 
 References:
@@ -24,53 +24,40 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import trange
 
-from numpyro_diffprior._compile.arguments import replicate_arguments
 from numpyro_diffprior._compile.devices import check_batch_size
-from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
-from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
-from numpyro_diffprior.diffusion.samplers import MultistepSDE, Sampler
-from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
-from numpyro_diffprior.em.gaussian import fit_gaussian
-from numpyro_diffprior.em.params import fit_params, init_params, with_params
-from numpyro_diffprior.em.sites import (
-    Sites,
-    all_of,
-    map_over,
-    map_priors,
-    map_trained,
-    mend_draws,
-    one_of,
-    pool,
-    read_sites,
+from numpyro_diffprior.diffusion.training import init_training
+from numpyro_diffprior.em.e_step import EStep, draw_events
+from numpyro_diffprior.em.initial import (
+    GaussianStart,
+    fit_by_sampling,
+    fit_in_closed_form,
+    has_closed_form,
 )
+from numpyro_diffprior.em.m_step import MStep, Trained, fit_prior
+from numpyro_diffprior.em.params import fit_params, init_params
+from numpyro_diffprior.em.sites import as_dict, learned, mend, pool, read_sites
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
-from numpyro_diffprior.guidance.covariances import GaussianCovariance
-from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.guidance.mmps import MMPS
-from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
-from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
-from numpyro_diffprior.infer.posterior import read_whole_plates, resolve_settings
-from numpyro_diffprior.linalg.covariances import Covariance
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.infer.blocks import block_size
+from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
+from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
-from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import LatentSite, read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import Model, bind, bind_whole_plates
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.reader import ModelData, ModelReading, Read, read
+from numpyro_diffprior.reading.tracing import Model
 
 __all__ = ["EM"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class EM:
@@ -82,29 +69,20 @@ class EM:
 
     Args:
         model: A NumPyro model.
-        optimizer: Any optax optimiser for the network.
-        num_sgd_steps: The number of optimiser steps between E-steps.
-        batch_size: The number of events of a minibatch, and of a block of the E-step.
-        num_particles: Particles per draw of the E-step.
-        num_draws: Draws per event of the E-step.
-        sampler: The E-step's sampler (default: the prior's).
-        guidance: The E-step's guidance (default: `MMPS` with the Gaussian covariance of the
-            current draws, guided by the network; with Tweedie's covariance for one particle).
-        noise: The training distribution of noise levels.
-        ema_decay: The decay of the average of the weights.
-        use_average: Whether E-steps (and the result) use averaged weights.
-        warm_start: Whether an M-step starts from the last one's weights.
-        reset_optimizer: Whether an M-step starts with a new state of the optimiser.
-        num_gaussian_iterations: The number of iterations of the first, Gaussian fit.
-        rank: The rank of Gaussian covariances of large events.
-        params_optimizer: The optimiser of ``numpyro.param`` sites, where they are not constrained.
-        num_params_steps: Its steps at each iteration, on minibatches of ``batch_size`` events.
+        optimizer: Any optimizer of optax, for the networks.
+        e_step: How events are drawn.
+        m_step: How networks (and ``numpyro.param`` sites) are trained.
+        start: How the first, Gaussian prior is fitted.
         mesh: Devices to spread E-steps and minibatches over (`jax.make_mesh`), of whose number
-            ``batch_size`` is a multiple; see `sample_posterior`.
+            the batch size of the M-step is a multiple; see `sample_posterior`.
 
     Raises:
-        ValueError: If ``optimizer`` is not optax's, or ``batch_size`` no multiple of the number of
+        ValueError: If ``optimizer`` is not optax's, or a batch size no multiple of the number of
             devices.
+
+    Example:
+        >>> em = EM(model, optax.adam(1e-3), e_step=EStep(num_particles=8))  # doctest: +SKIP
+        >>> result = em.run(jax.random.key(0), 32, prior, mask, y)  # doctest: +SKIP
     """
 
     def __init__(
@@ -112,48 +90,27 @@ class EM:
         model: Model,
         optimizer: optax.GradientTransformation,
         *,
-        num_sgd_steps: int = 256,
-        batch_size: int = 256,
-        num_particles: int = 4,
-        num_draws: int = 1,
-        sampler: Sampler | None = None,
-        guidance: Guidance | None = None,
-        noise: NoiseDistribution = LogNormal(),
-        ema_decay: float = 0.999,
-        use_average: bool = True,
-        warm_start: bool = True,
-        reset_optimizer: bool = False,
-        num_gaussian_iterations: int = 32,
-        rank: int | None = None,
-        params_optimizer: optax.GradientTransformation = optax.adam(0.03),
-        num_params_steps: int = 32,
+        e_step: EStep = EStep(),
+        m_step: MStep = MStep(),
+        start: GaussianStart = GaussianStart(),
         mesh: Mesh | None = None,
     ) -> None:
         if not isinstance(optimizer, optax.GradientTransformation):
-            raise ValueError(f"EM: expected an optimiser of optax, got {optimizer!r}.")
-        check_batch_size(batch_size, mesh)
-        if guidance is None and num_particles > 1:
-            # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
-            guidance = MMPS(GaussianCovariance())
+            raise ValueError(f"EM: expected an optimizer of optax, got {optimizer!r}.")
+        for name, value, kind in (
+            ("e_step", e_step, EStep),
+            ("m_step", m_step, MStep),
+            ("start", start, GaussianStart),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"EM: expected {name} to be of {kind.__name__}, got {value!r}.")
+        check_batch_size(m_step.batch_size, mesh)
         self.model = model
         self.optimizer = optimizer
-        self.num_sgd_steps = num_sgd_steps
-        self.batch_size = batch_size
-        self.num_particles = num_particles
-        self.sampler = sampler
-        self.guidance = guidance
-        self.num_draws = num_draws
-        self.noise = noise
-        self.ema_decay = ema_decay
-        self.use_average = use_average
-        self.warm_start = warm_start
-        self.reset_optimizer = reset_optimizer
-        self.num_gaussian_iterations = num_gaussian_iterations
-        self.rank = rank
-        self.params_optimizer = params_optimizer
-        self.num_params_steps = num_params_steps
+        self.e_step = e_step
+        self.m_step = m_step
+        self.start = start
         self.mesh = mesh
-        self._model = with_params(model)
 
     def init(self, rng_key: jax.Array, prior: Any, *args: Any, **kwargs: Any) -> EMState:
         """Fit the first, Gaussian prior.
@@ -170,62 +127,62 @@ class EM:
             ValueError: If no prior has a network, its site is not in a plate, the model cannot be
                 read, or one with a network governs no site or is in the dict twice.
         """
-        if not all(isinstance(p, DiffusionPrior) for p in all_of(prior)):
-            found = ", ".join(type(p).__name__ for p in all_of(prior))
-            raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {found}.")
-        if not any(isinstance(p.denoiser, NetworkDenoiser) for p in all_of(prior)):
-            found = " and ".join(sorted({type(p.denoiser).__name__ for p in all_of(prior)}))
-            raise ValueError(
-                f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
-                "priors have nothing to learn."
-            )
-        args, kwargs = replicate_arguments((args, kwargs), self.mesh)
-        resolve_settings(all_of(prior)[0], self.num_particles, self.sampler, self.guidance)
-        bound = bind(self.model, (prior, *args), kwargs)
-        params, params_opt_state = init_params(bound, self.params_optimizer)
-        arguments = (((prior, params), *args), kwargs)
-        latent, likelihood = read_whole_plates(self._model, *arguments)
-        if not (latent.plates or latent.joined):
-            raise ValueError(
-                f"EM: latent site '{latent.names[0]}' is not in a plate; a prior is learned from "
-                "many events, so put the site and its observations in a `numpyro.plate`."
-            )
-        sites = read_sites(prior, latent)
+        priors = as_dict(prior)
+        self.e_step.settings(next(iter(priors.values())).sampler)
+        found = self._read(prior, (args, kwargs))
+        for part in found.reading.groups:
+            if not (part.group.plates or part.group.joined_plates):
+                raise ValueError(
+                    f"EM: latent site '{part.group.names[0]}' is not in a plate; a prior is "
+                    "learned from many events, so put the site and its observations in a `numpyro.plate`."
+                )
+        sites = read_sites(prior, found.reading)
+        check_data(found, self.e_step.sampler or found.reading.sampler)
+        params, params_opt_state = init_params(found, self.m_step.params.optimizer)
+        found = found.with_params(params)
         rng_key, key_fit = jax.random.split(rng_key)
-        # The fit takes its blocks from one plate.
-        if likelihood.linear and len(latent.names) == 1 and len(latent.plates) == 1:
-            gaussian = self._fit_in_closed_form(latent, *arguments)
-            fitted = map_priors(lambda *_: gaussian, prior)
+        if has_closed_form(found):
+            gaussians = {key: fit_in_closed_form(found, self.start) for key in learned(priors)}
         else:
-            fitted = self._fit_by_sampling(key_fit, prior, params, sites, args, kwargs)
-
-        def fit(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
-            if not isinstance(prior.denoiser, NetworkDenoiser):
-                return prior
-            gaussian = one_of(fitted, key)
-            denoiser = prior.denoiser.fit_gaussian(gaussian.mean, gaussian.cov)
-            return prior.replace_denoiser(denoiser)
-
-        prior = map_priors(fit, prior)
-        initial = map_trained(lambda p, _: p.denoiser, prior)
-        empty = jnp.zeros((self.num_draws, *latent.shape), latent.prior.denoiser.dtype)
+            gaussians = fit_by_sampling(
+                key_fit,
+                self.model,
+                (args, kwargs),
+                priors,
+                sites,
+                self.start,
+                self.e_step,
+                params=params,
+                mesh=self.mesh,
+                block_size=block_size(
+                    self.e_step.num_particles, 1, self.e_step.batch_size, self.mesh
+                ),
+            )
+        initial = {
+            key: cast(NetworkDenoiser, prior.denoiser).with_gaussian(*gaussians[key])
+            for key, prior in learned(priors).items()
+        }
+        for key, denoiser in initial.items():
+            priors[key] = priors[key].replace_denoiser(denoiser)
         return EMState(
-            prior,
-            map_over(lambda denoiser: init_training(denoiser, self.optimizer), initial),
-            initial,
-            params,
-            params_opt_state,
-            jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), latent.values(empty)),
-            rng_key,
-            0,
-            sites,
+            priors=priors,
+            training={k: init_training(d, self.optimizer) for k, d in initial.items()},
+            initial=initial,
+            params=params,
+            params_opt_state=params_opt_state,
+            draws=self._no_draws(found),
+            rng_key=rng_key,
+            num_iterations=0,
+            sites=sites,
         )
 
     def update(self, state: EMState, *args: Any, **kwargs: Any) -> tuple[EMState, EMMetrics]:
         """Make one iteration: an E-step, then an M-step on its draws.
 
         An event whose draw is not finite keeps its last one (in the first iteration, the prior's
-        mean), and a warning says how many there were.
+        mean), and a warning says how many there were. Where the training meets a loss, gradient or
+        weight that is not finite, the weights stay what they were before, and `EMMetrics.diverged`
+        says so.
 
         Args:
             state: The state, from `init` or from this function.
@@ -235,13 +192,12 @@ class EM:
         Raises:
             ValueError: If no draw of a site is finite.
         """
-        args, kwargs = replicate_arguments((args, kwargs), self.mesh)
-        rng_key, *keys = jax.random.split(state.rng_key, 6)
-        key_draw, key_compare, key_measure, key_train, key_params = keys
+        rng_key, *keys = jax.random.split(state.rng_key, 5)
+        key_draw, key_compare, key_train, key_params = keys
         started = time.perf_counter()
-        arguments = (((state.prior, state.params), *args), kwargs)
-        draws = self._draw(key_draw, *arguments, self.sampler, self.guidance, self.num_draws)
-        samples, num_failed = mend_draws(draws.samples, state.draws, state.prior, state.sites)
+        found = self._read(state.prior, (args, kwargs), state.params)
+        draws = draw_events(key_draw, found, self.e_step, self.mesh)
+        samples, num_failed = mend(draws.samples, state.draws, state.priors, state.sites)
         if num_failed:
             warnings.warn(
                 f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite, "
@@ -249,107 +205,49 @@ class EM:
                 "may help.",
                 stacklevel=2,
             )
-        distances = []
-        for site, key in state.sites.keys:
-            shape = (-1, *one_of(state.prior, key).event_shape)
-            x, previous = (values[site].reshape(shape) for values in (samples, state.draws))
-            distances.append(_distance(key_compare, x, previous))
-        distance = jax.block_until_ready(jnp.stack(distances).mean())
+        distance = jax.block_until_ready(self._compare(key_compare, samples, state))
         between = time.perf_counter()
-        contexts = self._read_contexts(samples, *arguments)
-        names = sorted(state.prior) if isinstance(state.prior, Mapping) else [None]
-
-        def fit(prior: DiffusionPrior, key: str | None) -> _Trained:
-            shape = prior.denoiser.context_shape
-            return self._train(
-                jax.random.fold_in(key_train, names.index(key)),
-                jax.random.fold_in(key_measure, names.index(key)),
-                one_of(state.training, key),
-                one_of(state.initial, key),
-                pool(samples, state.sites, key, prior.event_shape),
-                None if shape is None else pool(contexts, state.sites, key, shape),
-            )
-
-        trained = map_trained(fit, state.prior)
+        trained = self._train(key_train, state, samples, self._contexts(found, state))
         params, params_opt_state = state.params, state.params_opt_state
         if params:
+            batch = self._read(
+                state.prior, (args, kwargs), params, batch_size=self.m_step.batch_size
+            )
             params, params_opt_state = fit_params(
                 key_params,
-                self._model,
-                *arguments,
+                batch,
                 samples,
-                self.params_optimizer,
+                self.m_step.params.optimizer,
                 params_opt_state,
-                num_steps=self.num_params_steps,
-                batch_size=self.batch_size,
+                num_steps=self.m_step.params.num_steps,
             )
-
-        def renew(prior: DiffusionPrior, key: str | None) -> DiffusionPrior:
-            if not isinstance(prior.denoiser, NetworkDenoiser):
-                return prior
-            return prior.replace_denoiser(one_of(trained, key).denoiser)
-
-        losses = [fit.losses.mean() for fit in all_of(trained)]
-        jax.block_until_ready(losses)
+        losses = jnp.stack([part.losses.mean() for part in trained.values()])
+        diverged = bool(~jnp.isfinite(losses).all())
         stats = {name: jnp.nanmean(x) for name, x in draws.stats.items() if name != "ess_path"}
         metrics = EMMetrics(
-            loss=jnp.stack(losses).mean(),
+            loss=losses.mean(),
             sliced_wasserstein=distance,
             e_step_seconds=jnp.asarray(between - started),
             m_step_seconds=jnp.asarray(time.perf_counter() - between),
             heldout_log_evidence=jnp.asarray(jnp.nan),
             heldout_standard_error=jnp.asarray(jnp.nan),
             num_failed=jnp.asarray(num_failed),
+            diverged=jnp.asarray(diverged),
             **stats,
         )
-        state = EMState(
-            map_priors(renew, state.prior),
-            map_over(lambda fit: fit.training, trained),
-            state.initial,
-            params,
-            params_opt_state,
-            samples,
-            rng_key,
-            state.num_iterations + 1,
-            state.sites,
+        priors = dict(state.priors)
+        for key, part in trained.items():
+            priors[key] = priors[key].replace_denoiser(part.denoiser)
+        state = state._replace(
+            priors=priors,
+            training={key: part.training for key, part in trained.items()},
+            params=params,
+            params_opt_state=params_opt_state,
+            draws=samples,
+            rng_key=rng_key,
+            num_iterations=state.num_iterations + 1,
         )
         return state, metrics
-
-    def _train(
-        self,
-        rng_key: jax.Array,
-        key_measure: jax.Array,
-        training: TrainState,
-        initial: NetworkDenoiser,
-        x: jax.Array,
-        context: jax.Array | None,
-    ) -> "_Trained":
-        """Fit one prior to events and their contexts."""
-        mean, cov = self._summarise(x)
-        restarted = self._restart(training, initial)
-        restarted = restarted._replace(
-            denoiser=restarted.denoiser.summarise(mean, cov),
-            averaged=restarted.averaged.summarise(mean, cov),
-        )
-        # Of the network that has not yet been trained on these draws, which would flatter it.
-        current = self._choose(training).summarise(mean, cov)
-        current = measure_error(
-            key_measure, current, x, context=context, batch_size=self.batch_size
-        )
-        training, losses = train(
-            rng_key,
-            restarted,
-            x,
-            self.optimizer,
-            num_steps=self.num_sgd_steps,
-            batch_size=self.batch_size,
-            context=context,
-            noise=self.noise,
-            ema_decay=self.ema_decay,
-            mesh=self.mesh,
-        )
-        denoiser = replace(self._choose(training), error_ratios=current.error_ratios)
-        return _Trained(denoiser, training, losses)
 
     def run(
         self,
@@ -365,6 +263,10 @@ class EM:
         **kwargs: Any,
     ) -> EMResult:
         """Make iterations from the start or from a state.
+
+        A run ends early where the training diverges (with a warning) or is interrupted from the
+        keyboard: the result is that of the iterations until then. Another exception, of
+        ``callback`` say, has the last state as its attribute ``em_state``.
 
         Args:
             rng_key: A random key, of a start and of the held-out log-evidence.
@@ -388,8 +290,84 @@ class EM:
             ValueError: See `init`; if there are no iterations to make; if there is patience but
                 nothing held out; or if events are held out, but the sampler is deterministic.
         """
+        self._check_run(num_iterations, prior, init_state, heldout, patience)
+        state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
+        # `init` has split the key in two.
+        key_heldout = jax.random.fold_in(rng_key, 2)
+        best, best_evidence, waited, history = state, -math.inf, 0, []
+        try:
+            if heldout is not None and init_state is not None:
+                judged = self._judge(key_heldout, state, heldout, (args, kwargs))
+                # In this order, in which NaN is the smaller.
+                best_evidence = max(best_evidence, float(judged.total))
+            with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
+                for _ in iterations:
+                    state, metrics = self.update(state, *args, **kwargs)
+                    if heldout is not None:
+                        judged = self._judge(key_heldout, state, heldout, (args, kwargs))
+                        metrics = metrics._replace(
+                            heldout_log_evidence=judged.total,
+                            heldout_standard_error=judged.total_standard_error,
+                        )
+                    history.append(metrics)
+                    evidence = float(metrics.heldout_log_evidence)
+                    if heldout is None or evidence > best_evidence:
+                        best, best_evidence, waited = state, evidence, 0
+                    else:
+                        waited += 1
+                    iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
+                    if metrics.diverged:
+                        warnings.warn(
+                            f"EM: the training of iteration {state.num_iterations} diverged: its "
+                            "loss is not finite. The run ends with the weights before that; a "
+                            "smaller learning rate, or gradients clipped by "
+                            "`optax.clip_by_global_norm`, may help.",
+                            stacklevel=2,
+                        )
+                        break
+                    if callback is not None and callback(state, metrics):
+                        break
+                    if patience is not None and waited >= patience:
+                        break
+        except KeyboardInterrupt:
+            warnings.warn(
+                f"EM: interrupted in iteration {state.num_iterations + 1}; the result is that of "
+                "the iterations before.",
+                stacklevel=2,
+            )
+        except Exception as error:
+            error.em_state = state  # type: ignore[attr-defined]
+            raise
+        columns = zip(*history, strict=True) if history else [[]] * len(EMMetrics._fields)
+        metrics = EMMetrics(*(jnp.stack(c) if c else jnp.zeros(0) for c in columns))
+        return EMResult(
+            prior=state.prior,
+            state=state,
+            history=metrics,
+            best=best.prior,
+            params=state.params,
+            best_params=best.params,
+        )
+
+    def _check_run(
+        self,
+        num_iterations: int,
+        prior: Any,
+        init_state: EMState | None,
+        heldout: Any,
+        patience: int | None,
+    ) -> None:
+        """Check the arguments of `run` before the first Gaussian fit."""
+        if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+            raise ValueError(
+                "EM.run: expected num_iterations to be an int, the second argument, got "
+                f"{type(num_iterations).__name__}; the order is run(rng_key, num_iterations, "
+                "prior, ...)."
+            )
         if num_iterations < 1:
             raise ValueError(f"EM.run: expected num_iterations >= 1, got {num_iterations}.")
+        if patience is not None and patience < 1:
+            raise ValueError(f"EM.run: expected patience >= 1, got {patience}.")
         if heldout is None and patience is not None:
             raise ValueError(
                 f"EM.run: patience={patience} needs `heldout`, the model's arguments for "
@@ -401,211 +379,129 @@ class EM:
                     "EM.run: expected `heldout` to be a tuple of the model's arguments after the "
                     f"prior, or a dict of keyword arguments, got {type(heldout).__name__}."
                 )
-            # Here, not after the first iteration.
-            first = all_of(prior if init_state is None else init_state.prior)[0]
-            resolve_settings(first, self._num_heldout_particles, self.sampler)
-        state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
-        # `init` has split the key in two.
-        key_heldout = jax.random.fold_in(rng_key, 2)
-        best, best_evidence, waited, history = state, -math.inf, 0, []
-        if heldout is not None and init_state is not None:
-            judged = self._judge(key_heldout, state, heldout, args, kwargs)
-            # In this order, in which NaN is the smaller.
-            best_evidence = max(best_evidence, float(judged.total))
-        with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
-            for _ in iterations:
-                state, metrics = self.update(state, *args, **kwargs)
-                if heldout is not None:
-                    judged = self._judge(key_heldout, state, heldout, args, kwargs)
-                    metrics = metrics._replace(
-                        heldout_log_evidence=judged.total,
-                        heldout_standard_error=judged.total_standard_error,
-                    )
-                history.append(metrics)
-                evidence = float(metrics.heldout_log_evidence)
-                if heldout is None or evidence > best_evidence:
-                    best, best_evidence, waited = state, evidence, 0
-                else:
-                    waited += 1
-                iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
-                if callback is not None and callback(state, metrics):
-                    break
-                if patience is not None and waited >= patience:
-                    break
-        columns = (jnp.stack(column) for column in zip(*history, strict=True))
-        metrics = EMMetrics(*columns)
-        return EMResult(state.prior, state, metrics, best.prior, state.params, best.params)
+            priors = as_dict(prior) if init_state is None else init_state.priors
+            first = next(iter(priors.values()))
+            resolve_settings(first.sampler, self._num_heldout_particles, self.e_step.sampler)
+
+    def _read(
+        self,
+        prior: Any,
+        arguments: Arguments,
+        params: dict[str, jax.Array] | None = None,
+        batch_size: int | None = None,
+    ) -> Read:
+        """Read the model, in the blocks of the E-step or in those of a batch size."""
+        args, kwargs = arguments
+        size = block_size(
+            self.e_step.num_particles, self.e_step.num_draws, self.e_step.batch_size, self.mesh
+        )
+        return read(
+            self.model,
+            (prior, *args),
+            kwargs,
+            block_size=size if batch_size is None else lambda group: batch_size,
+            mesh=self.mesh,
+            params=params,
+        )
+
+    def _no_draws(self, found: Read) -> dict[str, jax.Array]:
+        """Return the draws before the first E-step: NaN."""
+        draws = {}
+        for part in found.reading.groups:
+            for site in part.group.sites:
+                sizes = {plate.dim: plate.size for plate in site.plates}
+                batch = [
+                    sizes.get(i - len(site.batch_shape), n) for i, n in enumerate(site.batch_shape)
+                ]
+                shape = (self.e_step.num_draws, *batch, *site.event_shape)
+                draws[site.name] = jnp.full(shape, jnp.nan, found.reading.dtype)
+        return draws
+
+    def _compare(
+        self, rng_key: jax.Array, samples: dict[str, jax.Array], state: EMState
+    ) -> jax.Array:
+        """Return the mean distance of the draws to the last ones, over the sites."""
+        distances = []
+        for site, key in state.sites.keys:
+            shape = (-1, *state.priors[key].event_shape)
+            x, previous = (values[site].reshape(shape) for values in (samples, state.draws))
+            distances.append(_distance(rng_key, x, previous))
+        return jnp.stack(distances).mean()
+
+    def _contexts(self, found: Read, state: EMState) -> dict[str, jax.Array]:
+        """Return the contexts of all events, by site, of conditional priors."""
+        if all(p.denoiser.context_shape is None for p in state.priors.values()):
+            return {}
+        return _read_contexts(found.data, found.reading)
+
+    def _train(
+        self,
+        rng_key: jax.Array,
+        state: EMState,
+        samples: dict[str, jax.Array],
+        contexts: dict[str, jax.Array],
+    ) -> dict[str, Trained]:
+        """Fit each prior with a network to the draws of its sites."""
+        trained = {}
+        for i, key in enumerate(sorted(state.priors)):
+            if key not in state.training:
+                continue
+            prior = state.priors[key]
+            shape, context = prior.denoiser.context_shape, None
+            if shape is not None:
+                num_draws = self.e_step.num_draws
+                repeated = {
+                    site: jnp.broadcast_to(value, (num_draws, *value.shape))
+                    for site, value in contexts.items()
+                }
+                context = pool(repeated, state.sites, key, shape)
+            trained[key] = fit_prior(
+                jax.random.fold_in(rng_key, i),
+                state.training[key],
+                state.initial[key],
+                pool(samples, state.sites, key, prior.event_shape),
+                context,
+                self.optimizer,
+                self.m_step,
+                rank=self.start.rank,
+                mesh=self.mesh,
+            )
+        return trained
 
     def _judge(
         self,
         rng_key: jax.Array,
         state: EMState,
         heldout: tuple[Any, ...] | Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: Arguments,
     ) -> LogEvidence:
         """Return the log-evidence of the held-out events."""
+        args, kwargs = arguments
         if isinstance(heldout, Mapping):
             kwargs = kwargs | dict(heldout)
         else:
             args = heldout
-        prior: Any = state.prior, state.params
-        return log_evidence(
+        return estimate_evidence(
             rng_key,
-            self._model,
-            prior,
-            *args,
+            self.model,
+            (state.prior, *args),
+            kwargs,
+            params=state.params,
+            num_estimates=4,
             num_particles=self._num_heldout_particles,
-            sampler=self.sampler,
-            max_batch_size=self.batch_size,
+            sampler=self.e_step.sampler,
+            guidance=None,
+            max_batch_size=self.e_step.batch_size,
             mesh=self.mesh,
-            **kwargs,
         )
 
     @property
     def _num_heldout_particles(self) -> int:
-        return max(_NUM_HELDOUT_PARTICLES, self.num_particles)
-
-    def _draw(
-        self,
-        rng_key: jax.Array,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        sampler: Sampler | None,
-        guidance: Guidance | None,
-        num_draws: int,
-    ) -> PosteriorSamples:
-        (prior, _), *_ = args
-        return sample_blocks(
-            rng_key,
-            self._model,
-            args,
-            kwargs,
-            resolve_settings(all_of(prior)[0], self.num_particles, sampler, guidance),
-            num_draws=num_draws,
-            batch_size=self.batch_size,
-            mesh=self.mesh,
-        )
-
-    def _read_contexts(
-        self, draws: dict[str, jax.Array], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the contexts of draws by site (None where the prior has none)."""
-        (prior, _), *_ = args
-        if all(p.denoiser.context_shape is None for p in all_of(prior)):
-            return {}
-        latent = read_latent(bind_whole_plates(self._model, args, kwargs))
-        return {
-            site: part.denoiser.contexts(draws[site].shape[: draws[site].ndim - part.event_dim])
-            for site, part in zip(latent.names, latent.parts, strict=True)
-        }
-
-    def _summarise(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
-        mean, cov = _empirical_gaussian(x.reshape(len(x), -1), self.rank)
-        return mean.reshape(x.shape[1:]), cov
-
-    def _choose(self, training: TrainState) -> NetworkDenoiser:
-        """Return the denoiser to draw with."""
-        return training.averaged if self.use_average else training.denoiser
-
-    def _restart(self, training: TrainState, initial: NetworkDenoiser) -> TrainState:
-        """Return where the M-step starts."""
-        if not self.warm_start:
-            return init_training(initial, self.optimizer)
-        if self.reset_optimizer:
-            fresh = init_training(training.denoiser, self.optimizer)
-            return training._replace(opt_state=fresh.opt_state)
-        return training
-
-    def _fit_in_closed_form(
-        self, latent: LatentSite, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> GaussianDenoiser:
-        def read_block(index: jax.Array) -> Any:
-            indices = {latent.plates[0]: index}
-            bound = bind_whole_plates(self._model, args, kwargs, indices=indices)
-            return read_likelihood(bound, read_latent(bound))
-
-        fit = fit_gaussian(
-            read_block,
-            latent.plate_sizes[0],
-            event_shape=latent.prior.event_shape,
-            batch_size=self.batch_size,
-            num_iterations=self.num_gaussian_iterations,
-            rank=self.rank,
-            dtype=latent.prior.denoiser.dtype,
-        )
-        return GaussianDenoiser(fit.mean, fit.cov)
-
-    def _fit_by_sampling(
-        self,
-        rng_key: jax.Array,
-        prior: Any,
-        params: dict[str, jax.Array],
-        sites: Sites,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Refit Gaussians to their own posterior draws, from the priors' own on; denoisers."""
-
-        def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
-            net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
-            return prior.replace_denoiser(NetworkDenoiser(net, mean, cov))
-
-        def start(prior: DiffusionPrior, _: str | None) -> DiffusionPrior:
-            if not isinstance(prior.denoiser, NetworkDenoiser):
-                return prior
-            return gaussian(prior, prior.denoiser.mean, prior.denoiser.cov)
-
-        def refit(
-            draws: dict[str, jax.Array], prior: DiffusionPrior, key: str | None
-        ) -> DiffusionPrior:
-            if not isinstance(prior.denoiser, NetworkDenoiser):
-                return prior
-            return gaussian(prior, *self._summarise(pool(draws, sites, key, prior.event_shape)))
-
-        # Of second order: a sampler that shrinks its draws would do so at every refit.
-        sampler = MultistepSDE((self.sampler or all_of(prior)[0].sampler).num_steps)
-        guidance = MMPS(GaussianCovariance())
-        prior = map_priors(start, prior)
-        for key in jax.random.split(rng_key, self.num_gaussian_iterations):
-            arguments = (((prior, params), *args), kwargs)
-            draws = self._draw(key, *arguments, sampler, guidance, 1).samples
-            draws, _ = mend_draws(draws, {}, prior, sites)
-            prior = map_priors(partial(refit, draws), prior)
-        return map_priors(lambda p, _: p.denoiser, prior)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Nothing:
-    """A network that leaves a denoiser its Gaussian, in every context."""
-
-    event_shape: tuple[int, ...]
-    context_shape: tuple[int, ...] | None
-
-    def __call__(
-        self,
-        x: jax.Array,
-        noise: jax.Array,
-        context: jax.Array | None = None,
-        *,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        return jnp.zeros_like(x)
-
-
-class _Trained(NamedTuple):
-    """What an M-step gives of one prior."""
-
-    denoiser: NetworkDenoiser
-    training: TrainState
-    losses: jax.Array
+        return max(_NUM_HELDOUT_PARTICLES, self.e_step.num_particles)
 
 
 _NUM_HELDOUT_PARTICLES = 16
 _MAX_NUM_COMPARED = 32_768
-
-_empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)
 
 
 @jax.jit
@@ -613,3 +509,21 @@ def _distance(rng_key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     # All projections are in memory at once.
     x, y = (events[:: -(-len(events) // _MAX_NUM_COMPARED)] for events in (x, y))
     return sliced_wasserstein(rng_key, x, y)
+
+
+@partial(jax.jit, static_argnums=1)
+def _read_contexts(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
+    """Return the contexts of all events, by site, where priors have contexts."""
+    contexts: dict[str, jax.Array] = {}
+    for found in reading.groups:
+
+        def read_block(indices: dict[str, jax.Array], found: Any = found) -> Any:
+            values = {}
+            for site, part in zip(found.group.sites, found.parts(data, indices), strict=True):
+                context = part.contexts(site.batch_shape)
+                if context is not None:
+                    values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
+            return values
+
+        contexts |= found.over_blocks(read_block)
+    return contexts

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.typing import DTypeLike
 
+from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import by_matrix, einsum, inverse_lower
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
@@ -196,7 +196,7 @@ def fit_gaussian(
         state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
         return state.mean.reshape(event_shape), _covariance(state), log_evidence
 
-    return GaussianFit(*_compile(run))
+    return GaussianFit(*call(run))
 
 
 def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]) -> None:
@@ -276,7 +276,7 @@ def _is_elementwise(read: _Block, blocks: jax.Array, size: int, dtype: DTypeLike
         found = _whiten(local.noise, local.matvec(jnp.broadcast_to(probe, shape)))
         return (jnp.abs(found - expected) > 100 * jnp.finfo(dtype).eps * jnp.abs(expected)).sum()
 
-    return not _compile(lambda: _sum_over(violations, blocks))
+    return not call(lambda: _sum_over(violations, blocks))
 
 
 def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
@@ -436,16 +436,3 @@ def _sum_over(function: _Block, blocks: jax.Array) -> Any:
     shapes = jax.eval_shape(function, blocks[0])
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(add, zeros, blocks)[0]
-
-
-def _compile(function: Callable[[], Any]) -> Any:
-    """Compile and run a function with the data that it encloses as arguments.
-
-    XLA would fold them as constants, for minutes where they are large.
-    """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)()
-
-    def call(data: list[Any]) -> list[jax.Array]:
-        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, data))()
-
-    return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(call)(closed.consts))

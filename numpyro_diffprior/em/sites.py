@@ -1,141 +1,142 @@
-"""One prior, or several in a dict: which governs which site, and functions of all of them.
+"""Several priors in a dict: which governs which site, and what each learns from.
 
-What is made for each prior has the structure of what was passed: one thing, or a dict of things.
+`EM` works on a dict of priors, whatever the user passed; a lone prior has the key ``"prior"``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
-from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import LatentSite
+from numpyro_diffprior.reading.reader import ModelReading
 
-__all__ = [
-    "Sites",
-    "all_of",
-    "map_over",
-    "map_priors",
-    "map_trained",
-    "mend_draws",
-    "one_of",
-    "pool",
-    "read_sites",
-]
+__all__ = ["Priors", "Sites", "as_dict", "learned", "mend", "pool", "read_sites"]
+
+ALONE = "prior"
+
+Priors = dict[str, DiffusionPrior]
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Sites:
-    """The diffusion sites of a model, static.
+    """Which prior governs which diffusion site; static.
 
     Attributes:
-        keys: The priors' names in their dict by site (None for a prior that is not in one).
+        keys: The priors' keys by site.
+        is_alone: Whether the user passed a prior, and no dict.
     """
 
-    keys: tuple[tuple[str, str | None], ...]
+    keys: tuple[tuple[str, str], ...]
+    is_alone: bool = False
+
+    def as_passed(self, priors: Priors) -> Any:
+        """Return priors as the user passed them: one, or a dict."""
+        return priors[ALONE] if self.is_alone else dict(priors)
 
 
-def read_sites(prior: Any, latent: LatentSite) -> Sites:
-    """Find which of the priors that were passed to a model governs which of its sites.
+def as_dict(prior: Any) -> Priors:
+    """Return one prior or several as a dict.
 
     Raises:
-        ValueError: If a site has a prior that is not in the dict, or if one with a network governs
-            no site or is in the dict twice.
+        ValueError: If there is something else among them, none with a network, or one with a
+            network twice.
     """
-    if not isinstance(prior, Mapping):
-        return Sites(tuple((site, None) for site in latent.names))
-    learned = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
-    for value in learned.values():
-        same = [k for k, p in learned.items() if p.denoiser is value.denoiser]
+    priors = dict(prior) if isinstance(prior, Mapping) else {ALONE: prior}
+    if not priors or not all(isinstance(p, DiffusionPrior) for p in priors.values()):
+        found = ", ".join(type(p).__name__ for p in priors.values()) or "an empty one"
+        raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {found}.")
+    networks = learned(priors)
+    if not networks:
+        found = " and ".join(sorted({type(p.denoiser).__name__ for p in priors.values()}))
+        raise ValueError(
+            f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
+            "priors have nothing to learn."
+        )
+    for value in networks.values():
+        same = [k for k, p in networks.items() if p.denoiser is value.denoiser]
         if len(same) > 1:
             raise ValueError(
                 f"EM: expected priors with denoisers of their own, got the same one as {same}; "
                 "build a NetworkDenoiser and a DiffusionPrior for each. Sites that share a prior "
                 "take it from one key."
             )
+    return priors
+
+
+def learned(priors: Mapping[str, DiffusionPrior]) -> Priors:
+    """Return the priors that have a network."""
+    return {k: p for k, p in priors.items() if isinstance(p.denoiser, NetworkDenoiser)}
+
+
+def read_sites(prior: Any, reading: ModelReading) -> Sites:
+    """Find which of the priors governs which site of a model whose first argument they are.
+
+    A site has the prior whose arrays it has, perhaps at some contexts.
+
+    Raises:
+        ValueError: If a site has a prior that was not passed, or if one with a network governs no
+            site.
+    """
+    priors, is_alone = as_dict(prior), not isinstance(prior, Mapping)
+    first = 0
+    arguments: dict[str, tuple[int, ...]] = {}
+    # The order of the leaves of a dict is that of its sorted keys.
+    for key in sorted(priors):
+        count = len(split_arguments(priors[key])[0])
+        arguments[key] = tuple(range(first, first + count))
+        first += count
     keys = []
-    for site, part in zip(latent.names, latent.parts, strict=True):
-        found = [key for key, value in prior.items() if _is_of(part.denoiser, value)]
+    for site, origin in zip(reading.form.latents, reading.form.origins, strict=True):
+        found = [k for k, own in arguments.items() if own and origin[: len(own)] == own]
         if not found:
+            passed = "the one" if is_alone else f"among those {sorted(priors)}"
             raise ValueError(
-                f"EM: latent site '{site}' has a prior that is not among those passed, "
-                f"{sorted(prior)}; take it from the dict as it is."
+                f"EM: latent site '{site.name}' has a prior that is not {passed} passed; take it "
+                "from the model's first argument as it is."
             )
-        keys.append((site, found[0]))
-    unused = sorted(set(learned) - {key for _, key in keys})
+        keys.append((site.name, found[0]))
+    unused = sorted(set(learned(priors)) - {key for _, key in keys})
     if unused:
         raise ValueError(
             f"EM: no latent site has the priors {unused} of the dict, which have nothing to learn "
             f"from; leave them out. The sites' priors: {dict(keys)}."
         )
-    return Sites(tuple(keys))
-
-
-def _is_of(denoiser: Denoiser, prior: DiffusionPrior) -> bool:
-    """Whether a site's denoiser is a prior's, perhaps at some contexts."""
-    return denoiser is prior.denoiser or (
-        isinstance(denoiser, ConditionedDenoiser) and denoiser.part is prior.denoiser
-    )
-
-
-def all_of(tree: Any) -> list[Any]:
-    """Return what there is for each prior in a list."""
-    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
-
-
-def one_of(tree: Any, key: str | None) -> Any:
-    """Return what there is for the prior of a name (None for a prior that is not in a dict)."""
-    return tree if key is None else tree[key]
-
-
-def map_over(f: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply a function to what there is for each prior."""
-    return {k: f(v) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
-
-
-def map_priors(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
-    """Apply a function to each prior and its name."""
-    if isinstance(prior, Mapping):
-        return {key: f(value, key) for key, value in prior.items()}
-    return f(prior, None)
-
-
-def map_trained(f: Callable[[DiffusionPrior, str | None], Any], prior: Any) -> Any:
-    """Apply a function to each prior with a network and its name."""
-    if isinstance(prior, Mapping):
-        chosen = {k: p for k, p in prior.items() if isinstance(p.denoiser, NetworkDenoiser)}
-        return map_priors(f, chosen)
-    return f(prior, None)
+    return Sites(tuple(keys), is_alone)
 
 
 def pool(
-    values: dict[str, jax.Array], sites: Sites, key: str | None, shape: tuple[int, ...]
+    values: Mapping[str, jax.Array], sites: Sites, key: str, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Return what all sites of a prior have, draws or contexts, in one list."""
+    """Return the values (draws, contexts) of all sites of a prior, in one list."""
     chosen = [values[site] for site, name in sites.keys if name == key]
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
 
-def mend_draws(
-    draws: dict[str, jax.Array], last: Mapping[str, jax.Array], prior: Any, sites: Sites
+def mend(
+    draws: Mapping[str, jax.Array],
+    previous: Mapping[str, jax.Array],
+    priors: Priors,
+    sites: Sites,
 ) -> tuple[dict[str, jax.Array], int]:
-    """Put the last draws (or the prior's mean) where draws are not finite; say how many are not.
+    """Replace draws that are not finite by the previous ones, or by the prior's mean.
 
-    An event that is left out would hide from the M-step what is hard to draw.
+    To leave such an event out would hide from the M-step what is hard to draw.
+
+    Returns:
+        The draws, and how many were replaced.
 
     Raises:
         ValueError: If no draw of a site is finite.
     """
     mended, total = dict(draws), 0
     for site, key in sites.keys:
-        x, mean = draws[site], one_of(prior, key).mean
-        previous = last.get(site, mean)
+        x, mean = draws[site], priors[key].mean
         finite = _are_finite(x, mean.ndim)
         count = int(jnp.sum(~finite))
         if count == finite.size:
@@ -144,8 +145,9 @@ def mend_draws(
                 "and arguments that are, or take more steps of the sampler, or another guidance."
             )
         if count:
-            if previous.shape == x.shape:
-                mean = jnp.where(_are_finite(previous, mean.ndim), previous, mean)
+            last = previous.get(site, mean)
+            if last.shape == x.shape:
+                mean = jnp.where(_are_finite(last, mean.ndim), last, mean)
             mended[site] = jnp.where(finite, x, mean)
         total += count
     return mended, total

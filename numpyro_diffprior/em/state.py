@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from numpyro_diffprior.em.sites import (
-    Sites,
-)
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.training import TrainState
+from numpyro_diffprior.em.sites import Priors, Sites
 
 __all__ = ["EMMetrics", "EMResult", "EMState"]
 
@@ -15,30 +15,35 @@ __all__ = ["EMMetrics", "EMResult", "EMState"]
 class EMState(NamedTuple):
     """The state of `EM`, a pytree.
 
-    With a dict of priors, ``prior``, ``training`` and ``initial`` are dicts as well, the latter
-    two of those with a network.
+    Dicts of priors have the keys of the dict that was passed; a prior that was passed alone has
+    the key ``"prior"``.
 
     Attributes:
-        prior: The current prior, from which the next E-step draws.
-        training: The state of the M-step.
-        initial: The untrained denoiser, from which cold M-steps start.
+        priors: The current priors, from which the next E-step draws.
+        training: The states of the M-steps, of the priors with a network.
+        initial: Their untrained denoisers, from which cold M-steps start.
         params: The values of the model's ``numpyro.param`` sites, by name.
-        params_opt_state: The state of their optimiser.
+        params_opt_state: The state of their optimizer.
         draws: The last E-step's draws by site, with shape ``(num_draws, *batch, *event)``.
         rng_key: The random key of the next iteration.
-        num_iterations: How many iterations were made.
+        num_iterations: The number of iterations made.
         sites: Which prior governs which site.
     """
 
-    prior: Any
-    training: Any
-    initial: Any
+    priors: Priors
+    training: dict[str, TrainState]
+    initial: dict[str, NetworkDenoiser]
     params: dict[str, jax.Array]
     params_opt_state: optax.OptState
     draws: dict[str, jax.Array]
     rng_key: jax.Array
     num_iterations: int
     sites: Sites
+
+    @property
+    def prior(self) -> Any:
+        """The current prior, or priors, as passed."""
+        return self.sites.as_passed(self.priors)
 
 
 class EMMetrics(NamedTuple):
@@ -60,6 +65,8 @@ class EMMetrics(NamedTuple):
         heldout_standard_error: Its standard error.
         num_failed: The number of draws that were not finite, summed over the sites. Means over
             draws leave out what is NaN.
+        diverged: Whether an M-step met a loss, gradient or weight that is not finite; its weights
+            are those before.
     """
 
     loss: jax.Array
@@ -75,6 +82,7 @@ class EMMetrics(NamedTuple):
     heldout_log_evidence: jax.Array
     heldout_standard_error: jax.Array
     num_failed: jax.Array
+    diverged: jax.Array
 
 
 class EMResult(NamedTuple):

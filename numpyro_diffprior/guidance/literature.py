@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from numpyro_diffprior._compile.checks import check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import UnitCovariance
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, pull_back
@@ -71,6 +72,10 @@ class DPS(Guidance):
     """
 
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        strength = check_number("DPS", "strength", self.strength, inclusive=True)
+        set_numbers(self, strength=strength)
 
     def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""

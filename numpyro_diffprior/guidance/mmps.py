@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import PosteriorCovariance, TweedieCovariance
 from numpyro_diffprior.guidance.guidance import (
@@ -73,6 +74,22 @@ class MMPS(Guidance):
     max_steps: int | None = None
     look_ahead: bool = False
     num_iterations: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.covariance, PosteriorCovariance | TweedieCovariance):
+            raise ValueError(
+                f"MMPS: expected a posterior covariance, got {self.covariance!r}; pass an object "
+                "such as GaussianCovariance()."
+            )
+        set_numbers(
+            self,
+            rtol=check_number("MMPS", "rtol", self.rtol),
+            num_iterations=check_count("MMPS", "num_iterations", self.num_iterations),
+        )
+        if self.max_dense is not None:
+            set_numbers(self, max_dense=check_count("MMPS", "max_dense", self.max_dense, 0))
+        if self.max_steps is not None:
+            set_numbers(self, max_steps=check_count("MMPS", "max_steps", self.max_steps))
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a constant operator built once."""

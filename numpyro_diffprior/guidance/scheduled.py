@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from numpyro_diffprior._compile.checks import check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
@@ -33,6 +34,12 @@ class Piecewise(Guidance):
     high: Guidance = field(default=MMPS(GaussianCovariance()))
     low: Guidance = field(default=MMPS())
     threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("high", "low"):
+            if not isinstance(getattr(self, name), Guidance):
+                raise ValueError(f"Piecewise: expected {name} to be a Guidance.")
+        set_numbers(self, threshold=check_number("Piecewise", "threshold", self.threshold))
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with the operator of either part."""
@@ -75,6 +82,12 @@ class Tempered(Guidance):
 
     guidance: Guidance = field(default=MMPS())
     power: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.guidance, Guidance):
+            raise ValueError(f"Tempered: expected a Guidance, got {self.guidance!r}.")
+        power = check_number("Tempered", "power", self.power, 0, 1, inclusive=True)
+        set_numbers(self, power=power)
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with the operator of the guidance."""

@@ -1,23 +1,20 @@
 r"""Posterior draws in compiled blocks of bounded size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, Settings
-from numpyro_diffprior.reading.latent import read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import Model, bind_whole_plates
+from numpyro_diffprior.reading.latent import LatentGroup
+from numpyro_diffprior.reading.reader import Block, ModelData, ModelReading, Read, join_blocks
 
-__all__ = ["PosteriorSamples", "sample_blocks"]
+__all__ = ["PosteriorSamples", "block_size", "merge_stats", "sample_blocks"]
 
 
 class PosteriorSamples(NamedTuple):
@@ -27,104 +24,145 @@ class PosteriorSamples(NamedTuple):
         samples: Draws by site, each of shape ``(num_samples, *batch, *event)``.
         stats: The statistics of `Draws` by name, each of shape ``(num_samples, *batch)``
             (``ess_path`` has an axis more, of noise levels), and ``num_evaluations``, the number
-            of network evaluations per draw.
+            of network evaluations per draw. Of sites that no observation connects, each has
+            statistics of its own: those of all events, one site after the other, in one axis in
+            place of ``batch``.
     """
 
     samples: dict[str, jax.Array]
     stats: dict[str, jax.Array]
 
 
+def block_size(
+    num_particles: int, num_draws: int, batch_size: int, mesh: Mesh | None = None
+) -> Callable[[LatentGroup], int]:
+    """Return how many elements of its largest plate a block of a group's events has.
+
+    All particles of a block are in memory at once: ``batch_size`` bounds their number.
+
+    Args:
+        num_particles: The number of particles of a system.
+        num_draws: The number of draws per event.
+        batch_size: How many particles are in memory at once on one device.
+        mesh: Devices to spread the work over.
+    """
+    num_systems = max(1, batch_size // num_particles)
+
+    def size(group: LatentGroup) -> int:
+        plate = group.largest_plate
+        if plate is None or _is_whole(plate.size, num_systems, mesh):
+            return group.num_events
+        # All draws of an event in one block, which share its solves.
+        return min(max(1, num_systems // num_draws), -(-plate.size // num_devices(mesh)))
+
+    return size
+
+
+def _is_whole(size: int, num_systems: int, mesh: Mesh | None) -> bool:
+    """Whether a plate is taken whole, and the draws are spread over devices."""
+    return size <= num_systems and not 1 < num_devices(mesh) <= size
+
+
 def sample_blocks(
     rng_key: jax.Array,
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: Read,
     settings: Settings,
     *,
     num_draws: int,
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> PosteriorSamples:
-    """Draw for all elements of the latent's plate, ``batch_size`` draws at a time, compiled.
+    """Draw for all elements of the latents' plates, block by block, compiled.
 
-    Arrays among the arguments (a prior's weights too) may change without compiling anew.
+    Arrays among the model's data (a prior's weights too) may change without compiling anew.
 
     Args:
         rng_key: A random key.
-        model: A NumPyro model.
-        args: Its arguments, the prior first.
-        kwargs: Its keyword arguments.
-        settings: Resolved settings (`resolve_settings`).
+        model: A model, read with the `block_size` of these options.
+        settings: How the draws are made.
         num_draws: The number of draws per event.
-        batch_size: How many draws are made at once on one device.
-        mesh: Devices to spread the work over, which have all arguments (`replicate_arguments`).
+        batch_size: How many particles are in memory at once on one device.
+        mesh: Devices to spread the work over, which have all data.
 
     Returns:
         Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
     """
-    dynamic, static = split_arguments((args, dict(kwargs)))
-    return _sweep(rng_key, dynamic, model, static, settings, num_draws, max(1, batch_size), mesh)
+    num_groups = len(model.reading.groups)
+    keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
+    found = [
+        _sweep(key, model.data, model.reading, i, settings, num_draws, batch_size, mesh)
+        for i, key in enumerate(keys)
+    ]
+    samples = {name: x for part in found for name, x in part.samples.items()}
+    return PosteriorSamples(samples, merge_stats([part.stats for part in found], num_axes=1))
+
+
+def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
+    """Join the statistics of groups: their events in one axis, where there are several groups.
+
+    Args:
+        parts: The statistics of each group, of shape ``(*leading, *batch)``.
+        num_axes: The number of leading axes, which all groups share.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+
+    def flat(name: str, x: jax.Array) -> jax.Array:
+        own = x.shape[-1:] if name == "ess_path" else ()
+        return x.reshape(*x.shape[:num_axes], -1, *own)
+
+    return {
+        name: jnp.concatenate([flat(name, part[name]) for part in parts], axis=num_axes)
+        for name in parts[0]
+    }
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _sweep(
     rng_key: jax.Array,
-    dynamic: list[jax.Array],
-    model: Model,
-    static: StaticArguments,
+    data: ModelData,
+    reading: ModelReading,
+    position: int,
     settings: Settings,
     num_draws: int,
     batch_size: int,
     mesh: Mesh | None,
 ) -> PosteriorSamples:
-    args, kwargs = merge_arguments(dynamic, static)
-    latent = read_latent(bind_whole_plates(model, args, kwargs))
-    plate = max(range(len(latent.plates)), key=lambda i: latent.plate_sizes[i], default=None)
-    largest = 1 if plate is None else latent.plate_sizes[plate]
-    if plate is None or (largest <= batch_size and not 1 < num_devices(mesh) <= largest):
-        num_events = max(1, prod(latent.plate_sizes))
-        keys, chunk_size = _chunk(rng_key, num_draws, batch_size // num_events, settings, mesh)
+    found = reading.groups[position]
+    group, num_systems = found.group, max(1, batch_size // settings.num_particles)
+    plate = group.largest_plate
+    size = None if plate is None else reading.blocks.get(plate.name)
 
-        def draw(dynamic: list[jax.Array], keys: jax.Array) -> Draws:
-            args, kwargs = merge_arguments(dynamic, static)
-            return _draw_chunks(keys, bind_whole_plates(model, args, kwargs), settings, chunk_size)
+    def split(draws: Draws, data: ModelData) -> PosteriorSamples:
+        denoiser = found.denoiser(data)
+        return PosteriorSamples(group.split(denoiser, draws.x), draws.stats)
 
-        draws = on_devices(draw, dynamic, keys, mesh)
-        draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
-        return PosteriorSamples(latent.values(draws.x), draws.stats)
-    name, size, dim = (
-        latent.plates[plate],
-        latent.plate_sizes[plate],
-        latent.plate_dims[plate],
-    )
-    # All draws of an event in one block, which share its solves.
-    block_size = min(max(1, batch_size // num_draws), -(-size // num_devices(mesh)))
-    num_blocks = round_up(-(-size // block_size), mesh)
-    indices = jnp.arange(num_blocks * block_size).reshape(num_blocks, block_size) % size
+    if plate is None or size is None:
+        max_draws = num_systems // group.num_events
+        keys, chunk_size = _chunk(rng_key, num_draws, max_draws, settings, mesh)
 
-    def draw_blocks(dynamic: list[jax.Array], blocks: tuple[jax.Array, jax.Array]) -> Draws:
-        args, kwargs = merge_arguments(dynamic, static)
+        def draw(data: ModelData, keys: jax.Array) -> Draws:
+            return _draw_chunks(keys, found.bind(data), settings, chunk_size)
 
+        draws = on_devices(draw, data, keys, mesh)
+        return split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
+    num_blocks = round_up(-(-plate.size // size), mesh)
+    indices = jnp.arange(num_blocks * size).reshape(num_blocks, size) % plate.size
+
+    def draw_blocks(data: ModelData, blocks: tuple[jax.Array, jax.Array]) -> Draws:
         def draw(block: tuple[jax.Array, jax.Array]) -> Draws:
             key, index = block
-            bound = bind_whole_plates(model, args, kwargs, indices={name: index})
-            keys, chunk_size = _chunk(key, num_draws, batch_size // block_size, settings)
-            draws = _draw_chunks(keys, bound, settings, chunk_size)
+            keys, chunk_size = _chunk(key, num_draws, num_systems // size, settings)
+            draws = _draw_chunks(keys, found.bind(data, {plate.name: index}), settings, chunk_size)
             return jax.tree.map(lambda leaf: leaf[:num_draws], draws)
 
         return jax.lax.map(draw, blocks)
 
     blocks = jax.random.split(rng_key, num_blocks), indices
-    draws = on_devices(draw_blocks, dynamic, blocks, mesh)
-    axis = 1 + len(latent.batch_shape) + dim  # of the plate, behind the draws
+    draws = on_devices(draw_blocks, data, blocks, mesh)
+    axis = 1 + len(group.batch_shape) + plate.dim  # of the plate, behind the draws
 
-    def join(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.moveaxis(leaf, 0, axis)
-        shape = (*leaf.shape[:axis], num_blocks * block_size, *leaf.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(leaf.reshape(shape), 0, size, axis=axis)
-
-    draws = jax.tree.map(join, draws)
-    return PosteriorSamples(latent.values(draws.x), draws.stats)
+    return split(join_blocks(draws, axis, plate.size), data)
 
 
 def _chunk(
@@ -138,21 +176,17 @@ def _chunk(
     chunk_size, share = max(1, max_size), -(-num_draws // num_devices(mesh))
     if not settings.independent:  # whole particle systems
         size = settings.num_particles
-        chunk_size, share = max(1, chunk_size // size) * size, -(-share // size) * size
+        chunk_size, share = chunk_size * size, -(-share // size) * size
     chunk_size = min(chunk_size, share, num_draws)
     num_chunks = round_up(-(-num_draws // chunk_size), mesh)
     return rng_key[None] if num_chunks == 1 else jax.random.split(rng_key, num_chunks), chunk_size
 
 
-def _draw_chunks(
-    keys: jax.Array, bound: Callable[[], Any], settings: Settings, chunk_size: int
-) -> Draws:
+def _draw_chunks(keys: jax.Array, block: Block, settings: Settings, chunk_size: int) -> Draws:
     """Draw for one block of events, so many draws of each for every key."""
-    latent = read_latent(bound)
-    likelihood = read_likelihood(bound, latent)
 
     def chunk(key: jax.Array) -> Draws:
-        return draw_posterior(key, latent.prior.denoiser, likelihood, settings, chunk_size)
+        return draw_posterior(key, block.denoiser, block.likelihood, settings, chunk_size)
 
     if len(keys) == 1:
         return chunk(keys[0])

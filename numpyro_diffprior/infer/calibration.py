@@ -14,7 +14,6 @@ References:
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -25,16 +24,22 @@ from numpyro import handlers
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
+from numpyro_diffprior._compile.arguments import (
+    StaticArguments,
+    merge_arguments,
+    split_arguments,
+)
+from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.calibration import sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import Model, bind, fix_plates, is_unobserved
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.reader import read
+from numpyro_diffprior.reading.tracing import Model, fix_plates, is_unobserved
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -158,6 +163,17 @@ def calibrate(
             ``num_samples`` is no multiple of ``num_chains``, or ``kernel`` is none or comes with
             settings that it does not see; see also `sample_posterior`.
     """
+    counts = {
+        "num_simulations": (num_simulations, 1),
+        "num_samples": (num_samples, 1),
+        "num_particles": (num_particles, 1),
+        "num_warmup": (num_warmup, 0),
+        "num_chains": (num_chains, 1),
+        "thinning": (thinning, 1),
+        "max_batch_size": (max_batch_size, 1),
+    }
+    for name, (value, least) in counts.items():
+        check_count("calibrate", name, value, least)
     if num_samples % num_chains:
         raise ValueError(
             f"calibrate: expected num_samples to be a multiple of num_chains = {num_chains}, got "
@@ -173,28 +189,26 @@ def calibrate(
             "calibrate: num_particles, sampler and guidance are those of `sample_posterior`; give "
             "them to the kernel, in the function that makes it."
         )
-    bound = bind(model, (prior, *args), kwargs)
-    sites = _read_sites(bound)
+    arguments, static = split_arguments(((prior, *args), kwargs))
+    sites = _read_sites(model, arguments, static)
     key_simulate, key_draw, key_ties = jax.random.split(rng_key, 3)
-    arguments = split_arguments(((prior, *args), kwargs))
-    truth, data = _simulate(
-        jax.random.split(key_simulate, num_simulations), *arguments, model, sites
-    )
+
+    def simulate(rng_keys: jax.Array, arguments: list[Any]) -> Any:
+        args, kwargs = merge_arguments(arguments, static)
+        return jax.lax.map(lambda key: _simulate(key, model, args, kwargs, sites), rng_keys)
+
+    keys = jax.random.split(key_simulate, num_simulations)
+    truth, data = call(simulate, keys, arguments)
     conditioned = _condition(model)
     if kernel is None:
-        latent = read_latent(bound)
-        read_likelihood(bound, latent)  # errors before anything is compiled
-        settings = resolve_settings(latent.prior, num_particles, sampler, guidance)
+        found = read(model, (prior, *args), kwargs)
+        check_data(found, sampler or found.reading.sampler)
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found = read(conditioned, args, kwargs)  # whole plates
+            settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
             draws = sample_blocks(
-                key,
-                conditioned,
-                args,
-                kwargs,
-                settings,
-                num_draws=num_samples,
-                batch_size=max(max_batch_size, prod(latent.plate_sizes)),  # whole plates
+                key, found, settings, num_draws=num_samples, batch_size=max_batch_size
             )
             return draws.samples
     else:
@@ -213,8 +227,19 @@ def calibrate(
             draws = mcmc.get_samples()
             return {name: draws[name] for name in truth}
 
+    def draw_all(
+        rng_keys: jax.Array, data: dict[str, jax.Array], arguments: list[Any]
+    ) -> dict[str, jax.Array]:
+        (prior, *args), kwargs = merge_arguments(arguments, static)
+
+        def draw_one(inputs: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+            key, values = inputs
+            return draw(key, (prior, values, *args), kwargs)
+
+        return jax.lax.map(draw_one, (rng_keys, data))
+
     keys = jax.random.split(key_draw, num_simulations)
-    samples = _draw(keys, data, *arguments, draw)
+    samples = call(draw_all, keys, data, arguments)
     ranks = {
         name: sbc_ranks(samples[name], truth[name], rng_key=key)
         for name, key in zip(truth, jax.random.split(key_ties, len(truth)), strict=True)
@@ -231,12 +256,22 @@ class _Sites(NamedTuple):
 
     observed: tuple[str, ...]
     event_dims: tuple[tuple[str, int], ...]
-    plate_sizes: tuple[tuple[str, int], ...]
 
 
-def _read_sites(bound: Callable[[], Any]) -> _Sites:
-    trace = handlers.trace(bound).get_trace()
-    plates = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
+def _read_sites(model: Model, arguments: list[Any], static: StaticArguments) -> _Sites:
+    """Find the sites of a model by running it on shapes."""
+    found: list[_Sites] = []
+
+    def run(arguments: list[Any]) -> None:
+        args, kwargs = merge_arguments(arguments, static)
+        with fix_plates(), handlers.seed(rng_seed=0):
+            found.append(_find_sites(handlers.trace(model).get_trace(*args, **kwargs)))
+
+    jax.eval_shape(run, arguments)
+    return found[0]
+
+
+def _find_sites(trace: Mapping[str, Any]) -> _Sites:
     sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
     observed = tuple(name for name, site in sites.items() if site["is_observed"])
     if not observed:
@@ -254,7 +289,7 @@ def _read_sites(bound: Callable[[], Any]) -> _Sites:
         for name, site in sites.items()
         if name not in observed and not is_unobserved(name, trace)
     )
-    return _Sites(observed, event_dims, tuple(plates.items()))
+    return _Sites(observed, event_dims)
 
 
 def _condition(model: Model) -> Model:
@@ -267,43 +302,18 @@ def _condition(model: Model) -> Model:
     return conditioned
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
 def _simulate(
-    rng_keys: jax.Array,
-    dynamic: list[jax.Array],
-    static: StaticArguments,
+    rng_key: jax.Array,
     model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     sites: _Sites,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Draw latents and data with whole plates."""
-    args, kwargs = merge_arguments(dynamic, static)
-    whole = {name: jnp.arange(size) for name, size in sites.plate_sizes}
-
-    def simulate(key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        with fix_plates(indices=whole), handlers.seed(rng_seed=key):
-            trace = handlers.trace(handlers.uncondition(model)).get_trace(*args, **kwargs)
-        truth = {name: trace[name]["value"] for name, _ in sites.event_dims}
-        return truth, {name: trace[name]["value"] for name in sites.observed}
-
-    return jax.lax.map(simulate, rng_keys)
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _draw(
-    rng_keys: jax.Array,
-    data: dict[str, jax.Array],
-    dynamic: list[jax.Array],
-    static: StaticArguments,
-    draw: Callable[..., dict[str, jax.Array]],
-) -> dict[str, jax.Array]:
-    """Draw from the posterior of one simulation after the other."""
-    (prior, *args), kwargs = merge_arguments(dynamic, static)
-
-    def draw_one(inputs: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        key, values = inputs
-        return draw(key, (prior, values, *args), kwargs)
-
-    return jax.lax.map(draw_one, (rng_keys, data))
+    with fix_plates(), handlers.seed(rng_seed=rng_key):
+        trace = handlers.trace(handlers.uncondition(model)).get_trace(*args, **kwargs)
+    truth = {name: trace[name]["value"] for name, _ in sites.event_dims}
+    return truth, {name: trace[name]["value"] for name in sites.observed}
 
 
 def _distance_ranks(samples: jax.Array, truth: jax.Array, event_dim: int) -> jax.Array:

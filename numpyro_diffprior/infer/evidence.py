@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.arguments import replicate_arguments
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.infer.blocks import sample_blocks
-from numpyro_diffprior.infer.posterior import read_whole_plates, resolve_settings
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
+from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
 if TYPE_CHECKING:
     import arviz as az
 
-__all__ = ["LogEvidence", "log_evidence"]
+__all__ = ["LogEvidence", "estimate_evidence", "log_evidence"]
 
 
 class LogEvidence(NamedTuple):
@@ -85,7 +87,7 @@ def log_evidence(
     num_particles: int = 16,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
-    max_batch_size: int = 256,
+    max_batch_size: int = 1024,
     mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> LogEvidence:
@@ -102,7 +104,7 @@ def log_evidence(
             faster than with that of the estimates.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
-        max_batch_size: How many estimates are made at once on one device; bounds the memory.
+        max_batch_size: How many particles are in memory at once on one device.
         mesh: Devices to spread the work over, see `sample_posterior`.
         **kwargs: The model's keyword arguments.
 
@@ -114,20 +116,50 @@ def log_evidence(
         ValueError: If there are fewer than two estimates or particles, or the model cannot be
             read; see `sample_posterior`.
     """
-    for name, count in (("num_estimates", num_estimates), ("num_particles", num_particles)):
-        if count < 2:
-            raise ValueError(f"log_evidence: expected {name} >= 2, got {count}.")
-    arguments = replicate_arguments(((prior, *args), kwargs), mesh)
-    latent, _ = read_whole_plates(model, *arguments)
-    settings = resolve_settings(latent.prior, num_particles, sampler, guidance)
-    draws = sample_blocks(
+    return estimate_evidence(
         rng_key,
         model,
-        *arguments,
-        settings,
-        num_draws=num_estimates,
-        batch_size=max_batch_size,
+        (prior, *args),
+        kwargs,
+        num_estimates=num_estimates,
+        num_particles=num_particles,
+        sampler=sampler,
+        guidance=guidance,
+        max_batch_size=max_batch_size,
         mesh=mesh,
+    )
+
+
+def estimate_evidence(
+    rng_key: jax.Array,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_estimates: int,
+    num_particles: int,
+    sampler: Sampler | None,
+    guidance: Guidance | None,
+    max_batch_size: int,
+    mesh: Mesh | None,
+    params: Mapping[str, jax.Array] | None = None,
+) -> LogEvidence:
+    """Estimate log-evidences, with values of the model's parameters; see `log_evidence`."""
+    num_estimates = check_count("log_evidence", "num_estimates", num_estimates, 2)
+    num_particles = check_count("log_evidence", "num_particles", num_particles, 2)
+    max_batch_size = check_count("log_evidence", "max_batch_size", max_batch_size)
+    found = read(
+        model,
+        args,
+        kwargs,
+        block_size=block_size(num_particles, num_estimates, max_batch_size, mesh),
+        mesh=mesh,
+        params=params,
+    )
+    settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
+    check_data(found, settings.sampler)
+    draws = sample_blocks(
+        rng_key, found, settings, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
     )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)

@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -11,16 +11,18 @@ from numpyro import handlers
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.infer.blocks import merge_stats
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Settings
-from numpyro_diffprior.reading.latent import LatentSite, read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import Model, bind_whole_plates
+from numpyro_diffprior.particles.system import Draws, Settings
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.latent import LatentGroup
+from numpyro_diffprior.reading.reader import Block, Read, read
+from numpyro_diffprior.reading.tracing import Model, fix_plates
 
 __all__ = ["MMPSKernel", "MMPSState", "ParticleGibbs", "ParticleGibbsState"]
 
@@ -58,7 +60,8 @@ class ParticleGibbsState(NamedTuple):
     Attributes:
         z: The diffusion site's value by its name.
         rng_key: The random key.
-        path: The retained path, with shape ``(num_steps, *batch, *event)``.
+        path: The retained paths, each with shape ``(num_steps, *batch, *event)``: one, or one for
+            each group of sites that no observation connects.
         updated: The fraction of noise levels at which the path moved, with the site's batch shape.
         residual: The largest relative residual of guidance's solves, likewise.
         num_truncated: The largest number of directions that guidance left out, likewise.
@@ -74,7 +77,7 @@ class ParticleGibbsState(NamedTuple):
 
     z: dict[str, jax.Array]
     rng_key: jax.Array
-    path: jax.Array
+    path: tuple[jax.Array, ...]
     updated: jax.Array
     residual: jax.Array
     num_truncated: jax.Array
@@ -87,6 +90,7 @@ class ParticleGibbsState(NamedTuple):
 
 
 _State = Any  # of the concrete kernel
+_Blocks = list[tuple[LatentGroup, Block]]
 
 
 class _DiffusionKernel(MCMCKernel):
@@ -101,7 +105,7 @@ class _DiffusionKernel(MCMCKernel):
         guidance: Guidance | None = None,
     ) -> None:
         self.model = model
-        self.num_particles = num_particles
+        self.num_particles = check_count(type(self).__name__, "num_particles", num_particles)
         self.sampler = sampler
         self.guidance = guidance
         self._sample_fn: Callable[..., _State] | None = None
@@ -124,27 +128,31 @@ class _DiffusionKernel(MCMCKernel):
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
         """
-        latent, likelihood = self._read(model_args, model_kwargs)
-        settings = self._resolve(latent)
+        found = self._read(model_args, model_kwargs)
+        settings = self._resolve(found)
+        check_data(found, settings.sampler)
+        blocks = _bind(found)
         params = init_params or {}
-        value = latent.join(params) if set(latent.names) <= set(params) else None
+        names = {name for group, _ in blocks for name in group.names}
+        values = None
+        if names <= set(params):
+            values = [group.join(block.denoiser, params) for group, block in blocks]
         self._sample_fn = self._draw
 
-        def start(key: jax.Array, value: jax.Array | None) -> _State:
-            return self._start(key, latent, likelihood, settings, value)
+        def start(key: jax.Array, values: list[jax.Array] | None) -> _State:
+            return self._start(key, blocks, settings, values)
 
         if is_prng_key(rng_key):
-            return start(rng_key, value)
-        return jax.vmap(start, in_axes=(0, None if value is None else 0))(rng_key, value)
+            return start(rng_key, values)
+        return jax.vmap(start, in_axes=(0, None if values is None else 0))(rng_key, values)
 
     @abstractmethod
     def _start(
         self,
         rng_key: jax.Array,
-        latent: LatentSite,
-        likelihood: Likelihood,
+        blocks: _Blocks,
         settings: Settings,
-        value: jax.Array | None,
+        values: list[jax.Array] | None,
     ) -> _State:
         """Return the first state of one chain."""
 
@@ -192,10 +200,11 @@ class _DiffusionKernel(MCMCKernel):
         All but observed sites completed under ``obs_mask=``, whose hidden values nobody draws: see
         `numpyro.infer.Predictive`.
         """
-        bound = bind_whole_plates(self.model, model_args, model_kwargs or {})
+        whole = handlers.seed(fix_plates(self.model), rng_seed=0)
 
         def postprocess(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            trace = handlers.trace(handlers.substitute(bound, data=z)).get_trace()
+            substituted = handlers.trace(handlers.substitute(whole, data=z))
+            trace = substituted.get_trace(*model_args, **(model_kwargs or {}))
             deterministic = {
                 name: site["value"]
                 for name, site in trace.items()
@@ -205,15 +214,29 @@ class _DiffusionKernel(MCMCKernel):
 
         return postprocess
 
-    def _read(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> tuple[LatentSite, Any]:
-        bound = bind_whole_plates(self.model, model_args, model_kwargs or {})
-        latent = read_latent(bound)
-        return latent, read_likelihood(bound, latent)
+    def _read(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Read:
+        return read(self.model, model_args, model_kwargs or {})
 
-    def _resolve(self, latent: LatentSite) -> Settings:
-        return resolve_settings(latent.prior, self.num_particles, self.sampler, self.guidance)
+    def _resolve(self, found: Read) -> Settings:
+        default = found.reading.sampler
+        return resolve_settings(default, self.num_particles, self.sampler, self.guidance)
+
+
+def _bind(found: Read) -> _Blocks:
+    return [(part.group, part.bind(found.data)) for part in found.reading.groups]
+
+
+def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """Return events by site."""
+    return {
+        name: value
+        for (group, block), x in zip(blocks, values, strict=True)
+        for name, value in group.split(block.denoiser, x).items()
+    }
+
+
+def _keys(rng_key: jax.Array, blocks: _Blocks) -> list[jax.Array]:
+    return [rng_key] if len(blocks) == 1 else list(jax.random.split(rng_key, len(blocks)))
 
 
 class MMPSKernel(_DiffusionKernel):
@@ -238,29 +261,30 @@ class MMPSKernel(_DiffusionKernel):
     def _start(
         self,
         rng_key: jax.Array,
-        latent: LatentSite,
-        likelihood: Likelihood,
+        blocks: _Blocks,
         settings: Settings,
-        value: jax.Array | None,
+        values: list[jax.Array] | None,
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
-        if value is None:
-            value = jnp.broadcast_to(latent.prior.mean, latent.shape)
-        zeros = jnp.zeros(latent.batch_shape, value.dtype)
-        count = zeros.astype(int)
-        path = jnp.zeros((*zeros.shape, settings.sampler.num_steps), zeros.dtype)
-        stats = zeros, count, zeros, count, zeros, zeros, path
-        return MMPSState(latent.values(value), rng_key, *stats)
+        if values is None:
+            values = [_mean(block) for _, block in blocks]
+        stats = merge_stats(
+            [_no_stats(block, settings) for _, block in blocks],
+        )
+        return MMPSState(_split(blocks, values), rng_key, **stats)
 
     def _draw(
         self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> MMPSState:
-        latent, likelihood = self._read(model_args, model_kwargs)
-        settings = self._resolve(latent)
+        found = self._read(model_args, model_kwargs)
+        settings, blocks = self._resolve(found), _bind(found)
         rng_key, key = jax.random.split(state.rng_key)
-        draws = draw_posterior(key, latent.prior.denoiser, likelihood, settings)
-        stats = {name: value[0] for name, value in draws.stats.items()}
-        return MMPSState(latent.values(draws.x[0]), rng_key, **stats)
+        draws = [
+            draw_posterior(key, block.denoiser, block.likelihood, settings)
+            for key, (_, block) in zip(_keys(key, blocks), blocks, strict=True)
+        ]
+        stats = merge_stats([{k: v[0] for k, v in draw.stats.items()} for draw in draws])
+        return MMPSState(_split(blocks, [draw.x[0] for draw in draws]), rng_key, **stats)
 
 
 class ParticleGibbs(_DiffusionKernel):
@@ -294,34 +318,40 @@ class ParticleGibbs(_DiffusionKernel):
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
     ) -> None:
-        if num_particles < 2:
-            raise ValueError(
-                f"ParticleGibbs: expected num_particles >= 2, got {num_particles}: one of them is "
-                "the retained path, which cannot move alone."
-            )
+        # One of them is the retained path, which cannot move alone.
+        check_count("ParticleGibbs", "num_particles", num_particles, 2)
         super().__init__(model, num_particles=num_particles, sampler=sampler, guidance=guidance)
 
     def _start(
         self,
         rng_key: jax.Array,
-        latent: LatentSite,
-        likelihood: Likelihood,
+        blocks: _Blocks,
         settings: Settings,
-        value: jax.Array | None,
+        values: list[jax.Array] | None,
     ) -> ParticleGibbsState:
         """Start at a draw of the twisted SMC, with a path of added noise."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
-        denoiser = latent.prior.denoiser
-        if value is None:
-            value = draw_posterior(key_draw, denoiser, likelihood, settings).x[0]
-        path = diffuse_path(key_path, denoiser, settings.sampler, value)
-        zeros = jnp.zeros(latent.batch_shape, value.dtype)
-        count = zeros.astype(int)
-        ess_path = jnp.zeros((*zeros.shape, settings.sampler.num_steps), zeros.dtype)
-        stats = zeros, zeros, count, zeros, count, zeros, zeros, ess_path
+        if values is None:
+            values = [
+                draw_posterior(key, block.denoiser, block.likelihood, settings).x[0]
+                for key, (_, block) in zip(_keys(key_draw, blocks), blocks, strict=True)
+            ]
+        path = tuple(
+            diffuse_path(key, block.denoiser, settings.sampler, value)
+            for key, (_, block), value in zip(_keys(key_path, blocks), blocks, values, strict=True)
+        )
+        stats = [_no_stats(block, settings) for _, block in blocks]
+        updated = [{"updated": found["residual"]} for found in stats]
         # The retained path's denoised means are evaluated once more.
         num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
-        return ParticleGibbsState(latent.values(value), rng_key, path, *stats, num_evaluations)
+        return ParticleGibbsState(
+            z=_split(blocks, values),
+            rng_key=rng_key,
+            path=path,
+            num_evaluations=num_evaluations,
+            **merge_stats(updated),
+            **merge_stats(stats),
+        )
 
     def _draw(
         self,
@@ -329,11 +359,32 @@ class ParticleGibbs(_DiffusionKernel):
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
     ) -> ParticleGibbsState:
-        latent, likelihood = self._read(model_args, model_kwargs)
+        found = self._read(model_args, model_kwargs)
+        settings, blocks = self._resolve(found), _bind(found)
         rng_key, key = jax.random.split(state.rng_key)
-        path, draws, updated = update_path(
-            key, latent.prior.denoiser, likelihood, self._resolve(latent), state.path
-        )
+        updates = [
+            update_path(key, block.denoiser, block.likelihood, settings, path)
+            for key, (_, block), path in zip(_keys(key, blocks), blocks, state.path, strict=True)
+        ]
         return state._replace(
-            z=latent.values(draws.x), rng_key=rng_key, path=path, updated=updated, **draws.stats
+            z=_split(blocks, [update.draws.x for update in updates]),
+            rng_key=rng_key,
+            path=tuple(update.path for update in updates),
+            **merge_stats([{"updated": update.updated} for update in updates]),
+            **merge_stats([update.draws.stats for update in updates]),
         )
+
+
+def _mean(block: Block) -> jax.Array:
+    likelihood = block.likelihood
+    shape = (*likelihood.batch_shape, *likelihood.event_shape)
+    return jnp.broadcast_to(block.denoiser.mean, shape)
+
+
+def _no_stats(block: Block, settings: Settings) -> dict[str, jax.Array]:
+    """Return the statistics of a state that was not drawn: zeros."""
+    shape, dtype = block.likelihood.batch_shape, block.denoiser.dtype
+    zeros = jnp.zeros(shape, dtype)
+    counts = {"num_truncated", "num_resamplings"}
+    stats = {name: zeros.astype(int) if name in counts else zeros for name in Draws._fields[1:]}
+    return stats | {"ess_path": jnp.zeros((*shape, settings.sampler.num_steps), dtype)}

@@ -5,7 +5,7 @@ twisted SMC the draws (`numpyro_diffprior.particles.smc`), in compiled blocks of
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,26 +13,28 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaincc
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.arguments import (
-    replicate_arguments,
-)
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
-from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
+from numpyro_diffprior.infer.blocks import (
+    PosteriorSamples,
+    block_size,
+    merge_stats,
+    sample_blocks,
+)
 from numpyro_diffprior.particles.system import Settings
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import LatentSite, read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
-from numpyro_diffprior.reading.tracing import Model, bind_whole_plates
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.reader import read
+from numpyro_diffprior.reading.tracing import Model
 
-__all__ = ["read_whole_plates", "resolve_settings", "sample_posterior"]
+__all__ = ["resolve_settings", "sample_posterior"]
 
 
 def resolve_settings(
-    prior: DiffusionPrior,
+    default: Sampler,
     num_particles: int = 1,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
@@ -42,13 +44,20 @@ def resolve_settings(
 
     MMPS takes Tweedie's covariance for one particle; more look ahead with the Gaussian one.
 
+    Args:
+        default: The prior's sampler.
+        num_particles: See `sample_posterior`, as for the other arguments.
+        sampler: A sampler in its place, or None.
+        guidance: A guidance, or None.
+        independent: Whether every draw is one of a particle system of its own.
+
     Raises:
         ValueError: If sampler or guidance is none, the number of particles is not positive, or
             there are several and the sampler is deterministic or evaluates the denoiser more than
             once per step.
     """
     if sampler is None:
-        sampler = prior.sampler
+        sampler = default
     if guidance is None:
         guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance(), look_ahead=True)
     if not isinstance(sampler, Sampler):
@@ -60,8 +69,7 @@ def resolve_settings(
         raise ValueError(
             f"expected an instance of Guidance, got {guidance!r}; pass an object such as MMPS()."
         )
-    if num_particles < 1:
-        raise ValueError(f"expected num_particles >= 1, got {num_particles}.")
+    num_particles = check_count(type(guidance).__name__, "num_particles", num_particles)
     if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single):
         raise ValueError(
             f"{num_particles} particles need a stochastic sampler of one evaluation per step, "
@@ -101,8 +109,8 @@ def sample_posterior(
             system gives as many draws as it has particles, at a fraction of the cost: a thousand
             draws of one system of a thousand particles, say. They are exact in the limit of many
             particles, but not independent: an event may be drawn more than once.
-        max_batch_size: How many draws are made at once on one device; bounds the memory. Only the
-            largest of several plates is divided.
+        max_batch_size: How many particles (with one particle: draws) are in memory at once on one
+            device. Only the largest of several plates is divided.
         mesh: Devices to spread the work over (`jax.make_mesh`), by the elements of the largest
             plate; where they are fewer than the devices, by the draws. Data and prior are copied
             to each. Other meshes give other draws.
@@ -116,40 +124,34 @@ def sample_posterior(
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
     """
-    for name, number in (("num_samples", num_samples), ("max_batch_size", max_batch_size)):
-        if number < 1:
-            raise ValueError(f"sample_posterior: expected {name} >= 1, got {number}.")
-    arguments = replicate_arguments(((prior, *args), kwargs), mesh)
-    latent, likelihood = read_whole_plates(model, *arguments)
-    settings = resolve_settings(latent.prior, num_particles, sampler, guidance, independent)
-    samples, stats = sample_blocks(
-        rng_key,
+    num_samples = check_count("sample_posterior", "num_samples", num_samples)
+    num_particles = check_count("sample_posterior", "num_particles", num_particles)
+    max_batch_size = check_count("sample_posterior", "max_batch_size", max_batch_size)
+    found = read(
         model,
-        *arguments,
-        settings,
-        num_draws=num_samples,
-        batch_size=max_batch_size,
+        (prior, *args),
+        kwargs,
+        block_size=block_size(num_particles, num_samples, max_batch_size, mesh),
         mesh=mesh,
     )
-    _warn_of_misfit(stats["chi_square"], likelihood.num_visible)
+    settings = resolve_settings(
+        found.reading.sampler, num_particles, sampler, guidance, independent
+    )
+    num_visible = check_data(found, settings.sampler)
+    samples, stats = sample_blocks(
+        rng_key, found, settings, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
+    )
+    _warn_of_misfit(stats["chi_square"], num_visible)
     per_draw = num_particles if independent else 1
     num_evaluations = jnp.asarray(per_draw * settings.sampler.num_evaluations)
     return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})
 
 
-def read_whole_plates(
-    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[LatentSite, Likelihood]:
-    """Read a model, so that its errors come before anything is compiled."""
-    bound = bind_whole_plates(model, args, kwargs)
-    latent = read_latent(bound)
-    return latent, read_likelihood(bound, latent)
-
-
-def _warn_of_misfit(chi_square: jax.Array, num_visible: jax.Array) -> None:
+def _warn_of_misfit(chi_square: jax.Array, counts: Sequence[jax.Array]) -> None:
     """Warn where draws are far from what was observed, by size and by significance."""
     if isinstance(chi_square, jax.core.Tracer):
         return
+    num_visible = merge_stats([{"num_visible": count} for count in counts])["num_visible"]
     pvalue = gammaincc(num_visible / 2, num_visible * chi_square / 2)
     fits = (chi_square < _LARGE_CHI_SQUARE) | (pvalue > _SMALL_PVALUE / chi_square.size)
     count = int(jnp.sum(~fits))

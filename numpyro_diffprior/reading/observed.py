@@ -1,164 +1,245 @@
-"""Which observed sites of a NumPyro model tell of its latent, and what is to be read of each.
+"""The observed sites of a model, and what is read of each.
 
-A site goes by the moments of its distribution where these tell all there is to know of the latent,
-or else by its log-density; see `ObservedSite`. What depends on what is found by tracing.
+A site is read by the moments of its distribution where its mean depends on the latent, or else
+by its log-density; see `ObservedSite`. What its parameters, moments and values depend on is found
+from
+the model's program, so a site is described twice: by its arrays, which are outputs of the program
+(`describe`), and by a static form, from which the decision is made once the dependences are known
+(`decide`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from numpyro import handlers
 
-from numpyro_diffprior._compile.dependence import depends
-from numpyro_diffprior.reading.latent import LatentSite
+from numpyro_diffprior._compile.arguments import StaticArguments, split_arguments
 from numpyro_diffprior.reading.moments import Moments, gaussian_moments
-from numpyro_diffprior.reading.unwrap import elementwise_transforms, peel, unwrap
+from numpyro_diffprior.reading.unwrap import elementwise_transforms, log_density, peel, unwrap
 
-__all__ = ["ObservedSite", "find_observed_sites", "trace_at"]
+__all__ = ["Form", "ObservedSite", "SiteForm", "decide", "describe"]
 
-
-def trace_at(bound: Callable[[], Any], latent: LatentSite, x: jax.Array) -> dict[str, Any]:
-    """Return the trace of a bound model with a value of its latent site."""
-    return handlers.trace(handlers.substitute(bound, data=latent.values(x))).get_trace()
+By = Literal["moments", "parameters", "event", "gradient"]
 
 
-_By = Literal["moments", "parameters", "event", "gradient"]
+class Rule(NamedTuple):
+    """What to read of a distribution, by which parts of it depend on the latent.
+
+    Matched moments find what moves the mean. They do not see what moves only the covariance of a
+    Gaussian family or the spread of counts, and little of the shape of a gamma or a Weibull
+    distribution.
+
+    Attributes:
+        shape: The positions of leaves that decide by themselves.
+        by_shape: What to read where one of these depends on the latent.
+        by_cov: What to read where the covariance does, or None if that decides nothing.
+        by_mean: What to read where the mean does.
+        otherwise: What to read elsewhere.
+        is_residual: Whether the density depends on the difference of value and mean only.
+    """
+
+    shape: tuple[int, ...]
+    by_shape: By
+    by_cov: By | None
+    by_mean: By
+    otherwise: By
+    is_residual: bool
+
+
+class Form(NamedTuple):
+    """A readable form of an observed distribution; static.
+
+    Attributes:
+        fn: The distribution without its arrays.
+        rule: What to read of it.
+        is_full: Whether its moments have covariance matrices.
+        error: Why it has no moments although it should, or None.
+    """
+
+    fn: StaticArguments
+    rule: Rule
+    is_full: bool
+    error: str | None
+
+
+class SiteForm(NamedTuple):
+    """An observed site without its arrays; static.
+
+    Attributes:
+        name: Its name.
+        family: The name of its distribution's class, unwrapped.
+        batch_shape: The batch shape of its distribution.
+        plates: The names and sizes of its plates, as taken.
+        forms: Its distribution as it is and, where there are transformations of each value to
+            undo, that of the values transformed back.
+    """
+
+    name: str
+    family: str
+    batch_shape: tuple[int, ...]
+    plates: tuple[tuple[str, int], ...]
+    forms: tuple[Form, ...]
 
 
 class ObservedSite(NamedTuple):
     """How an observed site is read; static.
 
     Attributes:
-        name: Its name.
-        is_peeled: Whether its values are transformed back to those of its base distribution.
-        by: What is read of it: its moments, the curvature of its log-density in those of its
-            parameters that depend on the latent or in the event itself, or its gradient only.
+        position: Its position among the observed sites of the model.
+        form: The position of the form that is read.
+        by: What is read: the moments; the curvature of the log-density in those of its parameters
+            that depend on the latent, or in the event itself; or the gradient only.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
+        is_residual: Whether value and mean are read as their difference, as both depend on the
+            latent.
     """
 
-    name: str
-    is_peeled: bool
-    by: _By
+    position: int
+    form: int
+    by: By
     depends: tuple[bool, ...]
+    is_residual: bool
+
+
+def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, Any]]:
+    """Describe an observed site of a trace.
+
+    Returns:
+        Its form, and its arrays: the log-density, of which hidden values are zero; the scale; and
+        for every form the distribution, its leaves unwrapped, the values, and the moments.
+
+    Raises:
+        ValueError: If the values have another shape than the distribution.
+    """
+    fn, value = site["fn"], jnp.asarray(site["value"])
+    if value.shape != fn.shape() and not isinstance(fn, dist.Unit):
+        raise ValueError(
+            f"observed site '{name}': expected values of shape {fn.shape()}, got "
+            f"{value.shape}; what belongs to a plate's elements must pass "
+            "through `numpyro.subsample` inside of the plate."
+        )
+    mask, event_dim = unwrap(fn).mask, unwrap(fn).fn.event_dim
+    safe = value
+    if not isinstance(mask, bool) and jnp.issubdtype(value.dtype, jnp.inexact):
+        # Hidden values may be NaN, of which derivatives are NaN.
+        seen = mask.reshape(*mask.shape, *(1,) * event_dim)
+        safe = jnp.where(seen | jnp.isfinite(value), value, 0)
+    transforms = elementwise_transforms(fn)
+    readable = [(fn, value)] + ([peel(fn, value)] if transforms else [])
+    forms, arrays = zip(*(_describe_form(f, v) for f, v in readable), strict=True)
+    plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
+    family = type(unwrap(fn).fn).__name__
+    form = SiteForm(name, family, tuple(fn.batch_shape), plates, forms)
+    return form, {
+        "log_prob": log_density(fn, safe),
+        "scale": jnp.ones(()) if site["scale"] is None else jnp.asarray(site["scale"]),
+        "transforms": [jnp.asarray(leaf) for leaf in jax.tree.leaves(transforms)],
+        "forms": list(arrays),
+    }
+
+
+def _describe_form(fn: dist.Distribution, value: jax.Array) -> tuple[Form, dict[str, Any]]:
+    moments, error = None, None
+    try:
+        moments = gaussian_moments(fn)
+    except ValueError as reason:
+        error = str(reason)
+    own = unwrap(fn).fn
+    leaves, static = split_arguments(fn)
+    form = Form(static, _rule(own, moments), moments is not None and moments.full, error)
+    arrays: dict[str, Any] = {
+        "fn": leaves,
+        "own": [jnp.asarray(leaf) for leaf in jax.tree.leaves(own)],
+        "value": value,
+        "moments": {},
+    }
+    if moments is not None:
+        transformed = value if moments.transform is None else moments.transform(value)
+        arrays["moments"] = {
+            "mean": moments.mean,
+            "cov": moments.cov,
+            "mask": jnp.asarray(moments.mask),
+            "value": transformed.reshape(moments.mean.shape),
+        }
+    return form, arrays
+
+
+def _rule(fn: dist.Distribution, moments: Moments | None) -> Rule:
+    """Say what is to be read of a distribution, unwrapped, with its moments."""
+    leaves = jax.tree.leaves(fn)
+
+    def positions(parameter: Any) -> tuple[int, ...]:
+        return tuple(i for i, leaf in enumerate(leaves) if leaf is parameter)
+
+    match fn:
+        case dist.Unit():
+            return Rule((), "event", "event", "event", "event", False)
+        case dist.MultivariateStudentT():
+            shape = positions(fn.scale_tril)
+            return Rule(shape, "event", None, "parameters", "parameters", False)
+        case _ if moments is None:
+            return Rule((), "parameters", None, "parameters", "parameters", False)
+        case dist.Gamma() | dist.Weibull() | dist.GammaPoisson():
+            shape = positions(fn.concentration)
+            return Rule(shape, "parameters", None, "moments", "parameters", False)
+        case dist.Normal():
+            return Rule((), "parameters", "parameters", "moments", "moments", True)
+        case _ if moments.full and moments.transform is None:
+            is_gaussian = not isinstance(fn, dist.GaussianCopula)
+            return Rule((), "event", "event", "moments", "moments", is_gaussian)
+        case _:
+            return Rule((), "parameters", None, "moments", "parameters", False)
+
+
+def decide(
+    position: int, form: SiteForm, marks: Mapping[str, Any], event_size: int
+) -> ObservedSite | None:
+    """Decide how a site is read.
+
+    Args:
+        position: The site's position among the observed sites.
+        form: The site's form.
+        marks: A tree like that of the arrays of `describe`: which depend on the latent.
+        event_size: The number of elements of an event.
+
+    Returns:
+        The decision, or None where the site does not depend on the latent.
+
+    Raises:
+        ValueError: If the site depends on the latent but cannot be read.
+    """
+    if not marks["log_prob"]:
+        return None
+    # Values are transformed back where the transformation is fixed.
+    chosen = len(form.forms) - 1 if not any(marks["transforms"]) else 0
+    if marks["forms"][0]["value"]:
+        chosen = 0  # the transformation's volume depends on the latent, too
+    read, marked = form.forms[chosen], marks["forms"][chosen]
+    if read.error is not None:
+        raise ValueError(f"observed site '{form.name}': {read.error}")
+    own, moments = tuple(marked["own"]), marked["moments"]
+    rule = read.rule
+    by: By = rule.otherwise
+    if any(own[i] for i in rule.shape):
+        by = rule.by_shape
+    elif moments.get("cov") and rule.by_cov is not None:
+        by = rule.by_cov
+    elif moments.get("mean"):
+        by = rule.by_mean
+    is_residual = bool(marked["value"]) and by == "moments" and rule.is_residual
+    if marked["value"] and not is_residual:
+        by = "event"
+    if by == "event" and event_size > _MAX_POTENTIAL:
+        by = "moments" if moments.get("mean") and not marked["value"] else "gradient"
+    if by == "parameters" and not any(own):
+        raise ValueError(
+            f"observed site '{form.name}': {form.family} has no moments, and none of its "
+            "parameters depends on the latent; add its log-density by `numpyro.factor` instead."
+        )
+    return ObservedSite(position, chosen, by, own, is_residual)
 
 
 # Up to this size of an event, a potential's matrix of second derivatives is made.
 _MAX_POTENTIAL = 64
-
-
-def find_observed_sites(
-    bound: Callable[[], Any], latent: LatentSite, template: jax.Array
-) -> list[ObservedSite]:
-    """Return the observed sites whose density depends on the latent."""
-
-    def observed(x: jax.Array) -> dict[str, Any]:
-        trace = trace_at(bound, latent, x)
-        sites = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-        for name, site in sites.items():
-            fn, value = site["fn"], site["value"]
-            if jnp.shape(value) != fn.shape() and not isinstance(fn, dist.Unit):
-                raise ValueError(
-                    f"observed site '{name}': expected values of shape {fn.shape()}, got "
-                    f"{jnp.shape(value)}; what belongs to a plate's elements must pass "
-                    "through `numpyro.subsample` inside of the plate."
-                )
-        return sites
-
-    def parts(x: jax.Array) -> dict[str, Any]:
-        found = {}
-        for name, site in observed(x).items():
-            fn, value = site["fn"], site["value"]
-            readable = fn, peel(fn, value)[0]
-            found[name] = {
-                "log_prob": fn.log_prob(value),
-                "leaves": [
-                    list(map(jnp.asarray, jax.tree.leaves(unwrap(f).fn))) for f in readable
-                ],
-                "moments": [_moments_of(f) for f in readable],
-                "transforms": [
-                    jnp.asarray(t) for t in jax.tree.leaves(elementwise_transforms(fn))
-                ],
-            }
-        return found
-
-    marks = depends(parts, template)
-    sites = []
-    for name, site in observed(template).items():
-        marked = marks[name]
-        if not marked["log_prob"]:
-            continue
-        fn = site["fn"]
-        is_peeled = bool(elementwise_transforms(fn)) and not any(marked["transforms"])
-        read_as = peel(fn, site["value"])[0] if is_peeled else fn
-        try:
-            moments = gaussian_moments(read_as)
-        except ValueError as error:
-            raise ValueError(f"observed site '{name}': {error}") from None
-        own = unwrap(read_as).fn
-        leaves = tuple(marked["leaves"][int(is_peeled)])
-        tells = marked["moments"][int(is_peeled)]
-        by = _read_by(own, moments, leaves, **tells)
-        if by == "event" and latent.prior.denoiser.event_size > _MAX_POTENTIAL:
-            by = "moments" if tells.get("mean") else "gradient"
-        if by == "parameters" and not any(leaves):
-            raise ValueError(
-                f"observed site '{name}': {type(unwrap(fn).fn).__name__} has no moments, and "
-                "none of its parameters depends on the latent; add its log-density by "
-                "`numpyro.factor` instead."
-            )
-        sites.append(ObservedSite(name, is_peeled, by, leaves))
-    return sites
-
-
-def _moments_of(fn: dist.Distribution) -> dict[str, jax.Array]:
-    """Return mean and covariance, where there are such."""
-    try:
-        moments = gaussian_moments(fn)
-    except ValueError:
-        return {}
-    return {} if moments is None else {"mean": moments.mean, "cov": moments.cov}
-
-
-def _read_by(
-    fn: dist.Distribution,
-    moments: Moments | None,
-    leaves: Sequence[bool],
-    mean: bool = False,
-    cov: bool = False,
-) -> _By:
-    """Say what is to be read of a distribution.
-
-    Matched moments find what moves the mean. They do not see what moves only the covariance of a
-    Gaussian family or the spread of counts, and little of the shape of a gamma or a Weibull
-    distribution.
-
-    Args:
-        fn: The distribution, unwrapped.
-        moments: Its moments.
-        leaves: Which of its leaves depend on the latent.
-        mean: Whether the mean of its moments depends on it.
-        cov: Whether their covariance does.
-    """
-
-    def holds(parameter: jax.Array) -> bool:
-        pairs = zip(jax.tree.leaves(fn), leaves, strict=True)
-        return any(marked and leaf is parameter for leaf, marked in pairs)
-
-    match fn:
-        case dist.Unit():
-            return "event"
-        case dist.MultivariateStudentT() if holds(fn.scale_tril):
-            return "event"
-        case _ if moments is None:
-            return "parameters"
-        case dist.Gamma() | dist.Weibull() | dist.GammaPoisson() if holds(fn.concentration):
-            return "parameters"
-        case dist.Normal():
-            return "parameters" if cov else "moments"
-        case _ if moments.full and moments.transform is None:
-            return "event" if cov else "moments"
-        case _:
-            return "moments" if mean else "parameters"

@@ -1,32 +1,68 @@
-r"""Traces of NumPyro models on chosen elements of their plates."""
+"""One execution of a NumPyro model: its sites, on chosen elements of its plates.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+A model runs under one handler, `Execution`, that decides what is an input of the model's program:
+
+- the elements of divided plates; all other plates are taken whole, also those that the model
+  itself would subsample;
+- the slices that the model takes of its arguments with `numpyro.subsample`;
+- the values of its diffusion sites (no sampler runs) and of its ``numpyro.param`` sites.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
+from numpyro_diffprior._compile.program import name_input
 from numpyro_diffprior.prior import DiffusionPrior
 
 __all__ = [
+    "Execution",
+    "Latent",
     "Model",
-    "bind",
-    "bind_whole_plates",
+    "Param",
+    "Slice",
+    "find_prior",
     "fix_plates",
     "is_unobserved",
     "mask_priors",
-    "trace_at_mean",
+    "run_model",
 ]
-
 
 Model = Callable[..., Any]
 
 
+class Slice(NamedTuple):
+    """The name of an input: a slice of an argument by the elements of divided plates.
+
+    Attributes:
+        position: The position of the array among the arrays of the arguments.
+        axes: The axes that are sliced, each with the name of its plate.
+    """
+
+    position: int
+    axes: tuple[tuple[int, str], ...]
+
+
+class Latent(NamedTuple):
+    """The name of an input: the value of a diffusion site."""
+
+    name: str
+
+
+class Param(NamedTuple):
+    """The name of an input: the value of a ``numpyro.param`` site."""
+
+    name: str
+
+
 class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
-    """Run a model on given elements of its plates.
+    """Run a model on given elements of its plates, and on all elements of the others.
 
     Args:
         fn: The model.
@@ -36,14 +72,118 @@ class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
 
     def __init__(self, fn: Model | None = None, indices: Mapping[str, jax.Array] | None = None):
         self.indices = indices or {}
+        self.sizes: dict[str, int] = {}
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Set a plate's elements where they are given."""
-        if msg["type"] == "plate" and msg["name"] in self.indices:
-            index = self.indices[msg["name"]]
-            msg["args"] = (msg["args"][0], index.shape[0])
-            msg["value"] = index
+        """Set the elements of a plate."""
+        if msg["type"] == "plate":
+            size, _ = msg["args"]
+            index = self.indices.get(msg["name"])
+            msg["value"] = jnp.arange(size) if index is None else index
+            msg["args"] = (size, msg["value"].shape[0])
+            self.sizes[msg["name"]] = size
+
+
+class Execution(fix_plates):
+    """Run a model, and make inputs of what changes between its blocks and its latent values.
+
+    Args:
+        fn: The model.
+        indices: The elements of the divided plates, by name.
+        arguments: The arrays among the model's arguments, traced.
+    """
+
+    def __init__(
+        self,
+        fn: Model | None = None,
+        indices: Mapping[str, jax.Array] | None = None,
+        arguments: Sequence[jax.Array] = (),
+    ) -> None:
+        super().__init__(fn, indices)
+        self._arguments = arguments
+        self._frames: list[Any] = []
+        self._given: set[str] = set()
+        self.params: dict[str, jax.Array] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Set elements, slices and latent values."""
+        super().process_message(msg)
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            prior = find_prior(msg["fn"])
+            if prior is not None:
+                mean = jnp.broadcast_to(prior.mean, msg["fn"].shape())
+                msg["value"] = name_input(mean, Latent(msg["name"]))
+        elif msg["type"] == "param" and msg["value"] is not None:
+            self._given.add(msg["name"])
+        elif msg["type"] == "subsample" and self.indices:
+            self._slice(msg)
+        elif msg["type"] == "deterministic" and msg["name"].endswith(_PROBE):
+            self._frames = list(msg["cond_indep_stack"])
+            msg["stop"] = True
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        """Make inputs of the parameters that have no value but their first one."""
+        if msg["type"] == "param" and msg["name"] not in self._given:
+            first = jnp.asarray(msg["value"], jnp.result_type(float, msg["value"]))
+            self.params[msg["name"]] = first
+            msg["value"] = name_input(first, Param(msg["name"]))
+
+    def _slice(self, msg: dict[str, Any]) -> None:
+        """Make a slice of an argument an input, in place of the plates."""
+        found = [i for i, argument in enumerate(self._arguments) if argument is msg["value"]]
+        if not found:
+            return
+        # The message does not say in which plates it is; a message to all of them does.
+        self._frames = []
+        numpyro.deterministic(_PROBE, 0.0)
+        value, axes = msg["value"], []
+        for frame in self._frames:
+            axis = value.ndim + frame.dim - msg["kwargs"]["event_dim"]
+            if axis < 0 or value.shape[axis] == 1:
+                continue
+            if value.shape[axis] != self.sizes[frame.name]:
+                return  # NumPyro says what is wrong
+            if frame.name in self.indices:
+                axes.append((axis, frame.name))
+        if axes:
+            shape = list(value.shape)
+            for axis, plate in axes:
+                shape[axis] = self.indices[plate].shape[0]
+            template = jnp.zeros(shape, value.dtype)
+            msg["value"] = name_input(template, Slice(found[0], tuple(axes)))
+            msg["type"] = "sliced"  # which plates leave alone
+
+
+_PROBE = "__numpyro_diffprior_plates__"
+
+
+def run_model(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    indices: Mapping[str, jax.Array] | None = None,
+    arguments: Sequence[jax.Array] = (),
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Run a model under `Execution`; return its trace and its parameters' first values.
+
+    What the model draws on its own has the same key at every run.
+
+    Raises:
+        ValueError: If the model fails on a part of a plate, or picks elements by a boolean array
+            among its arguments. Other errors of the model are its own.
+    """
+    execution = Execution(model, indices, arguments)
+    try:
+        trace = handlers.trace(handlers.seed(execution, rng_seed=0)).get_trace(*args, **kwargs)
+    except jax.errors.NonConcreteBooleanIndexError as error:
+        raise ValueError(
+            "the model picks elements by a boolean array among its arguments, whose number is "
+            "not known when it is compiled; hide values with `.mask(mask)` on the observed "
+            "site's distribution, or let the model enclose the array."
+        ) from error
+    return trace, execution.params
 
 
 class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
@@ -67,77 +207,11 @@ class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
             msg["fn"] = msg["fn"].mask(False)
 
 
-def bind(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    indices: Mapping[str, jax.Array] | None = None,
-) -> Callable[[], Any]:
-    """Return the model with its arguments and plates' elements as a function of nothing."""
-
-    def bound() -> Any:
-        # The key only serves what the model draws on its own, such as a plate's subsample: the
-        # same at every trace, so that all of them see the same data.
-        try:
-            with fix_plates(indices=indices), handlers.seed(rng_seed=0):
-                return model(*args, **kwargs)
-        except jax.errors.NonConcreteBooleanIndexError as error:
-            raise ValueError(
-                "the model picks elements by a boolean array among its arguments, whose number is "
-                "not known when it is compiled; hide values with `.mask(mask)` on the observed "
-                "site's distribution, or let the model enclose the array."
-            ) from error
-        except (TypeError, ValueError) as error:
-            if not indices:
-                raise
-            raise ValueError(
-                f"the model fails on a part of its plates {sorted(indices)}; what belongs to a "
-                "plate's elements must pass through `numpyro.subsample` inside of the plate."
-            ) from error
-
-    return bound
-
-
-def bind_whole_plates(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    indices: Mapping[str, jax.Array] | None = None,
-) -> Callable[[], Any]:
-    """Bind a model with whole plates, even where on its own it would subsample them.
-
-    Args:
-        model: The model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        indices: Elements of the plates of which not all are asked for, by name.
-    """
-    trace = trace_at_mean(bind(model, args, kwargs, indices=indices))
-    sizes = {name: site["args"][0] for name, site in trace.items() if site["type"] == "plate"}
-    whole = {name: jnp.arange(size) for name, size in sizes.items()}
-    return bind(model, args, kwargs, indices={**whole, **(indices or {})})
-
-
-def trace_at_mean(bound: Callable[[], Any]) -> dict[str, Any]:
-    """Trace a bound model with diffusion sites at their priors' means: no draw, no sampler."""
-    return handlers.trace(handlers.substitute(bound, substitute_fn=prior_mean)).get_trace()
-
-
 def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:
-    """Return the diffusion prior under what plates, masks and `to_event` wrap around it."""
+    """Return the diffusion prior inside of what plates, masks and `to_event` wrap around it."""
     while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
         fn = fn.base_dist
     return fn if isinstance(fn, DiffusionPrior) else None
-
-
-def prior_mean(site: dict[str, Any]) -> jax.Array | None:
-    """Put the mean in place of a draw, which would run the sampler."""
-    if site["type"] != "sample" or site["is_observed"]:
-        return None
-    prior = find_prior(site["fn"])
-    return None if prior is None else jnp.broadcast_to(prior.mean, site["fn"].shape())
 
 
 def is_unobserved(name: str, trace: Mapping[str, Any]) -> bool:

@@ -10,10 +10,11 @@ from numpyro.distributions import transforms
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.linalg.covariances import Isotropic
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import read_latent
-from numpyro_diffprior.reading.likelihood import read_likelihood
+from numpyro_diffprior.reading.checks import check_data
+from numpyro_diffprior.reading.latent import Plate
 from numpyro_diffprior.reading.moments import Moments, gaussian_moments
-from numpyro_diffprior.reading.tracing import bind, fix_plates
+from numpyro_diffprior.reading.reader import read as read_model
+from numpyro_diffprior.reading.tracing import fix_plates
 from tests.oracles import tolerance
 
 N, D = 5, 3
@@ -30,8 +31,15 @@ def make_prior(event_shape=(D,)):
 
 
 def read(model, *args, **kwargs):
-    bound = bind(model, args, kwargs)
-    return read_likelihood(bound, read_latent(bound))
+    return read_group(model, *args, **kwargs)[1]
+
+
+def read_group(model, *args, **kwargs):
+    """The only group of a model and its likelihood, with whole plates."""
+    found = read_model(model, args, kwargs)
+    check_data(found, found.reading.sampler)
+    (part,) = found.reading.groups
+    return part.group, part.bind(found.data).likelihood
 
 
 def normal(prior):
@@ -253,10 +261,10 @@ def subsampled(prior, data, batch_size=None):
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
     index = jnp.array([3, 0])
-    bound = bind(subsampled, (make_prior(), Y, batch_size), {}, indices={"n": index})
-    latent = read_latent(bound)
-    assert (latent.batch_shape, latent.plate_sizes, latent.plate_dims) == ((2,), (N,), (-1,))
-    likelihood = read_likelihood(bound, latent)
+    found = read_model(subsampled, (make_prior(), Y, batch_size), {}, block_size=lambda group: 2)
+    (part,) = found.reading.groups
+    assert (part.group.batch_shape, part.group.plates) == ((2,), (Plate("n", -1, N),))
+    likelihood = part.bind(found.data, {"n": index}).likelihood
     np.testing.assert_allclose(likelihood.y, Y[index], rtol=tolerance())
     x = jnp.asarray(X[index])
     expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])
@@ -380,8 +388,8 @@ ERRORS = [
     (no_prior, "no latent site with a DiffusionPrior"),
     (transformed_prior, "transform its draw, not the prior"),
     (two_priors, "no observed site depends on the latent site 'x' and 'z'"),
-    (nuisance, r"nobody samples the latent sites \['scale'\]"),
-    (not_observed, r"nobody samples the latent sites \['y'\]"),
+    (nuisance, r"latent sites \['scale'\] have no sampler"),
+    (not_observed, r"latent sites \['y'\] have no sampler"),
     (
         coupled_in_the_plate,
         r"in the plates \['n'\] an observed site of \['y'\] depends on other elements of 'x'",
@@ -422,11 +430,10 @@ def test_what_cannot_be_read_is_refused(model, message):
 
 
 def test_a_site_outside_of_the_plate_joins_it():
-    bound = bind(coupled, (make_prior(),), {})
-    latent = read_latent(bound)
-    assert (latent.batch_shape, latent.plates, latent.joined) == ((), (), (("n", N),))
-    assert latent.prior.event_shape == (N, D)
-    likelihood = read_likelihood(bound, latent)
+    latent, likelihood = read_group(coupled, make_prior())
+    assert (latent.batch_shape, latent.plates) == ((), ())
+    assert latent.joined_plates == (Plate("n", -1, N),)
+    assert likelihood.event_shape == (N, D)
     assert likelihood.linear
     expected = np.tile(np.eye(D), N)
     np.testing.assert_allclose(likelihood.operator(jnp.asarray(X)), expected, atol=tolerance())
@@ -438,7 +445,7 @@ def test_a_site_outside_of_the_plate_joins_it():
         normal(prior)
         numpyro.sample("z", dist.Normal(0.0, 1.0), obs=1.0)
 
-    assert read_latent(bind(unrelated, (make_prior(),), {})).plates == ("n",)
+    assert read_group(unrelated, make_prior())[0].plates == (Plate("n", -1, N),)
 
 
 def test_fixed_transformations_are_undone():
@@ -641,6 +648,5 @@ def test_plate_data_that_is_not_subsampled_is_refused():
             x = numpyro.sample("x", prior)
             numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
-    bound = bind(model, (make_prior(), Y), {}, indices={"n": jnp.array([0, 1])})
     with pytest.raises(ValueError, match="observed site 'y'.*numpyro.subsample"):
-        read_likelihood(bound, read_latent(bound))
+        read_model(model, (make_prior(), Y), {}, block_size=lambda group: 2)

@@ -1,0 +1,61 @@
+"""Checks of numbers that users pass: each returns the number, or raises a `ValueError`."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_count", "check_number", "set_numbers"]
+
+
+def check_count(owner: str, name: str, value: Any, least: int = 1) -> int:
+    """Return an integer, of Python or NumPy, that is not below ``least``.
+
+    Args:
+        owner: The function or class that takes the number.
+        name: The number's name.
+        value: The number.
+        least: The smallest that is allowed.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{owner}: expected {name} to be an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{owner}: expected {name} >= {least}, got {value}.")
+    return int(value)
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    inclusive: bool = False,
+) -> float:
+    """Return a finite real number, of Python or NumPy, between two limits.
+
+    Args:
+        owner: The function or class that takes the number.
+        name: The number's name.
+        value: The number.
+        low: The lower limit.
+        high: The upper limit, itself allowed.
+        inclusive: Whether the lower limit is allowed.
+    """
+    kinds = int | float | np.integer | np.floating
+    if isinstance(value, bool | np.bool_) or not isinstance(value, kinds):
+        raise ValueError(f"{owner}: expected {name} to be a number, got {value!r}.")
+    number = float(value)
+    is_above = number >= low if inclusive else number > low
+    if not (math.isfinite(number) and is_above and number <= high):
+        least = f"{name} {'>=' if inclusive else '>'} {low:g}"
+        limits = least if math.isinf(high) else f"{least} and <= {high:g}"
+        raise ValueError(f"{owner}: expected {limits}, got {value}.")
+    return number
+
+
+def set_numbers(instance: Any, **numbers: Any) -> None:
+    """Set checked numbers of a frozen dataclass, in its ``__post_init__``."""
+    for name, value in numbers.items():
+        object.__setattr__(instance, name, value)

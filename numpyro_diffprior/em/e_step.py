@@ -1,0 +1,69 @@
+"""The E-step: draws of all events from their posteriors under the current priors."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from numpyro_diffprior._compile.checks import check_count, set_numbers
+from numpyro_diffprior.diffusion.samplers import Sampler
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.guidance import Guidance
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
+from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.reading.reader import Read
+
+__all__ = ["EStep", "draw_events"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class EStep:
+    """How `EM` draws events; static.
+
+    Args:
+        num_particles: The number of particles per draw.
+        num_draws: The number of draws per event.
+        sampler: The sampler (default: the prior's).
+        guidance: The guidance (default: `MMPS` with the Gaussian covariance of the current draws,
+            guided by the network; with Tweedie's covariance for one particle).
+        batch_size: How many particles are in memory at once on one device.
+    """
+
+    num_particles: int = 4
+    num_draws: int = 1
+    sampler: Sampler | None = None
+    guidance: Guidance | None = None
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        names = ("num_particles", "num_draws", "batch_size")
+        set_numbers(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
+
+    def settings(self, default: Sampler) -> Settings:
+        """Return how draws are made, given the prior's sampler.
+
+        Raises:
+            ValueError: If particles, sampler and guidance do not fit together.
+        """
+        guidance = self.guidance
+        if guidance is None and self.num_particles > 1:
+            # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
+            guidance = MMPS(GaussianCovariance())
+        return resolve_settings(default, self.num_particles, self.sampler, guidance)
+
+
+def draw_events(
+    rng_key: jax.Array, model: Read, e_step: EStep, mesh: Mesh | None
+) -> PosteriorSamples:
+    """Draw all events of a model that was read with the options of the E-step."""
+    return sample_blocks(
+        rng_key,
+        model,
+        e_step.settings(model.reading.sampler),
+        num_draws=e_step.num_draws,
+        batch_size=e_step.batch_size,
+        mesh=mesh,
+    )

@@ -1,0 +1,166 @@
+"""The first priors: Gaussians fitted to the observations."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from numpyro_diffprior._compile.checks import check_count, set_numbers
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.em.e_step import EStep, draw_events
+from numpyro_diffprior.em.gaussian import fit_gaussian
+from numpyro_diffprior.em.m_step import summarize
+from numpyro_diffprior.em.sites import Priors, Sites, learned, mend, pool
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.linalg.covariances import Covariance
+from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.reader import Read, read
+from numpyro_diffprior.reading.tracing import Model
+
+__all__ = ["GaussianStart", "fit_by_sampling", "fit_in_closed_form", "has_closed_form"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class GaussianStart:
+    """How `EM` starts: from the Gaussian of greatest likelihood; static.
+
+    Args:
+        num_iterations: The number of iterations of its fit.
+        rank: The rank of the covariances of large events, in M-steps too (default: 32).
+    """
+
+    num_iterations: int = 32
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        count = check_count("GaussianStart", "num_iterations", self.num_iterations)
+        set_numbers(self, num_iterations=count)
+        if self.rank is not None:
+            set_numbers(self, rank=check_count("GaussianStart", "rank", self.rank))
+
+
+Gaussian = tuple[jax.Array, Covariance]
+
+
+def has_closed_form(model: Read) -> bool:
+    """Whether the iterations of the Gaussian fit have a closed form.
+
+    They have where one site in one plate has linear Gaussian observations.
+    """
+    groups = model.reading.groups
+    if len(groups) > 1:
+        return False
+    (found,) = groups
+    return found.linear and len(found.group.names) == 1 and len(found.group.plates) == 1
+
+
+def fit_in_closed_form(model: Read, start: GaussianStart) -> Gaussian:
+    """Fit a Gaussian to linear Gaussian observations of one site."""
+    (found,) = model.reading.groups
+    (plate,) = found.group.plates
+
+    def read_block(index: jax.Array) -> Likelihood:
+        return found.bind(model.data, {plate.name: index}).likelihood
+
+    fit = fit_gaussian(
+        read_block,
+        plate.size,
+        event_shape=found.group.sites[0].event_shape,
+        batch_size=model.reading.blocks.get(plate.name, plate.size),
+        num_iterations=start.num_iterations,
+        rank=start.rank,
+        dtype=model.reading.dtype,
+    )
+    return fit.mean, fit.cov
+
+
+def fit_by_sampling(
+    rng_key: jax.Array,
+    model: Model,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    priors: Priors,
+    sites: Sites,
+    start: GaussianStart,
+    e_step: EStep,
+    **options: Any,
+) -> dict[str, Gaussian]:
+    """Refit Gaussians to their own posterior draws, from those of the priors on.
+
+    Args:
+        rng_key: A random key.
+        model: The model.
+        arguments: Its arguments after the prior, and its keyword arguments.
+        priors: The priors; those without a network stay as they are.
+        sites: Which of them governs which site.
+        start: How many times, and the rank.
+        e_step: How draws are made, of which block size and number of particles are used.
+        **options: Options of `read`.
+    """
+    # Of second order: a sampler that shrinks its draws would do so at every refit.
+    own = e_step.sampler or next(iter(priors.values())).sampler
+    e_step = replace(
+        e_step,
+        num_draws=1,
+        sampler=MultistepSDE(own.num_steps),
+        guidance=MMPS(GaussianCovariance()),
+    )
+    fitted = {
+        key: (prior.denoiser.mean, prior.denoiser.cov) for key, prior in learned(priors).items()
+    }
+    args, kwargs = arguments
+    found: Read | None = None
+    structure = None
+    for key in jax.random.split(rng_key, start.num_iterations):
+        current = _with_gaussians(priors, fitted)
+        passed = sites.as_passed(current)
+        if found is None or structure != jax.tree.structure(passed):
+            # The covariances of the first draws may have another form than those before.
+            found = read(model, (passed, *args), kwargs, **options)
+            structure = jax.tree.structure(passed)
+        found = found.with_first_argument(passed)
+        draws, _ = mend(
+            draw_events(key, found, e_step, options.get("mesh")).samples, {}, current, sites
+        )
+        fitted = {
+            name: summarize(pool(draws, sites, name, prior.event_shape), start.rank)
+            for name, prior in learned(priors).items()
+        }
+    return fitted
+
+
+def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
+    """Return the priors, those that are learned as Gaussians."""
+
+    def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
+        net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
+        return prior.replace_denoiser(NetworkDenoiser(net, mean, cov))
+
+    return {
+        key: gaussian(prior, *fitted[key]) if key in fitted else prior
+        for key, prior in priors.items()
+    }
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Nothing:
+    """A network that leaves a denoiser its Gaussian, in every context."""
+
+    event_shape: tuple[int, ...]
+    context_shape: tuple[int, ...] | None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        return jnp.zeros_like(x)

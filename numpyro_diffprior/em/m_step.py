@@ -1,0 +1,165 @@
+"""The M-step: each prior with a network is fitted to the draws of its sites."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
+from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
+from numpyro_diffprior.linalg.covariances import Covariance
+from numpyro_diffprior.linalg.empirical import empirical_gaussian
+
+__all__ = ["MStep", "ParamStep", "Trained", "fit_prior", "summarize"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ParamStep:
+    """How `EM` learns ``numpyro.param`` sites; static.
+
+    Args:
+        optimizer: An optimizer of optax, in unconstrained coordinates.
+        num_steps: Its steps at each iteration, on minibatches of events.
+    """
+
+    optimizer: optax.GradientTransformation = optax.adam(0.03)
+    num_steps: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            raise ValueError(f"ParamStep: expected an optimizer of optax, got {self.optimizer!r}.")
+        set_numbers(self, num_steps=check_count("ParamStep", "num_steps", self.num_steps))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class MStep:
+    """How `EM` trains networks; static.
+
+    Args:
+        num_steps: The number of optimizer steps between E-steps.
+        batch_size: The number of events of a minibatch.
+        noise: The training distribution of noise levels.
+        ema_decay: The decay of the average of the weights.
+        use_average: Whether E-steps (and the result) use averaged weights.
+        warm_start: Whether an M-step starts from the weights of the last one.
+        reset_optimizer: Whether an M-step starts with a new state of the optimizer.
+        params: How ``numpyro.param`` sites are learned.
+    """
+
+    num_steps: int = 256
+    batch_size: int = 256
+    noise: NoiseDistribution = field(default=LogNormal())
+    ema_decay: float = 0.999
+    use_average: bool = True
+    warm_start: bool = True
+    reset_optimizer: bool = False
+    params: ParamStep = field(default=ParamStep())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.noise, NoiseDistribution):
+            raise ValueError(f"MStep: expected a NoiseDistribution, got {self.noise!r}.")
+        set_numbers(
+            self,
+            num_steps=check_count("MStep", "num_steps", self.num_steps),
+            batch_size=check_count("MStep", "batch_size", self.batch_size),
+            ema_decay=check_number("MStep", "ema_decay", self.ema_decay, 0, 1, inclusive=True),
+        )
+
+    def choose(self, training: TrainState) -> NetworkDenoiser:
+        """Return the denoiser to draw with."""
+        return training.averaged if self.use_average else training.denoiser
+
+
+class Trained(NamedTuple):
+    """The result of an M-step for one prior.
+
+    Attributes:
+        denoiser: The denoiser to draw with.
+        training: The state of the training.
+        losses: The loss of every minibatch.
+    """
+
+    denoiser: NetworkDenoiser
+    training: TrainState
+    losses: jax.Array
+
+
+def fit_prior(
+    rng_key: jax.Array,
+    training: TrainState,
+    initial: NetworkDenoiser,
+    x: jax.Array,
+    context: jax.Array | None,
+    optimizer: optax.GradientTransformation,
+    m_step: MStep,
+    *,
+    rank: int | None = None,
+    mesh: Mesh | None = None,
+) -> Trained:
+    """Fit one prior to events and their contexts.
+
+    Args:
+        rng_key: A random key.
+        training: The state of its training.
+        initial: Its untrained denoiser.
+        x: Events, with shape ``(n, *event)``.
+        context: Their contexts, or None.
+        optimizer: The optimizer of its network.
+        m_step: How it is trained.
+        rank: The rank of the Gaussian summary of large events.
+        mesh: Devices to spread minibatches over.
+    """
+    key_train, key_measure = jax.random.split(rng_key)
+    mean, cov = summarize(x, rank)
+    start = _restart(training, initial, optimizer, m_step)
+    start = start._replace(
+        denoiser=start.denoiser.with_summary(mean, cov),
+        averaged=start.averaged.with_summary(mean, cov),
+    )
+    # Measured before the network is trained on these draws, which would flatter it.
+    current = m_step.choose(training).with_summary(mean, cov)
+    current = measure_error(key_measure, current, x, context=context, batch_size=m_step.batch_size)
+    training, losses = train(
+        key_train,
+        start,
+        x,
+        optimizer,
+        num_steps=m_step.num_steps,
+        batch_size=m_step.batch_size,
+        context=context,
+        noise=m_step.noise,
+        ema_decay=m_step.ema_decay,
+        mesh=mesh,
+    )
+    denoiser = replace(m_step.choose(training), error_ratios=current.error_ratios)
+    return Trained(denoiser, training, losses)
+
+
+def _restart(
+    training: TrainState,
+    initial: NetworkDenoiser,
+    optimizer: optax.GradientTransformation,
+    m_step: MStep,
+) -> TrainState:
+    """Return where the M-step starts."""
+    if not m_step.warm_start:
+        return init_training(initial, optimizer)
+    if m_step.reset_optimizer:
+        fresh = init_training(training.denoiser, optimizer)
+        return training._replace(opt_state=fresh.opt_state)
+    return training
+
+
+def summarize(x: jax.Array, rank: int | None) -> tuple[jax.Array, Covariance]:
+    """Return mean and covariance of events, with shape ``(n, *event)``."""
+    mean, cov = _empirical_gaussian(x.reshape(len(x), -1), rank)
+    return mean.reshape(x.shape[1:]), cov
+
+
+_empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)

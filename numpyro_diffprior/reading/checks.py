@@ -1,0 +1,134 @@
+"""Checks of a model's data, block by block: what no shape can tell."""
+
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.diffusion.samplers import Sampler
+from numpyro_diffprior.reading.reader import Block, ModelData, ModelReading, Read
+
+__all__ = ["check_data"]
+
+
+class _Found(NamedTuple):
+    """What the data of a block are like.
+
+    Attributes:
+        finite: Whether all visible values are finite.
+        noisy: Whether all variances are positive.
+        apart: Whether no event depends on another one.
+        levels: Whether the sampler's noise levels are positive and decrease.
+        num_visible: The number of visible values of every event, with the batch's shape.
+    """
+
+    finite: jax.Array
+    noisy: jax.Array
+    apart: jax.Array
+    levels: jax.Array
+    num_visible: jax.Array
+
+
+def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
+    """Check the observed values and the noise of a model, where they are concrete.
+
+    Args:
+        model: The model.
+        sampler: The sampler of its posterior.
+
+    Returns:
+        For each group of latent sites the number of visible values of every event, with the shape
+        of the whole batch.
+
+    Raises:
+        ValueError: If visible values are not finite, if noise has no variance somewhere, or if an
+            observed site in a plate depends on other elements than its own.
+    """
+    counts = []
+    for position, found in enumerate(model.reading.groups):
+        result = _inspect(model.data, model.reading, position, sampler)
+        counts.append(result.num_visible)
+        if isinstance(result.finite, jax.core.Tracer):
+            continue
+        names = found.reader.names
+        if not result.finite:
+            raise ValueError(
+                f"the observed values of {names} hold NaN or infinities where they are not "
+                "masked; mask them with `.mask(...)` on the site's distribution."
+            )
+        if not result.noisy:
+            raise ValueError(
+                f"the noise of {names} has no variance somewhere; expected a positive scale."
+            )
+        if not result.levels:
+            raise ValueError(
+                f"expected noise levels that are positive and decrease, got others from {sampler} "
+                f"for the prior of {found.group}; look at its schedule and limits."
+            )
+        if not result.apart:
+            plates = [plate.name for plate in found.group.plates]
+            raise ValueError(
+                f"in the plates {plates} an observed site of {names} depends on other elements of "
+                f"{found.group} than its own; take that site out of the plate, so that whole "
+                "plates become one event."
+            )
+    return counts
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sampler) -> _Found:
+    found = reading.groups[position]
+
+    def inspect(indices: dict[str, jax.Array]) -> _Found:
+        block = found.bind(data, indices)
+        likelihood = block.likelihood
+        shape = (*likelihood.batch_shape, *likelihood.event_shape)
+        template = jnp.broadcast_to(block.denoiser.mean, shape)
+        _, noise, y = likelihood.read(template)
+
+        def every(flag: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(flag.all(), likelihood.batch_shape)
+
+        return _Found(
+            finite=every(jnp.isfinite(y)),
+            noisy=every(noise.diagonal() > 0),
+            apart=every(_are_apart(block, template)),
+            levels=every(sampler.are_levels_valid(block.denoiser)),
+            num_visible=likelihood.num_visible,
+        )
+
+    results = found.over_blocks(inspect)
+    return _Found(
+        finite=results.finite.all(),
+        noisy=results.noisy.all(),
+        apart=results.apart.all(),
+        levels=results.levels.all(),
+        num_visible=results.num_visible,
+    )
+
+
+def _are_apart(block: Block, template: jax.Array) -> jax.Array:
+    """Whether events do not look at each other.
+
+    Half of the events move; the log-density of the others must not.
+    """
+    likelihood = block.likelihood
+    batch_shape, event_ndim = likelihood.batch_shape, len(likelihood.event_shape)
+    num = prod(batch_shape)
+    if num == 1:
+        return jnp.ones((), bool)
+    key_half, key_size, key_step = jax.random.split(jax.random.key(0), 3)
+    moves = (jax.random.permutation(key_half, num) < num // 2).reshape(batch_shape)
+    event_axes = tuple(range(-event_ndim, 0))
+    # In one direction, to different lengths: random numbers for all elements would take longer.
+    length = jax.random.normal(key_size, batch_shape, template.dtype)
+    direction = jax.random.normal(key_step, likelihood.event_shape, template.dtype)
+    step = block.denoiser.scale * jnp.expand_dims(length, event_axes) * direction
+    further = jnp.expand_dims(moves, event_axes) * step
+    before = likelihood.log_prob(template + step)
+    after = likelihood.log_prob(template + step + further)
+    tol = jnp.finfo(template.dtype).eps ** 0.5
+    same = jnp.isclose(before, after, rtol=tol, atol=tol, equal_nan=True)
+    return (same | moves).all()
