@@ -24,7 +24,8 @@ from jax.scipy.special import digamma, polygamma
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from benchmarks import families
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, pull_back
+from numpyro_diffprior.guidance.covariances import pull_back
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
 
 NUM_NEWTON = 12
 
@@ -91,10 +92,19 @@ class Conjugate(Guidance):
     score: Callable
     is_joint: bool
 
-    def guide(self, posterior, x_t, sigma):
-        x_hat, pull = pull_back(posterior, x_t, sigma)
+    def bind(self, denoiser, likelihood):
+        return ConjugatePosterior(denoiser, likelihood, self.score, self.is_joint)
+
+
+@dataclass(frozen=True, eq=False)
+class ConjugatePosterior(GuidedDenoiser):
+    score: Callable
+    is_joint: bool
+
+    def evaluate(self, x_t, sigma):
+        x_hat, pull = pull_back(self.part, x_t, sigma)
         variance = jnp.maximum(pull(jnp.ones_like(x_hat)), 1e-6)
-        y = posterior.likelihood.y
+        y = self.likelihood.y
         if self.is_joint:
             gradient = self.score(x_hat, variance, y.sum(-1, keepdims=True), y.shape[-1])
         else:

@@ -106,7 +106,7 @@ def azula_mmps(args):
         import torch
         from azula.denoise import KarrasDenoiser
         from azula.guidance.mmps import MMPSDenoiser
-        from azula.linalg.covariance import IsotropicCovariance
+        from azula.linalg.covariance import FlatPriorCovariance
         from azula.noise import VESchedule
         from azula.sample import DDPMSampler
     except ImportError:
@@ -146,7 +146,7 @@ def azula_mmps(args):
         KarrasDenoiser(Backbone(args.width), VESchedule()).requires_grad_(False),
         y=torch.zeros(shape),
         A=lambda x: mask * x,
-        cov_y=IsotropicCovariance(digits.NOISE**2),
+        cov_y=FlatPriorCovariance(digits.NOISE**2),
         iterations=1,
     )
     sampler = DDPMSampler(guided, steps=args.num_steps, silent=True)

@@ -26,7 +26,7 @@ from numpyro.infer import MCMC, NUTS
 
 import numpyro_diffprior as ndp
 from numpyro_diffprior.linalg.covariances import Isotropic
-from numpyro_diffprior.metrics.calibration import max_sliced_wasserstein, sliced_wasserstein
+from numpyro_diffprior.metrics.transport import max_sliced_wasserstein, sliced_wasserstein
 
 SPACING = 8
 NUM_CHAINS = 50

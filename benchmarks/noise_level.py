@@ -95,7 +95,7 @@ def learn(rng_key, name, num_looks, args):
         print(
             f"{name:10s} {num_looks} looks {state.num_iterations:3d}"
             f"  noise level {found[-1]:.3f} of the truth"
-            f"  chi-square {float(metrics.chi_square):.2f}",
+            f"  chi-square {float(metrics.reduced_chi_square):.2f}",
             flush=True,
         )
 

@@ -179,7 +179,8 @@ def learn(rng_key, data, features, args):
         row["frechet"] = judge_prior(key_judge, state.prior, data, features)
         rows.append(row)
         print(
-            f"{row['iteration']:3d}  loss {row['loss']:.3f}  chi-square {row['chi_square']:.2f}"
+            f"{row['iteration']:3d}  loss {row['loss']:.3f}"
+            f"  chi-square {row['reduced_chi_square']:.2f}"
             f"  frechet {row['frechet']:.3f}"
             f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
             flush=True,
@@ -213,7 +214,7 @@ def summarise_in_arviz(rng_key, prior, data, output, num_samples):
         progress_bar=False,
     )
     mask, y = data.mask[:1], data.y[:1]
-    mcmc.run(key_mcmc, prior, mask, y, extra_fields=("ess", "residual"))
+    mcmc.run(key_mcmc, prior, mask, y, extra_fields=("info.ess", "info.residual"))
     predicted = Predictive(model, mcmc.get_samples())(key_predict, prior, mask)["y"][:, 0]
     idata = az.from_numpyro(mcmc, log_likelihood=False)
     summary = az.summary(idata, var_names=["x"])

@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.metrics.calibration import entropic_transport_cost, sliced_wasserstein
+from numpyro_diffprior.metrics.transport import entropic_transport_cost, sliced_wasserstein
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

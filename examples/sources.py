@@ -29,7 +29,7 @@ from numpyro.infer import MCMC, Gibbs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples.manifold import DIM, NOISE, smooth_manifold
-from numpyro_diffprior.metrics.calibration import sinkhorn_divergence
+from numpyro_diffprior.metrics.transport import sinkhorn_divergence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -129,7 +129,7 @@ def learn(rng_key, data, args):
         row = rows[-1]
         print(
             f"{len(rows) - 1:3d}  loss {row['loss']:.3f}  ess {row['ess']:.2f}"
-            f"  chi-square {row['chi_square']:.2f}"
+            f"  chi-square {row['reduced_chi_square']:.2f}"
             f"  E {row['e_step_seconds']:.1f} s  M {row['m_step_seconds']:.1f} s",
             flush=True,
         )
@@ -192,7 +192,7 @@ def judge(samples, data):
     """Each source's error, and the observations' mean squared residual over the noise's."""
     residual = data.y - project(data.operator, samples["first"] + samples["second"])
     scores = {source: psnr(samples[source], data.truth[source]) for source in SOURCES}
-    return scores | {"chi_square": float(jnp.mean((residual / NOISE) ** 2))}
+    return scores | {"reduced_chi_square": float(jnp.mean((residual / NOISE) ** 2))}
 
 
 def show(clouds, truth, path, num_points=1024):
@@ -249,7 +249,9 @@ def main(args):
     print(f"\nPSNR in dB; {steps * sweeps} evaluations of each network per draw")
     print(f"{'':18s} {'first':>8s} {'second':>8s} {'chi-square':>12s}")
     for name, row in table.items():
-        print(f"{name:18s} {row['first']:8.2f} {row['second']:8.2f} {row['chi_square']:12.2f}")
+        print(
+            f"{name:18s} {row['first']:8.2f} {row['second']:8.2f} {row['reduced_chi_square']:12.2f}"
+        )
     result = {"iterations": rows, "divergence": divergence, "table": table}
     (output / "sources.json").write_text(json.dumps(result, indent=1))
     return result

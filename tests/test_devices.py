@@ -188,5 +188,5 @@ def test_em():
         histories.append(result.history)
     alone, spread = histories
     np.testing.assert_allclose(spread.loss, alone.loss, rtol=1e-3)
-    for name in ("ess", "chi_square", "log_evidence", "heldout_log_evidence"):
+    for name in ("ess", "reduced_chi_square", "log_evidence", "heldout_log_evidence"):
         np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), rtol=1e-3)

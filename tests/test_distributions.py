@@ -1,6 +1,6 @@
 """`DiffusionPrior` against NumPyro's own distributions, and as a citizen of NumPyro's models."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def prior(request):
 def smoothed(denoiser, sigma=None):
     """The Gaussian at a noise level, by default that where the flow starts."""
     sigma = denoiser.sigma_min if sigma is None else sigma
-    cov = denoiser.cov.shift(sigma**2).dense()
+    cov = denoiser.cov.noisy(sigma**2).dense()
     cov = (cov + cov.T) / 2  # NumPyro checks for symmetry to the last bit or so
     return dist.MultivariateNormal(denoiser.mean.reshape(-1), cov)
 
@@ -215,7 +215,7 @@ def test_log_prob_does_not_depend_on_units():
 
 
 def smoothed_mixture(denoiser):
-    covs = denoiser.covs.shift(denoiser.sigma_min**2).dense()
+    covs = denoiser.covs.noisy(denoiser.sigma_min**2).dense()
     components = dist.MultivariateNormal(denoiser.means, (covs + covs.mT) / 2)
     return dist.MixtureSameFamily(dist.Categorical(denoiser.weights), components)
 
@@ -470,6 +470,13 @@ class Faulty(Denoiser):
 UNIT = Isotropic(jnp.asarray(1.0), 2)
 
 
+@dataclass(frozen=True)
+class Unhashable(DDIM):
+    """A sampler that cannot be static."""
+
+    rates: list = field(default_factory=list)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -483,13 +490,10 @@ UNIT = Isotropic(jnp.asarray(1.0), 2)
             (Faulty(jnp.zeros(2), UNIT), {"sampler": MultistepSDE}),
             "expected an instance of Sampler",
         ),
-        ((Faulty(jnp.zeros(2), UNIT), {"sampler": DDIM(sigma_min=jnp.ones(()))}), "hashable"),
-        ((Faulty(jnp.zeros(2), UNIT), {"num_probes": 0}), "expected num_probes to be a positive"),
-        (
-            (Faulty(jnp.zeros(2), UNIT), {"num_probes": 2.5}),
-            "expected num_probes to be a positive",
-        ),
-        ((Faulty(jnp.zeros(2), UNIT), {"max_batch_size": -1}), "expected max_batch_size to be"),
+        ((Faulty(jnp.zeros(2), UNIT), {"sampler": Unhashable(rates=[1.0])}), "hashable"),
+        ((Faulty(jnp.zeros(2), UNIT), {"num_probes": 0}), "expected num_probes >= 1, got 0"),
+        ((Faulty(jnp.zeros(2), UNIT), {"num_probes": 2.5}), "num_probes to be an integer"),
+        ((Faulty(jnp.zeros(2), UNIT), {"max_batch_size": -1}), "expected max_batch_size >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, match):

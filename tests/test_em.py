@@ -402,7 +402,9 @@ def fail(monkeypatch, events):
     def failing(*args):
         draws = draw(*args)
         x, stats = draws.samples["x"], draws.stats
-        stats = stats | {"chi_square": stats["chi_square"].at[:, events].set(jnp.nan)}
+        stats = stats | {
+            "reduced_chi_square": stats["reduced_chi_square"].at[:, events].set(jnp.nan)
+        }
         return draws._replace(samples={"x": x.at[:, events, 0].set(jnp.inf)}, stats=stats)
 
     for module in (em_module, initial):
@@ -420,7 +422,7 @@ def test_events_whose_draws_fail_keep_the_last_ones(monkeypatch):
         first, metrics = em.update(start, MASK, Y)
     assert metrics.num_failed == 5
     assert np.isfinite(metrics.loss)
-    assert np.isfinite(metrics.chi_square)
+    assert np.isfinite(metrics.reduced_chi_square)
     expected = whole.draws["x"].at[:, failed].set(start.prior.mean)
     np.testing.assert_array_equal(first.draws["x"], expected)
     with pytest.warns(UserWarning, match="5 draws of iteration 2"):

@@ -264,7 +264,7 @@ def test_sources_are_seen_as_the_models_say():
     """Residuals of the true points are the noise."""
     data = sources.make_data(jax.random.key(0), 1000, 1000)
     scores = sources.judge(data.truth, data)
-    assert abs(scores["chi_square"] - 1) < 4 * np.sqrt(2 / 3000)
+    assert abs(scores["reduced_chi_square"] - 1) < 4 * np.sqrt(2 / 3000)
 
 
 # With a handful of ranks p-values are nothing; what is exact is tested elsewhere.

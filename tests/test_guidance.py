@@ -16,10 +16,10 @@ from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.guidance.covariances import (
     CalibratedCovariance,
+    FlatPriorCovariance,
     GaussianCovariance,
-    IsotropicCovariance,
+    IsotropicPriorCovariance,
     TweedieCovariance,
-    UnitCovariance,
 )
 from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
 from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
@@ -233,9 +233,12 @@ def test_nothing_observed():
 @pytest.mark.parametrize(
     ("guidance", "variance"),
     [
-        (MMPS(IsotropicCovariance()), lambda s2, scale2: s2),
-        (MMPS(UnitCovariance()), lambda s2, scale2: 1 / (1 / s2 + 1 / scale2)),
-        (MMPS(UnitCovariance(), max_dense=0, rtol=RTOL), lambda s2, c2: s2 * c2 / (s2 + c2)),
+        (MMPS(FlatPriorCovariance()), lambda s2, scale2: s2),
+        (MMPS(IsotropicPriorCovariance()), lambda s2, scale2: 1 / (1 / s2 + 1 / scale2)),
+        (
+            MMPS(IsotropicPriorCovariance(), max_dense=0, rtol=RTOL),
+            lambda s2, c2: s2 * c2 / (s2 + c2),
+        ),
         (PiGDM(), lambda s2, scale2: s2 * scale2 / (s2 + scale2)),
     ],
     ids=["isotropic", "unit", "unit, matrix-free", "PiGDM"],
@@ -360,15 +363,16 @@ def test_residual_is_reported(covariance):
     case = problem()
     budget = MMPS(covariance, max_dense=0, max_steps=1)
     residual = guide(budget, case.denoiser, case.observed, case.x_t).residual
-    # One step of conjugate gradients goes along the right-hand side.
+    # One step of conjugate gradients goes along the score.
     mean, cov = case.prior
     sigma, matrix, cov_y = SIGMA[1, 0], case.matrix[2], case.cov_y[2]
     x_t = case.x_t[1, 2].reshape(-1)
     r = case.y[2] - matrix @ oracles.gaussian_denoiser(mean, cov, x_t, sigma)
     cov_x = sigma**2 * cov @ np.linalg.inv(cov + sigma**2 * np.eye(6))
-    system = cov_y + matrix @ cov_x @ matrix.T
-    error = r - r @ r / (r @ system @ r) * system @ r
-    expected = np.linalg.norm(error) / np.linalg.norm(r)
+    score = matrix.T @ np.linalg.solve(cov_y, r)
+    moved = score + matrix.T @ np.linalg.solve(cov_y, matrix @ cov_x @ score)
+    error = score - score @ cov_x @ score / (score @ cov_x @ moved) * moved
+    expected = np.linalg.norm(error) / np.linalg.norm(score)
     assert expected > 1e-2
     np.testing.assert_allclose(residual[1, 2], expected, rtol=100 * TOL)
 
@@ -533,14 +537,14 @@ def test_calibrated_covariance_is_the_gaussian_one_times_the_measured_error():
     quarter = jnp.sqrt(denoiser.sigma_min * middle)
     far = 10 * denoiser.sigma_max
     for sigma, ratio in ((middle, 0.2), (quarter, 0.6), (far, 0.6), (denoiser.sigma_min, 1.0)):
-        expected = ratio * GaussianCovariance()(denoiser, sigma).dense()
-        found = CalibratedCovariance()(denoiser, sigma).dense()
+        expected = ratio * GaussianCovariance().closed_form(denoiser, sigma).dense()
+        found = CalibratedCovariance().closed_form(denoiser, sigma).dense()
         np.testing.assert_allclose(found, expected, rtol=1e-4)
     # A level for each event, as guidance passes them.
     sigmas = jnp.stack([middle, far])[:, None]
-    found = CalibratedCovariance()(denoiser, sigmas)
+    found = CalibratedCovariance().closed_form(denoiser, sigmas)
     for i in range(2):
-        alone = CalibratedCovariance()(denoiser, sigmas[i, 0])
+        alone = CalibratedCovariance().closed_form(denoiser, sigmas[i, 0])
         np.testing.assert_allclose(
             found.matvec(jnp.ones((2, 5, 3)))[i, 0], alone.matvec(jnp.ones(3)), rtol=1e-4
         )

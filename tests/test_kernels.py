@@ -11,6 +11,7 @@ from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
 from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.particles.system import ParticleInfo
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.tracing import mask_priors
 
@@ -18,7 +19,7 @@ N, D = 3, 2
 PRIOR = DiffusionPrior(GaussianDenoiser(jnp.ones(D), jnp.eye(D)), sampler=MultistepSDE(16))
 Y = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
 KERNELS = {"MMPS": MMPSKernel, "particle Gibbs": ParticleGibbs}
-DRAW_STATS = ("residual", "num_truncated", "ess", "num_resamplings", "log_evidence", "chi_square")
+DRAW_STATS = tuple(f"info.{name}" for name in ParticleInfo._fields if name != "ess_path")
 
 
 def model(prior, y=None):
@@ -52,7 +53,7 @@ def test_the_kernel_is_a_shim(num_particles):
         draws = sample_posterior(key, model, PRIOR, Y, num_particles=num_particles)
         # The same program, but compiled as one here and step by step there.
         np.testing.assert_allclose(state.z["x"], draws.samples["x"][0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state.ess, draws.stats["ess"][0], rtol=1e-3)
+        np.testing.assert_allclose(state.info.ess, draws.stats["ess"][0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -83,7 +83,7 @@ class TestCovariance:
         check(*make(*batch), normal(9, 2, *batch, SIZE))
 
     @pytest.mark.parametrize("batched", [False, True])
-    @pytest.mark.parametrize("name", ["scale", "shift", "harmonic"])
+    @pytest.mark.parametrize("name", ["scale", "noisy", "denoised"])
     def test_noise_levels(self, make: Make, batch: tuple[int, ...], name: str, batched: bool):
         cov, matrix = make(*batch)
         v = positive(8, *(batch or (3,)) if batched else ())
@@ -91,11 +91,11 @@ class TestCovariance:
         match name:
             case "scale":
                 desired, result = v_eye @ matrix, cov.scale(v)
-            case "shift":
-                desired, result = matrix + v_eye, cov.shift(v)
+            case "noisy":
+                desired, result = matrix + v_eye, cov.noisy(v)
             case _:
                 desired = np.linalg.inv(np.linalg.inv(matrix) + np.linalg.inv(v_eye))
-                result = cov.harmonic(v)
+                result = cov.denoised(v)
         assert type(result) is type(cov)
         check(result, desired, normal(9, 2, *desired.shape[:-1]))
 
@@ -172,7 +172,7 @@ def test_add_refuses_other_sizes():
 def test_dense_clips_negative_eigenvalues():
     cov = Dense.from_matrix(jnp.diag(jnp.array([-EPS, 1.0, 2.0])))
     assert cov.eigenvalues.min() == 0
-    assert_close(cov.shift(0.5).solve(jnp.ones(3)), 1 / np.array([0.5, 1.5, 2.5]))
+    assert_close(cov.noisy(0.5).solve(jnp.ones(3)), 1 / np.array([0.5, 1.5, 2.5]))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 3, 2)])
@@ -189,8 +189,8 @@ def test_singular_low_rank():
     matrix = diag(variances) + gram(factor)
     cov = DiagonalPlusLowRank(jnp.asarray(variances), jnp.asarray(factor))
     v = normal(1, SIZE)
-    assert_close(cov.shift(0.1).solve(v), np.linalg.solve(matrix + 0.1 * np.eye(SIZE), v))
-    posterior = cov.harmonic(0.1)
+    assert_close(cov.noisy(0.1).solve(v), np.linalg.solve(matrix + 0.1 * np.eye(SIZE), v))
+    posterior = cov.denoised(0.1)
     harmonic = 0.1 * np.linalg.solve(matrix + 0.1 * np.eye(SIZE), matrix)
     assert_close(posterior.dense(), harmonic)
     for c, desired in ((cov, matrix), (posterior, harmonic)):
@@ -203,15 +203,15 @@ def test_singular_low_rank():
 def test_harmonic_limits(make: Make, variance: float):
     cov, matrix = make()
     limit = variance * np.eye(SIZE) if variance < 1 else matrix
-    assert_close(cov.harmonic(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
+    assert_close(cov.denoised(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
 
 
 @pytest.mark.parametrize("unit", [1e-12, 1e12])
 @over_cases
 def test_harmonic_in_any_units(make: Make, unit: float):
     cov, _ = make()
-    scaled = cov.scale(unit**2).harmonic(0.7 * unit**2)
-    assert_close(scaled.dense() / unit**2, cov.harmonic(0.7).dense())
+    scaled = cov.scale(unit**2).denoised(0.7 * unit**2)
+    assert_close(scaled.dense() / unit**2, cov.denoised(0.7).dense())
 
 
 class TestEmpiricalGaussian:
@@ -245,7 +245,7 @@ class TestEmpiricalGaussian:
         sample = np.cov(x, rowvar=False)
         assert_close(cov.diagonal(), np.diag(sample))
         assert_close(cov.dense(), sample, 10 * EPS**0.5)
-        assert np.all(np.isfinite(cov.shift(0.1).solve(jnp.ones(20))))
+        assert np.all(np.isfinite(cov.noisy(0.1).solve(jnp.ones(20))))
 
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"shape \(n, d\), got an array of shape \(1, 3\)"):

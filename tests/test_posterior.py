@@ -300,7 +300,9 @@ def test_units_do_not_matter(unit):
     tol = tolerance(1e-3, 1e-7)
     np.testing.assert_allclose(prior, expected_prior, rtol=tol, atol=tol)
     np.testing.assert_allclose(x, expected, rtol=tol, atol=tol)
-    np.testing.assert_allclose(stats["chi_square"], expected_stats["chi_square"], rtol=10 * tol)
+    np.testing.assert_allclose(
+        stats["reduced_chi_square"], expected_stats["reduced_chi_square"], rtol=10 * tol
+    )
 
 
 def test_numbers_are_positive():
@@ -365,7 +367,7 @@ def test_chi_square_of_exact_draws():
     x = prior.sample(jax.random.key(0), (num,))
     y = jnp.where(mask, x + NOISE * rng.normal(size=x.shape), jnp.nan)
     draws = sample_posterior(jax.random.key(1), model, prior, mask, y, num, num_samples=10)
-    found = np.asarray(draws.stats["chi_square"])
+    found = np.asarray(draws.stats["reduced_chi_square"])
     assert found.shape == (10, num)
     assert abs(found.mean() - 1) < 4 * np.sqrt(2 / 2 / num)
     x, y = np.asarray(draws.samples["x"]), np.asarray(y)

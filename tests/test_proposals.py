@@ -12,7 +12,7 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import linear_gaussian
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Diagonal
-from numpyro_diffprior.particles.proposals import Cloud, propose
+from numpyro_diffprior.particles.proposals import Particles, propose
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Settings
 from tests.oracles import gaussian_posterior, spd, tolerance
@@ -43,7 +43,7 @@ def make_step(guidance, operator, sampler=MultistepSDE(12), index=5):
     )
     posterior = guidance.condition(DENOISER, likelihood)
     levels = jax.tree.map(lambda leaf: leaf[index], sampler.levels(DENOISER))
-    previous = Cloud(*(jnp.asarray(x) for x in (X_T, X_HAT, X_HAT_Y)))
+    previous = Particles(*(jnp.asarray(x) for x in (X_T, X_HAT, X_HAT_Y)))
     matrices = np.broadcast_to(matrix, (NUM_EVENTS, *matrix.shape[-2:]))
     return propose(posterior, sampler, previous, levels), levels, matrices, y, np.diag(noise)
 
@@ -125,6 +125,6 @@ def test_weights_stay_equal_on_a_gaussian():
     for guidance in (LOOKING, MMPS(GaussianCovariance())):
         settings = Settings(16, MultistepSDE(32), guidance)
         draws = draw_posterior(jax.random.key(0), DENOISER, likelihood, settings, 100)
-        ess.append(float(draws.ess.mean()))
+        ess.append(float(draws.info.ess.mean()))
     assert ess[0] > 11
     assert ess[0] > ess[1] + 3

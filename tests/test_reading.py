@@ -528,11 +528,11 @@ def test_curvature_of_a_gaussian_factor_is_its_precision():
     curvature = (vectors / values[..., None, :]) @ vectors.mT
     expected = np.broadcast_to(MATRIX.T @ precision @ MATRIX, (N, D, D))
     np.testing.assert_allclose(curvature, expected, atol=1e-3)
-    # Of events that are too large the gradient is left, in one row.
-    large = read(factor, make_prior((65,)))
-    assert large.num_observed == 1
-    local = large.linearize(jnp.ones(65))
-    np.testing.assert_allclose(local.transpose(local.residual), -2 * np.ones(65), rtol=1e-5)
+    # Of large events no matrix is made: gradient, and products with the curvature.
+    local = read(factor, make_prior((65,))).linearize(jnp.ones(65))
+    v = jnp.asarray(np.random.default_rng(4).normal(size=65))
+    np.testing.assert_allclose(local.score(), -2 * np.ones(65), rtol=1e-5)
+    np.testing.assert_allclose(local.precision(v), 2 * v, rtol=1e-5)
 
 
 def test_several_parameters_and_many_elements_go_by_curvature():
@@ -608,7 +608,7 @@ def test_shapes_and_scales_are_read(name):
 
 
 def test_a_vector_whose_covariance_depends_on_a_large_event():
-    """Without a mean that tells, there is its gradient; with one, its mean tells."""
+    """By its log-density, whether the mean depends on the event as well or not."""
 
     def walk(prior):
         x = numpyro.sample("x", prior)
@@ -619,13 +619,15 @@ def test_a_vector_whose_covariance_depends_on_a_large_event():
         fn = dist.MultivariateNormal(x[:3], scale_tril=jnp.exp(x[3]) * jnp.eye(3))
         numpyro.sample("y", fn, obs=np.arange(3.0))
 
-    likelihood = read(walk, make_prior((65,)))
-    assert likelihood.num_observed == 1
     x = jnp.linspace(-1.0, 1.0, 65)
-    local = likelihood.linearize(x)
-    expected = jax.grad(likelihood.log_prob)(x)
-    np.testing.assert_allclose(local.transpose(local.residual), expected, rtol=1e-5)
-    assert read(both, make_prior((65,))).num_observed == 3
+    for model in (walk, both):
+        likelihood = read(model, make_prior((65,)))
+        local = likelihood.linearize(x)
+        expected = jax.grad(likelihood.log_prob)(x)
+        np.testing.assert_allclose(local.score(), expected, rtol=1e-4, atol=1e-4)
+        hessian = jax.hessian(likelihood.log_prob)(x)
+        np.testing.assert_allclose(local.precision(x), -hessian @ x, rtol=1e-4, atol=1e-3)
+        assert np.isnan(likelihood.reduced_chi_square(x))
 
 
 def test_hidden_values_of_vectors_may_be_nan():

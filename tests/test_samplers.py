@@ -341,7 +341,7 @@ def test_samplers_are_values():
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="DDPM: expected 0 <= eta <= 1, got 2.0"):
+    with pytest.raises(ValueError, match="DDPM: expected eta >= 0 and <= 1, got 2.0"):
         DDPM(eta=2.0)
     with pytest.raises(ValueError, match="DDPM: expected num_steps >= 2, got 1"):
         DDPM(1)

@@ -152,10 +152,10 @@ def test_dtype_follows_the_range(dtype):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Karras(rho=0.0), "rho must be positive, got 0.0"),
-        (lambda: LogBeta(alpha=-1.0), "alpha must be positive, got -1.0"),
-        (lambda: LogBeta(beta=0.0), "beta must be positive"),
-        (lambda: LogNormal(std=float("nan")), "std must be positive, got nan"),
+        (lambda: Karras(rho=0.0), "rho > 0, got 0.0"),
+        (lambda: LogBeta(alpha=-1.0), "alpha > 0, got -1.0"),
+        (lambda: LogBeta(beta=0.0), "beta > 0, got 0.0"),
+        (lambda: LogNormal(std=float("nan")), "std > 0, got nan"),
     ],
 )
 def test_invalid_parameters(make, match):

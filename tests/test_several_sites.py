@@ -160,7 +160,7 @@ def test_sites_in_different_plates(guidance):
     star, sky = draws.samples["star"], draws.samples["sky"]
     assert star.shape == (1000, 2)
     assert sky.shape == (1000, N, *PRIORS["sky"].event_shape)
-    assert draws.stats["chi_square"].shape == (1000,)
+    assert draws.stats["reduced_chi_square"].shape == (1000,)
     cov_star, cov_sky = (np.asarray(PRIORS[n].denoiser.cov.dense()) for n in ("star", "sky"))
     pick = np.zeros((2, cov_sky.shape[0]))
     width = PRIORS["sky"].event_shape[1]

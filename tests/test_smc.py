@@ -33,7 +33,7 @@ def test_log_evidence_is_unbiased_on_a_gaussian():
     draws = draw_posterior(jax.random.key(0), denoiser, likelihood, settings, 4000)
     variance = matrix @ COV @ matrix.T + NOISE**2
     expected = np.exp(dist.Normal(matrix @ MEAN, np.sqrt(variance[0])).log_prob(y))[0]
-    ratio = np.exp(np.asarray(draws.log_evidence)) / expected
+    ratio = np.exp(np.asarray(draws.info.log_evidence)) / expected
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(len(ratio)) + 0.01
 
 
@@ -69,18 +69,18 @@ def test_particles_find_the_mass_of_the_modes():
 def test_statistics_of_particles():
     prior, likelihood, _ = mixture_problem()
     _, draws = mode_mass(prior, likelihood, 8, 64)
-    assert np.all((draws.ess >= 1) & (draws.ess <= 8))
-    assert draws.ess_path.shape == (64, 48)
-    np.testing.assert_array_equal(draws.ess_path.min(-1), draws.ess)
+    assert np.all((draws.info.ess >= 1) & (draws.info.ess <= 8))
+    assert draws.info.ess_path.shape == (64, 48)
+    np.testing.assert_array_equal(draws.info.ess_path.min(-1), draws.info.ess)
     degenerate = np.sum(
-        np.asarray(draws.ess_path[:, :-1]) < 4, axis=-1
+        np.asarray(draws.info.ess_path[:, :-1]) < 4, axis=-1
     )  # the last is not resampled
-    np.testing.assert_array_equal(degenerate, draws.num_resamplings)
-    assert np.all((draws.num_resamplings >= 0) & (draws.num_resamplings < 48))
+    np.testing.assert_array_equal(degenerate, draws.info.num_resamplings)
+    assert np.all((draws.info.num_resamplings >= 0) & (draws.info.num_resamplings < 48))
     _, draws = mode_mass(prior, likelihood, 1, 64)
-    np.testing.assert_array_equal(draws.ess, 1)
-    np.testing.assert_array_equal(draws.ess_path, np.ones((64, 48)))
-    assert np.all(np.isnan(draws.log_evidence))
+    np.testing.assert_array_equal(draws.info.ess, 1)
+    np.testing.assert_array_equal(draws.info.ess_path, np.ones((64, 48)))
+    assert np.all(np.isnan(draws.info.log_evidence))
 
 
 def test_a_determinant_that_all_particles_share_cancels():
@@ -97,10 +97,10 @@ def test_a_determinant_that_all_particles_share_cancels():
         for options in ({}, {"max_dense": 0, "rtol": 1e-6})
     ]
     dense, free = draws
-    np.testing.assert_array_equal(free.num_resamplings, dense.num_resamplings)
+    np.testing.assert_array_equal(free.info.num_resamplings, dense.info.num_resamplings)
     np.testing.assert_allclose(free.x, dense.x, atol=1e-3)
-    np.testing.assert_allclose(free.ess, dense.ess, rtol=1e-2)
-    np.testing.assert_allclose(free.log_evidence, dense.log_evidence, atol=1e-3)
+    np.testing.assert_allclose(free.info.ess, dense.info.ess, rtol=1e-2)
+    np.testing.assert_allclose(free.info.log_evidence, dense.info.log_evidence, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ def test_all_draws_of_a_system():
     assert abs(masses.mean() - weights[0]) < 4 * error + 0.01
     assert 4 * error < 0.1
     # Statistics are those of the system; a draw in two of its orders is as good.
-    np.testing.assert_array_equal(draws.ess.reshape(64, 100), draws.ess[:100] * np.ones((64, 1)))
+    np.testing.assert_array_equal(
+        draws.info.ess.reshape(64, 100), draws.info.ess[:100] * np.ones((64, 1))
+    )
     first = by_system[:32].mean() - by_system[32:].mean()
     assert abs(first) < 0.1
 
@@ -137,5 +139,5 @@ def test_part_of_a_system():
     settings = Settings(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
     draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 11)
     assert draws.x.shape == (11, 2)
-    assert draws.log_evidence.shape == (11,)
-    assert len(np.unique(draws.log_evidence)) == 2
+    assert draws.info.log_evidence.shape == (11,)
+    assert len(np.unique(draws.info.log_evidence)) == 2

@@ -1,8 +1,9 @@
-"""Checks of numbers that users pass: each returns the number, or raises a `ValueError`."""
+"""Checks of numbers that users pass: each returns a number of Python, or raises a `ValueError`."""
 
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 __all__ = ["check_count", "check_number", "set_numbers"]
@@ -33,7 +34,7 @@ def check_number(
     *,
     inclusive: bool = False,
 ) -> float:
-    """Return a finite real number, of Python or NumPy, between two limits.
+    """Return a finite real number between two limits; scalars of NumPy and JAX are welcome.
 
     Args:
         owner: The function or class that takes the number.
@@ -43,6 +44,8 @@ def check_number(
         high: The upper limit, itself allowed.
         inclusive: Whether the lower limit is allowed.
     """
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+        value = value.item() if value.ndim == 0 else value
     kinds = int | float | np.integer | np.floating
     if isinstance(value, bool | np.bool_) or not isinstance(value, kinds):
         raise ValueError(f"{owner}: expected {name} to be a number, got {value!r}.")

@@ -48,7 +48,7 @@ class GaussianDenoiser(Denoiser):
         variance = jnp.asarray(sigma, self.dtype) ** 2
         deviation = flatten_events(x_t - self.mean, self.event_shape)
         # V / sigma^2, with V the conditional covariance, is the same matrix and needs no solve.
-        shrunk = self.cov.harmonic(variance).matvec(deviation) / variance[..., None]
+        shrunk = self.cov.denoised(variance).matvec(deviation) / variance[..., None]
         return self.mean + shrunk.reshape(x_t.shape)
 
 
@@ -108,7 +108,7 @@ class MixtureDenoiser(Denoiser):
         variance = jnp.asarray(sigma, self.dtype)[..., None] ** 2
         means = flatten_events(self.means, self.event_shape)
         deviation = flatten_events(x_t, self.event_shape)[..., None, :] - means
-        noisy = self.covs.shift(variance)
+        noisy = self.covs.noisy(variance)
         solution = noisy.solve(deviation)
         log_density = -0.5 * (jnp.sum(deviation * solution, axis=-1) + noisy.logdet())
         posterior = jax.nn.softmax(jnp.log(self.weights) + log_density, axis=-1)

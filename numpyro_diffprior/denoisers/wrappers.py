@@ -20,7 +20,146 @@ from numpyro_diffprior.denoisers.denoiser import (
 )
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Repeated
 
-__all__ = ["ConditionedDenoiser", "PlateDenoiser", "ProductDenoiser"]
+__all__ = ["ConditionedDenoiser", "DenoiserWrapper", "PlateDenoiser", "ProductDenoiser"]
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserWrapper(Denoiser):
+    """A denoiser of the events of another one; what it does not define is the other's.
+
+    Args:
+        part: The denoiser inside.
+    """
+
+    part: Denoiser
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return self.part.mean
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance."""
+        return self.part.cov
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """The shape of a context that the denoiser expects, or None."""
+        return self.part.context_shape
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
+        """Return the contexts of a batch of events; see `Denoiser.contexts`."""
+        return self.part.contexts(batch_shape)
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return where the prior lies; see `Denoiser.location`."""
+        return self.part.location(batch_shape)
+
+    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
+        """Return the ratio of errors; see `Denoiser.error_ratio`."""
+        return self.part.error_ratio(sigma)
+
+
+@register
+@dataclass(frozen=True, eq=False, init=False)
+class ConditionedDenoiser(DenoiserWrapper):
+    """The denoiser of a conditional prior at given contexts: a label, a redshift.
+
+    Mean, covariance and errors are those over all contexts.
+
+    Args:
+        part: A denoiser with a ``context_shape``.
+        context: Contexts, with shape ``(*batch, *context_shape)``; their batch axes broadcast
+            against the last batch axes of the events.
+
+    Raises:
+        ValueError: If the denoiser has no ``context_shape``, or the contexts another shape.
+    """
+
+    context: jax.Array
+
+    def __init__(self, part: Denoiser, context: ArrayLike) -> None:
+        shape = part.context_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(part).__name__}: expected a denoiser that takes a context; give its "
+                "network a `context_shape`, as in MLP((2,), context_shape=(3,), rngs=rngs)."
+            )
+        context = jnp.asarray(context, part.dtype)
+        if context.shape[max(context.ndim - len(shape), 0) :] != shape:
+            raise ValueError(
+                f"{type(part).__name__}: expected contexts of shape {shape} in the last axes, got "
+                f"an array of shape {context.shape}."
+            )
+        set_attributes(self, part=part, context=context)
+
+    def __call__(
+        self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
+        part: Any = self.part
+        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
+        return part(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
+
+    @property
+    def context_shape(self) -> None:
+        """None: the context is given."""
+        return None
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the contexts of a batch of events, ``(n, *context_shape)``."""
+        shape = self.context.shape[len(self.batch_shape) :]
+        return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
+
+    def at(self, contexts: jax.Array | None) -> Denoiser:
+        """Return the denoiser at others of its contexts."""
+        if contexts is None:
+            return self
+        return ConditionedDenoiser(self.part, contexts)
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the means given the contexts, which in so much noise is what the network sees."""
+        means = self(super().location(self.batch_shape), self.sigma_max)
+        return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch of contexts."""
+        ndim = len(self.part.context_shape or ())
+        return self.context.shape[: self.context.ndim - ndim]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PlateDenoiser(DenoiserWrapper):
+    """The denoiser of a whole plate as one event, where observations couple its elements.
+
+    Args:
+        part: The denoiser of an element.
+        batch_shape: The shape of the plate.
+    """
+
+    batch_shape: tuple[int, ...] = field(metadata={"static": True})
+
+    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
+        """Return the conditional mean; see `Denoiser`."""
+        sigma = jnp.asarray(sigma, self.dtype)
+        return self.part(x_t, align(sigma, self.batch_shape))
+
+    @property
+    def mean(self) -> jax.Array:  # type: ignore[override]
+        """The prior's mean."""
+        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
+
+    @property
+    def cov(self) -> Covariance:  # type: ignore[override]
+        """The prior's covariance, block diagonal."""
+        return Repeated(self.part.cov, prod(self.batch_shape))
+
+    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the elements' locations."""
+        return self.part.location((*batch_shape, *self.batch_shape))
 
 
 @register
@@ -78,119 +217,3 @@ class ProductDenoiser(Denoiser):
             for part, value in zip(self.parts, values, strict=True)
         ]
         return jnp.concatenate(flat, axis=-1)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class PlateDenoiser(Denoiser):
-    """The denoiser of a whole plate as one event, where observations couple its elements.
-
-    Args:
-        part: The denoiser of an element.
-        batch_shape: The shape of the plate.
-    """
-
-    part: Denoiser
-    batch_shape: tuple[int, ...] = field(metadata={"static": True})
-
-    def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
-        sigma = jnp.asarray(sigma, self.dtype)
-        return self.part(x_t, align(sigma, self.batch_shape))
-
-    @property
-    def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
-        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
-
-    @property
-    def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance, block diagonal."""
-        return Repeated(self.part.cov, prod(self.batch_shape))
-
-    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Return the elements' ratio; see `Denoiser.error_ratio`."""
-        return self.part.error_ratio(sigma)
-
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the elements' locations."""
-        return self.part.location((*batch_shape, *self.batch_shape))
-
-
-@register
-@dataclass(frozen=True, eq=False, init=False)
-class ConditionedDenoiser(Denoiser):
-    """The denoiser of a conditional prior at given contexts: a label, a redshift.
-
-    Mean, covariance and errors are those over all contexts.
-
-    Args:
-        part: A denoiser with a ``context_shape``.
-        context: Contexts, with shape ``(*batch, *context_shape)``; their batch axes broadcast
-            against the last batch axes of the events.
-
-    Raises:
-        ValueError: If the denoiser has no ``context_shape``, or the contexts another shape.
-    """
-
-    part: Denoiser
-    context: jax.Array
-
-    def __init__(self, part: Denoiser, context: ArrayLike) -> None:
-        shape = part.context_shape
-        if shape is None:
-            raise ValueError(
-                f"{type(part).__name__}: expected a denoiser that waits for a context; give its "
-                "network a `context_shape`, as in MLP((2,), context_shape=(3,), rngs=rngs)."
-            )
-        context = jnp.asarray(context, part.dtype)
-        if context.shape[max(context.ndim - len(shape), 0) :] != shape:
-            raise ValueError(
-                f"{type(part).__name__}: expected contexts of shape {shape} in the last axes, got "
-                f"an array of shape {context.shape}."
-            )
-        set_attributes(self, part=part, context=context)
-
-    def __call__(
-        self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
-        """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
-        part: Any = self.part
-        batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
-        return part(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
-
-    def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the contexts of a batch of events, ``(n, *context_shape)``."""
-        shape = self.context.shape[len(self.batch_shape) :]
-        return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
-
-    def at(self, contexts: jax.Array | None) -> Denoiser:
-        """Return the denoiser at others of its contexts."""
-        if contexts is None:
-            return self
-        return ConditionedDenoiser(self.part, contexts)
-
-    @property
-    def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
-        return self.part.mean
-
-    @property
-    def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance."""
-        return self.part.cov
-
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the means given the contexts, which in so much noise is what the network sees."""
-        means = self(super().location(self.batch_shape), self.sigma_max)
-        return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The shape of the batch of contexts."""
-        ndim = len(self.part.context_shape or ())
-        return self.context.shape[: self.context.ndim - ndim]
-
-    def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Return the ratio over all contexts; see `Denoiser.error_ratio`."""
-        return self.part.error_ratio(sigma)

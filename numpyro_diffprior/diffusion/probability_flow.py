@@ -75,7 +75,7 @@ def flow_log_prob(
 
         start = flow.to_z(flow.start, flat), jnp.zeros((), dtype)
         (z_last, divergence), solved = flow.solve(field, start, rtol, max_steps)
-        noisy = denoiser.cov.shift(denoiser.sigma_max**2)
+        noisy = denoiser.cov.noisy(denoiser.sigma_max**2)
         deviation = flow.deviation(z_last)
         quadratic = jnp.sum(deviation * noisy.solve(deviation))
         gaussian = -0.5 * (quadratic + noisy.logdet() + size * jnp.log(2 * jnp.pi))
@@ -102,7 +102,7 @@ def flow_noise(
     Returns:
         The noise :math:`z`, with the shape of ``x``; NaN for events that were given up.
     """
-    noisy = denoiser.cov.shift(denoiser.sigma_max**2)
+    noisy = denoiser.cov.noisy(denoiser.sigma_max**2)
     # z = L^-1 v = L^T (L L^T)^-1 v
     transpose = jax.linear_transpose(noisy.sqrt_matvec, denoiser.mean.reshape(-1))
 

@@ -141,7 +141,7 @@ class Sampler:
 
     def start(self, denoiser: Denoiser, z: jax.Array) -> jax.Array:
         r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
-        noisy = denoiser.cov.shift(self.sigmas(denoiser)[0] ** 2)
+        noisy = denoiser.cov.noisy(self.sigmas(denoiser)[0] ** 2)
         batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
         deviation = noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
         return denoiser.location(batch_shape) + deviation

@@ -7,8 +7,8 @@ linear and Gaussian; an untrained `NetworkDenoiser` is exactly that Gaussian.
 
 A model may have several priors, passed as a dict: of a sum of sources, say. Sites that
 observations connect are drawn together, and each prior learns from the draws of its sites; priors
-without a network stay as they are. Sites of ``numpyro.param`` (a noise level, a gain) are learned beside the
-priors: the M-step raises the observed sites' expected log-density over them too.
+without a network stay as they are. Sites of ``numpyro.param`` (a noise level, a gain) are learned
+beside the priors: the M-step raises the observed sites' expected log-density over them too.
 
 Draws are renewed often and the network takes few steps between: long M-steps on fixed draws
 over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.particles`); with one
@@ -134,7 +134,8 @@ class EM:
             if not (part.group.plates or part.group.joined_plates):
                 raise ValueError(
                     f"EM: latent site '{part.group.names[0]}' is not in a plate; a prior is "
-                    "learned from many events, so put the site and its observations in a `numpyro.plate`."
+                    "learned from many events, so put the site and its observations in a "
+                    "`numpyro.plate`."
                 )
         sites = read_sites(prior, found.reading)
         check_data(found, self.e_step.sampler or found.reading.sampler)

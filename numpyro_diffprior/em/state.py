@@ -58,7 +58,7 @@ class EMMetrics(NamedTuple):
         ess: The mean over the draws of the lowest effective number of particles.
         num_resamplings: The mean number of resamplings per draw.
         log_evidence: The mean log-evidence per event (NaN with one particle).
-        chi_square: The mean squared residual of the draws in deviations of the noise.
+        reduced_chi_square: The mean squared residual of the draws in deviations of the noise.
         e_step_seconds: The time of the E-step.
         m_step_seconds: The time of the M-step.
         heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
@@ -76,7 +76,7 @@ class EMMetrics(NamedTuple):
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
-    chi_square: jax.Array
+    reduced_chi_square: jax.Array
     e_step_seconds: jax.Array
     m_step_seconds: jax.Array
     heldout_log_evidence: jax.Array

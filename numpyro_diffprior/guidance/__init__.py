@@ -2,11 +2,11 @@
 
 from numpyro_diffprior.guidance.covariances import (
     CalibratedCovariance,
+    FlatPriorCovariance,
     GaussianCovariance,
-    IsotropicCovariance,
+    IsotropicPriorCovariance,
     PosteriorCovariance,
     TweedieCovariance,
-    UnitCovariance,
 )
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood, linear_gaussian
@@ -23,13 +23,13 @@ __all__ = [
     "Guidance",
     "Guided",
     "GuidedDenoiser",
-    "IsotropicCovariance",
+    "FlatPriorCovariance",
+    "IsotropicPriorCovariance",
     "Likelihood",
     "PiGDM",
     "Piecewise",
     "PosteriorCovariance",
     "Tempered",
     "TweedieCovariance",
-    "UnitCovariance",
     "linear_gaussian",
 ]

@@ -1,8 +1,9 @@
-r"""The covariance of :math:`x` given :math:`x_t`, by which moment matching guides.
+r"""The covariance of :math:`x` given :math:`x_t`, as an operator.
 
 The exact one is Tweedie's second formula, :math:`V = \sigma^2 J` with the denoiser's Jacobian
-:math:`J`, and takes products with it. Closed forms take none: that of a Gaussian prior, as it is
-or scaled to what the denoiser leaves open, and two heuristics of the paper to compare with.
+:math:`J`, at one vector-Jacobian product of the network per product. Closed forms need none: that
+of a Gaussian prior, as it is or scaled to the error that the denoiser makes, and two heuristics of
+the paper to compare with.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -10,7 +11,9 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
@@ -19,30 +22,74 @@ from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
 
 __all__ = [
     "CalibratedCovariance",
+    "FlatPriorCovariance",
     "GaussianCovariance",
-    "IsotropicCovariance",
+    "IsotropicPriorCovariance",
     "PosteriorCovariance",
+    "PosteriorOperator",
     "TweedieCovariance",
-    "UnitCovariance",
+    "pull_back",
 ]
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+class PosteriorOperator(NamedTuple):
+    r"""The covariance :math:`V` of :math:`x` given :math:`x_t`, at one noise level.
+
+    Attributes:
+        x_hat: The denoiser's mean, with shape ``(*batch, *event)``.
+        matvec: The product with :math:`V`, of flattened events.
+        pull: The product with :math:`\sigma^2 J^T`, of flattened events: guidance by a gradient
+            at :math:`\hat x`.
+        closed_form: :math:`V` itself where it needs no product with the Jacobian, or None.
+    """
+
+    x_hat: jax.Array
+    matvec: Product
+    pull: Product
+    closed_form: Covariance | None
 
 
 class PosteriorCovariance(ABC):
-    r"""A closed form for :math:`V`, the covariance of :math:`x` given :math:`x_t`."""
+    r"""A model of :math:`V`, the covariance of :math:`x` given :math:`x_t`.
+
+    A subclass is hashable and compared by value, as a frozen dataclass is: it is static in what is
+    compiled.
+    """
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        """Return the covariance at noise level ``sigma``."""
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance | None:
+        r"""Return :math:`V` at a noise level, or None if it is :math:`\sigma^2 J`."""
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether `closed_form` returns a covariance."""
+        return True
+
+    def at(self, denoiser: Denoiser, x_t: jax.Array, sigma: jax.Array) -> PosteriorOperator:
+        """Evaluate the denoiser, and return the operator there.
+
+        Args:
+            denoiser: The prior.
+            x_t: Noisy events, with shape ``(*batch, *event)``.
+            sigma: Noise levels, broadcastable to shape ``(*batch,)``.
+        """
+        x_hat, pull = pull_back(denoiser, x_t, sigma)
+        cov = self.closed_form(denoiser, sigma)
+        return PosteriorOperator(x_hat, pull if cov is None else cov.matvec, pull, cov)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class GaussianCovariance(PosteriorCovariance):
     r"""That of a Gaussian prior, :math:`(\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}`."""
 
-    def __call__(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        return denoiser.cov.harmonic(sigma**2)
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
+        return denoiser.cov.denoised(sigma**2)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class CalibratedCovariance(PosteriorCovariance):
     r"""That of a Gaussian prior, scaled to the error that the denoiser makes.
@@ -56,31 +103,52 @@ class CalibratedCovariance(PosteriorCovariance):
     one, this is `GaussianCovariance`.
     """
 
-    def __call__(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        return denoiser.cov.harmonic(sigma**2).scale(denoiser.error_ratio(sigma))
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
+        return denoiser.cov.denoised(sigma**2).scale(denoiser.error_ratio(sigma))
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
-class IsotropicCovariance(PosteriorCovariance):
-    r"""The heuristic :math:`\Sigma_t = \sigma^2 I`, of a flat prior."""
+class FlatPriorCovariance(PosteriorCovariance):
+    r"""The heuristic :math:`\Sigma_t = \sigma^2 I`, that of a flat prior."""
 
-    def __call__(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
         return Isotropic(sigma**2, denoiser.event_size)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
-class UnitCovariance(PosteriorCovariance):
+class IsotropicPriorCovariance(PosteriorCovariance):
     r"""The heuristic :math:`(I / s^2 + \Sigma_t^{-1})^{-1}`, with the prior's scale :math:`s`."""
 
-    def __call__(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        variance = 1 / (1 / denoiser.scale**2 + 1 / sigma**2)
-        return Isotropic(variance, denoiser.event_size)
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
+        return Isotropic(denoiser.scale**2, denoiser.event_size).denoised(sigma**2)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
-class TweedieCovariance:
+class TweedieCovariance(PosteriorCovariance):
     r"""The covariance of the prior itself, :math:`V = \sigma^2 J` (Tweedie's second formula).
 
-    The Jacobian of a learned denoiser is not symmetric positive semi-definite: directions of
-    observation space without positive variance get no correction.
+    The Jacobian of a learned denoiser is not symmetric positive semi-definite: directions without
+    positive variance get no correction.
     """
+
+    def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> None:
+        return None
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether `closed_form` returns a covariance: it does not."""
+        return False
+
+
+def pull_back(denoiser: Denoiser, x_t: jax.Array, sigma: jax.Array) -> tuple[jax.Array, Product]:
+    r"""Return :math:`\hat x` and, on flattened events, :math:`v \mapsto \sigma^2 J^T v`."""
+    x_hat, vjp = jax.vjp(lambda x: denoiser(x, sigma), x_t)
+    variance = sigma[..., None] ** 2
+
+    def pull(v: jax.Array) -> jax.Array:
+        return variance * vjp(v.reshape(x_hat.shape))[0].reshape(v.shape)
+
+    return x_hat, pull

@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.wrappers import DenoiserWrapper
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.linalg.covariances import Covariance
 
-__all__ = ["Guidance", "Guided", "GuidedDenoiser", "Outlook", "pull_back"]
-
-_Pull = Callable[[jax.Array], jax.Array]
+__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead"]
 
 
 class Guided(NamedTuple):
@@ -34,8 +32,7 @@ class Guided(NamedTuple):
         x_hat: The prior's mean :math:`E[x \mid x_t]`, with shape ``(*batch, *event)``.
         x_hat_y: The posterior's mean :math:`E[x \mid x_t, y]`, likewise.
         log_twist: The approximate :math:`\log p(y \mid x_t)`, with shape ``(*batch,)``, without
-            its log-determinant where the solve is matrix-free. A hidden value (a zero row with
-            unit noise) adds the constant of its Gaussian.
+            its log-determinant where the solve is matrix-free.
         residual: The relative residual of the solve, with shape ``(*batch,)``; zero where
             there was none, or an exact one.
         num_truncated: The number of directions with negative prior variance, likewise; zero
@@ -49,8 +46,8 @@ class Guided(NamedTuple):
     num_truncated: jax.Array
 
 
-class Outlook(NamedTuple):
-    r"""What a Gaussian prior would say of the observations from a lower noise level.
+class LookAhead(NamedTuple):
+    r"""What a Gaussian prior predicts of the observations from a lower noise level.
 
     .. math:: y \sim \mathcal{N}\bigl(h(x) + G (x_s - x), S\bigr), \quad
         G = A V / \sigma_s^2, \quad S = \Sigma_y + A V A^T
@@ -73,51 +70,51 @@ class Outlook(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class GuidedDenoiser(Denoiser):
+class GuidedDenoiser(DenoiserWrapper, ABC):
     """The denoiser of a posterior: any sampler runs it. Made by `Guidance.condition`.
 
+    A subclass owns what its guidance precomputes for a likelihood.
+
     Args:
-        denoiser: The prior.
+        part: The prior.
         likelihood: The likelihood of the observed batch.
-        guidance: The approximation.
-        operator: The likelihood's operator as matrices, where it is the same at all ``x``.
     """
 
-    denoiser: Denoiser
     likelihood: Likelihood
-    guidance: "Guidance"
-    operator: jax.Array | None = None
-
-    @property
-    def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
-        return self.denoiser.mean
-
-    @property
-    def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance."""
-        return self.denoiser.cov
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the posterior's conditional mean; see `Denoiser`."""
         return self.guide(x_t, sigma).x_hat_y
 
     def guide(self, x_t: jax.Array, sigma: jax.Array | float) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
-        return self.guidance.guide(self, x_t, jnp.asarray(sigma, self.dtype))
+        """Evaluate prior and posterior at one noise level.
+
+        Args:
+            x_t: Noisy events, with shape ``(*extra, *batch, *event)``.
+            sigma: Noise levels, broadcastable to shape ``(*extra, *batch)``.
+        """
+        return self.evaluate(x_t, jnp.asarray(sigma, self.dtype))
+
+    @abstractmethod
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
+        """Do the work of `guide`, for an array of noise levels."""
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether `outlook` has an answer."""
-        return self.operator is not None and self.guidance.looks_ahead
+        """Whether particles are to look ahead, by `look_ahead`, rather than to be guided."""
+        return False
 
-    def outlook(self, x: jax.Array, sigma: jax.Array) -> Outlook:
-        """Return the outlook on the observations around ``x`` from noise level ``sigma``."""
-        return self.guidance.outlook(self, x, sigma)
+    def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
+        """Return what is predicted of the observations around ``x`` from noise level ``sigma``."""
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 
 class Guidance(ABC):
-    """An approximation of the posterior's denoiser."""
+    """An approximation of the posterior's denoiser.
+
+    A subclass is hashable and compared by value, as a frozen dataclass is: it is static in what is
+    compiled. It implements `bind`.
+    """
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior.
@@ -130,30 +127,8 @@ class Guidance(ABC):
                 f"guidance: the prior's events have shape {denoiser.event_shape}, "
                 f"the likelihood's {likelihood.event_shape}."
             )
-        return GuidedDenoiser(denoiser, likelihood, self)
+        return self.bind(denoiser, likelihood)
 
     @abstractmethod
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level; see `GuidedDenoiser.guide`."""
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether particles look ahead, by `outlook`."""
-        return False
-
-    def outlook(self, posterior: GuidedDenoiser, x: jax.Array, sigma: jax.Array) -> Outlook:
-        """Return an outlook on the observations; see `GuidedDenoiser.outlook`."""
-        raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
-
-
-def pull_back(
-    posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
-) -> tuple[jax.Array, _Pull]:
-    r"""Return :math:`\hat x` and, on flattened events, :math:`v \mapsto \sigma^2 J^T v`."""
-    x_hat, vjp = jax.vjp(lambda x: posterior.denoiser(x, sigma), x_t)
-    variance = sigma[..., None] ** 2
-
-    def pull(v: jax.Array) -> jax.Array:
-        return variance * vjp(v.reshape(x_hat.shape))[0].reshape(v.shape)
-
-    return x_hat, pull
+    def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior, of events of one shape; see `condition`."""

@@ -7,8 +7,10 @@ A likelihood is read at events ``x`` through its first two moments,
 
 for guidance, and through its exact log-density, for weights. Where it has no moments,
 :math:`h(x)` are its parameters and :math:`y` what its log-density would have them be: a
-pseudo-observation, with the inverse curvature for noise, made anew at every :math:`x`. Nothing
-here knows of NumPyro: `numpyro_diffprior.reading.latent` makes a likelihood from a model.
+pseudo-observation, with the inverse curvature for noise, made anew at every :math:`x`. A
+*potential* is a log-density of the event itself, read by its gradient :math:`g` and the products
+with its curvature :math:`H = -\nabla^2`. Nothing here depends on NumPyro:
+`numpyro_diffprior.reading` makes a likelihood from a model.
 
 Shapes: ``x`` is ``(*extra, *batch, *event)``, where ``batch`` are the events that are observed (a
 plate) and ``extra`` are draws or particles of each. All observed values of an event form one
@@ -44,19 +46,41 @@ class Reading(NamedTuple):
 
 
 class Linearization(NamedTuple):
-    """A likelihood at one set of events.
+    r"""A likelihood at one set of events, to second order.
 
     Attributes:
         residual: Observed minus expected values, with shape ``(*batch, m)``.
         matvec: The operator :math:`A`, from ``(*batch, d)`` to ``(*batch, m)``.
         transpose: Its transpose, from ``(*batch, m)`` to ``(*batch, d)``.
         noise: The covariance of the observed values given ``x``.
+        gradient: The gradient of the potential, with shape ``(*batch, d)``, or None.
+        curvature: The product with minus the potential's Hessian, or None.
     """
 
     residual: jax.Array
     matvec: Callable[[jax.Array], jax.Array]
     transpose: Callable[[jax.Array], jax.Array]
     noise: Covariance
+    gradient: jax.Array | None = None
+    curvature: Callable[[jax.Array], jax.Array] | None = None
+
+    def score(self) -> jax.Array:
+        r"""Return :math:`A^T \Sigma_y^{-1} r + g`, with shape ``(*batch, d)``."""
+        score = self.transpose(self.noise.solve(self.residual))
+        return score if self.gradient is None else score + self.gradient
+
+    def precision(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`(A^T \Sigma_y^{-1} A + H) v` for flattened events."""
+        product = self.transpose(self.noise.solve(self.matvec(v)))
+        return product if self.curvature is None else product + self.curvature(v)
+
+    def recenter(self, shift: jax.Array) -> "Linearization":
+        """Return the same approximation as seen from events that are ``shift`` lower."""
+        residual = self.residual + self.matvec(shift)
+        if self.gradient is None or self.curvature is None:
+            return self._replace(residual=residual)
+        gradient = self.gradient + self.curvature(shift)
+        return self._replace(residual=residual, gradient=gradient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +93,15 @@ class Likelihood:
         read: Maps ``x`` to the mean of ``y``, its covariance and ``y``.
         log_prob: Maps ``x`` to its exact log-likelihood, without the event's axes.
         event_shape: The shape of one event.
-        linear: Whether the mean is affine in ``x``, and covariance and ``y`` are the same at all.
-            Operator and solves are then shared by all draws and particles of an event.
-        visible: Which values are observed, with shape ``(*batch, m)`` (default: all).
+        linear: Whether the mean is affine in ``x``, covariance and ``y`` are the same at all, and
+            there is no potential. Operator and solves are then shared by all draws and particles
+            of an event.
+        visible: Which values are observed, with shape ``(*batch, m)`` (default: all): neither
+            hidden by a mask nor pseudo-observations of the event itself.
+        has_values: Whether there are observed values at all, rather than log-densities of the
+            event only.
+        potential: Maps ``x`` to the part of the log-likelihood that is no observation of ``m``
+            values, without the event's axes, or None. It enters by gradient and curvature.
     """
 
     y: jax.Array
@@ -80,6 +110,8 @@ class Likelihood:
     event_shape: tuple[int, ...]
     linear: bool = field(default=False)
     visible: jax.Array | None = field(default=None)
+    has_values: bool = field(default=True)
+    potential: Callable[[jax.Array], jax.Array] | None = field(default=None)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -98,7 +130,7 @@ class Likelihood:
             return jnp.full(self.batch_shape, self.num_observed)
         return self.visible.sum(-1)
 
-    def chi_square(self, x: jax.Array) -> jax.Array:
+    def reduced_chi_square(self, x: jax.Array) -> jax.Array:
         r"""Return the mean of the squared residuals, in deviations of the noise.
 
         Where noise is Gaussian, :math:`m` times it is :math:`\chi^2_m` over exact posterior
@@ -108,15 +140,19 @@ class Likelihood:
             x: Events, with shape ``(*extra, *batch, *event)``.
 
         Returns:
-            An array without the event's axes; zero where nothing is observed.
+            An array without the event's axes; zero where nothing is observed, and NaN where there
+            are log-densities of the event only (``numpyro.factor``), which have no residuals.
         """
         y_hat, noise, y = self.read(x)
         residual = y - y_hat
-        total = jnp.sum(residual * noise.solve(residual), axis=-1)
-        return total / jnp.maximum(self.num_visible, 1)
+        squares = residual * noise.solve(residual)
+        if self.visible is not None:
+            squares = jnp.where(self.visible, squares, 0)
+        mean = squares.sum(-1) / jnp.maximum(self.num_visible, 1)
+        return mean if self.has_values else jnp.full_like(mean, jnp.nan)
 
     def linearize(self, x: jax.Array) -> Linearization:
-        """Linearise the mean at ``x``."""
+        """Linearize the mean at ``x``, and expand the potential to second order."""
 
         def split(x: jax.Array) -> tuple[jax.Array, tuple[Covariance, jax.Array]]:
             y_hat, noise, y = self.read(x)
@@ -132,7 +168,16 @@ class Likelihood:
         def transpose(u: jax.Array) -> jax.Array:
             return transposed(u)[0].reshape(flat_shape)
 
-        return Linearization(y - y_hat, matvec, transpose, noise)
+        local = Linearization(y - y_hat, matvec, transpose, noise)
+        if self.potential is None:
+            return local
+        potential = self.potential
+        gradient, second = jax.linearize(jax.grad(lambda x: potential(x).sum()), x)
+
+        def curvature(v: jax.Array) -> jax.Array:
+            return -second(v.reshape(x.shape)).reshape(flat_shape)
+
+        return local._replace(gradient=gradient.reshape(flat_shape), curvature=curvature)
 
     def operator(self, x: jax.Array) -> jax.Array:
         """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""

@@ -4,7 +4,6 @@ They have the interface of `MMPS`, and take a simpler covariance of :math:`x` gi
 none.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -12,32 +11,29 @@ import jax.numpy as jnp
 
 from numpyro_diffprior._compile.checks import check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
-from numpyro_diffprior.guidance.covariances import UnitCovariance
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, pull_back
-from numpyro_diffprior.guidance.likelihood import Likelihood, Linearization, gaussian_log_density
+from numpyro_diffprior.guidance.covariances import IsotropicPriorCovariance, pull_back
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.likelihood import (
+    Likelihood,
+    Linearization,
+    gaussian_log_density,
+)
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Diagonal
 
 __all__ = ["DPS", "TMPD", "PiGDM"]
 
 
-@dataclass(frozen=True)
-class PiGDM(Guidance):
-    r"""Pseudoinverse guidance (Song et al., ICLR 2023), for noisy linear observations.
+def PiGDM() -> MMPS:  # noqa: N802  # named as the method
+    r"""Return pseudoinverse guidance (Song et al., ICLR 2023), for noisy linear observations.
 
     MMPS with :math:`V = r^2 I`, :math:`r^2 = \sigma^2 s^2 / (\sigma^2 + s^2)`, where the paper has
     data of unit scale :math:`s`; its guidance enters through the score, at full weight.
     """
-
-    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior; see `MMPS.condition`."""
-        return MMPS(UnitCovariance()).condition(denoiser, likelihood)
-
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
-        return MMPS(UnitCovariance()).guide(posterior, x_t, sigma)
+    return MMPS(IsotropicPriorCovariance())
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class TMPD(Guidance):
     r"""Tweedie moment projected diffusions (Boys et al., 2023, arXiv 2310.06721).
@@ -46,15 +42,27 @@ class TMPD(Guidance):
     vector-Jacobian product; negative sums are set to zero.
     """
 
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+    def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior."""
+        return _TMPDPosterior(denoiser, likelihood)
+
+
+@dataclass(frozen=True, eq=False)
+class _TMPDPosterior(GuidedDenoiser):
+    """The denoiser of a posterior by `TMPD`."""
+
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, local, pull = _linearize(posterior, x_t, sigma)
-        row_sums = local.matvec(pull(jnp.ones_like(local.residual)))
+        x_hat, pull = pull_back(self.part, x_t, sigma)
+        local = self.likelihood.linearize(x_hat)
+        row_sums = local.matvec(pull(local.transpose(jnp.ones_like(local.residual))))
         noisy = Diagonal(local.noise.diagonal() + jnp.maximum(row_sums, 0))
         solution = noisy.solve(local.residual)
-        return _direct(x_hat, pull(solution), local, solution, noisy.logdet())
+        correction = pull(local.transpose(solution))
+        return _guided(x_hat, correction, local, solution, noisy.logdet())
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class DPS(Guidance):
     r"""Diffusion posterior sampling (Chung et al., ICLR 2023, arXiv 2209.14687).
@@ -77,27 +85,30 @@ class DPS(Guidance):
         strength = check_number("DPS", "strength", self.strength, inclusive=True)
         set_numbers(self, strength=strength)
 
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+    def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior."""
+        return _DPSPosterior(denoiser, likelihood, self.strength)
+
+
+@dataclass(frozen=True, eq=False)
+class _DPSPosterior(GuidedDenoiser):
+    """The denoiser of a posterior by `DPS`."""
+
+    strength: float
+
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, local, pull = _linearize(posterior, x_t, sigma)
+        x_hat, pull = pull_back(self.part, x_t, sigma)
+        local = self.likelihood.linearize(x_hat)
         norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)
-        tiny = jnp.finfo(norm.dtype).tiny
-        gradient = pull(local.residual / jnp.maximum(norm, tiny)) / sigma[..., None] ** 2
-        shift = self.strength * posterior.denoiser.scale * gradient
+        direction = local.residual / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+        gradient = pull(local.transpose(direction)) / sigma[..., None] ** 2
+        shift = self.strength * self.part.scale * gradient
         solution = local.noise.solve(local.residual)
-        return _direct(x_hat, shift, local, solution, local.noise.logdet())
+        return _guided(x_hat, shift, local, solution, local.noise.logdet())
 
 
-def _linearize(
-    posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array
-) -> tuple[jax.Array, Linearization, Callable[[jax.Array], jax.Array]]:
-    r"""Return :math:`\hat x`, the likelihood there, and :math:`u \mapsto \sigma^2 J^T A^T u`."""
-    x_hat, pull = pull_back(posterior, x_t, sigma)
-    local = posterior.likelihood.linearize(x_hat)
-    return x_hat, local, lambda u: pull(local.transpose(u))
-
-
-def _direct(
+def _guided(
     x_hat: jax.Array,
     correction: jax.Array,
     local: Linearization,
@@ -107,5 +118,10 @@ def _direct(
     """Guide by a correction that took no solver."""
     log_twist = gaussian_log_density(local.residual, solution, logdet)
     zeros = jnp.zeros_like(log_twist)
-    x_hat_y = x_hat + correction.reshape(x_hat.shape)
-    return Guided(x_hat, x_hat_y, log_twist, zeros, zeros.astype(int))
+    return Guided(
+        x_hat=x_hat,
+        x_hat_y=x_hat + correction.reshape(x_hat.shape),
+        log_twist=log_twist,
+        residual=zeros,
+        num_truncated=zeros.astype(int),
+    )

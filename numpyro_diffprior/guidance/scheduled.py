@@ -11,13 +11,14 @@ import jax
 from numpyro_diffprior._compile.checks import check_number, set_numbers
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, LookAhead
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 
 __all__ = ["Piecewise", "Tempered"]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Piecewise(Guidance):
     """One guidance at high noise levels, another at low ones.
@@ -36,18 +37,26 @@ class Piecewise(Guidance):
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("high", "low"):
-            if not isinstance(getattr(self, name), Guidance):
-                raise ValueError(f"Piecewise: expected {name} to be a Guidance.")
+        for part in (self.high, self.low):
+            if not isinstance(part, Guidance):
+                raise ValueError(f"Piecewise: expected an instance of Guidance, got {part!r}.")
         set_numbers(self, threshold=check_number("Piecewise", "threshold", self.threshold))
 
-    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with the operator of either part."""
+    def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior, of two parts."""
         high, low = (part.condition(denoiser, likelihood) for part in (self.high, self.low))
-        operator = low.operator if high.operator is None else high.operator
-        return GuidedDenoiser(denoiser, likelihood, self, operator)
+        return _PiecewisePosterior(denoiser, likelihood, high, low, self.threshold)
 
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+
+@dataclass(frozen=True, eq=False)
+class _PiecewisePosterior(GuidedDenoiser):
+    """The denoisers of a posterior at high and at low noise levels."""
+
+    high: GuidedDenoiser
+    low: GuidedDenoiser
+    threshold: float
+
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level.
 
         Raises:
@@ -59,12 +68,13 @@ class Piecewise(Guidance):
                 "evaluate them one by one, with `jax.lax.map`."
             )
         return jax.lax.cond(
-            sigma > self.threshold * posterior.denoiser.scale,
-            lambda: self.high.guide(posterior, x_t, sigma),
-            lambda: self.low.guide(posterior, x_t, sigma),
+            sigma > self.threshold * self.part.scale,
+            lambda: self.high.guide(x_t, sigma),
+            lambda: self.low.guide(x_t, sigma),
         )
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Tempered(Guidance):
     r"""A guidance whose twist is flatter where noise is high.
@@ -85,18 +95,35 @@ class Tempered(Guidance):
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance, Guidance):
-            raise ValueError(f"Tempered: expected a Guidance, got {self.guidance!r}.")
+            raise ValueError(f"Tempered: expected an instance of Guidance, got {self.guidance!r}.")
         power = check_number("Tempered", "power", self.power, 0, 1, inclusive=True)
         set_numbers(self, power=power)
 
-    def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with the operator of the guidance."""
-        operator = self.guidance.condition(denoiser, likelihood).operator
-        return GuidedDenoiser(denoiser, likelihood, self, operator)
+    def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """Return the denoiser of the posterior, with a flatter twist."""
+        posterior = self.guidance.condition(denoiser, likelihood)
+        return _TemperedPosterior(denoiser, likelihood, posterior, self.power)
 
-    def guide(self, posterior: GuidedDenoiser, x_t: jax.Array, sigma: jax.Array) -> Guided:
+
+@dataclass(frozen=True, eq=False)
+class _TemperedPosterior(GuidedDenoiser):
+    """The denoiser of a posterior with a flatter twist."""
+
+    posterior: GuidedDenoiser
+    power: float
+
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        guided = self.guidance.guide(posterior, x_t, sigma)
-        share = sigma**2 / (sigma**2 + posterior.denoiser.scale**2)
+        guided = self.posterior.guide(x_t, sigma)
+        share = sigma**2 / (sigma**2 + self.part.scale**2)
         power = 1 - (1 - self.power) * share
         return guided._replace(log_twist=power * guided.log_twist)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether particles look ahead: as with the guidance itself."""
+        return self.posterior.looks_ahead
+
+    def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
+        """Return what is predicted of the observations; see `LookAhead`."""
+        return self.posterior.look_ahead(x, sigma)

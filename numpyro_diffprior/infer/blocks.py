@@ -22,7 +22,7 @@ class PosteriorSamples(NamedTuple):
 
     Attributes:
         samples: Draws by site, each of shape ``(num_samples, *batch, *event)``.
-        stats: The statistics of `Draws` by name, each of shape ``(num_samples, *batch)``
+        stats: The statistics of `ParticleInfo` by name, each of shape ``(num_samples, *batch)``
             (``ess_path`` has an axis more, of noise levels), and ``num_evaluations``, the number
             of network evaluations per draw. Of sites that no observation connects, each has
             statistics of its own: those of all events, one site after the other, in one axis in
@@ -135,7 +135,7 @@ def _sweep(
 
     def split(draws: Draws, data: ModelData) -> PosteriorSamples:
         denoiser = found.denoiser(data)
-        return PosteriorSamples(group.split(denoiser, draws.x), draws.stats)
+        return PosteriorSamples(group.split(denoiser, draws.x), draws.info._asdict())
 
     if plate is None or size is None:
         max_draws = num_systems // group.num_events

@@ -18,7 +18,7 @@ from numpyro_diffprior.infer.blocks import merge_stats
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Draws, Settings
+from numpyro_diffprior.particles.system import ParticleInfo, Settings
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.reader import Block, Read, read
@@ -28,64 +28,38 @@ __all__ = ["MMPSKernel", "MMPSState", "ParticleGibbs", "ParticleGibbsState"]
 
 
 class MMPSState(NamedTuple):
-    """The state of `MMPSKernel`; all but ``z`` and ``rng_key`` are statistics of the last draw.
+    """The state of `MMPSKernel`.
 
     Attributes:
-        z: The diffusion site's value by its name.
+        z: The diffusion sites' values by name.
         rng_key: The random key.
-        residual: The largest relative residual of guidance's solves, with the site's batch shape.
-        num_truncated: The largest number of directions that guidance left out, likewise.
-        ess: The lowest effective number of particles along the path, likewise.
-        num_resamplings: How often the particles were resampled, likewise.
-        log_evidence: The estimate of the log-density of the event's observations, likewise.
-        chi_square: The draw's mean squared residual in deviations of the noise, likewise.
-        ess_path: The effective number of particles at every noise level, with shape
-            ``(*batch, num_steps)``.
+        info: The statistics of the last draw, ``extra_fields=("info.ess",)``; see `ParticleInfo`.
     """
 
     z: dict[str, jax.Array]
     rng_key: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
-    ess: jax.Array
-    num_resamplings: jax.Array
-    log_evidence: jax.Array
-    chi_square: jax.Array
-    ess_path: jax.Array
+    info: ParticleInfo
 
 
 class ParticleGibbsState(NamedTuple):
-    """The state of `ParticleGibbs`; all behind ``path`` are statistics of the last update.
+    """The state of `ParticleGibbs`.
 
     Attributes:
-        z: The diffusion site's value by its name.
+        z: The diffusion sites' values by name.
         rng_key: The random key.
         path: The retained paths, each with shape ``(num_steps, *batch, *event)``: one, or one for
             each group of sites that no observation connects.
-        updated: The fraction of noise levels at which the path moved, with the site's batch shape.
-        residual: The largest relative residual of guidance's solves, likewise.
-        num_truncated: The largest number of directions that guidance left out, likewise.
-        ess: The lowest effective number of particles along the path, likewise.
-        num_resamplings: How often the particles were resampled, likewise.
-        log_evidence: An estimate of the log-density of the event's observations, likewise; with a
-            retained path among the particles it is not unbiased.
-        chi_square: The draw's mean squared residual in deviations of the noise, likewise.
-        ess_path: The effective number of particles at every noise level, with shape
-            ``(*batch, num_steps)``.
-        num_evaluations: The number of network evaluations of the update.
+        updated: The fraction of noise levels at which the path moved in the last update, with the
+            sites' batch shape.
+        info: The statistics of the last update; see `ParticleInfo`.
+        num_evaluations: The number of network evaluations of an update.
     """
 
     z: dict[str, jax.Array]
     rng_key: jax.Array
     path: tuple[jax.Array, ...]
     updated: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
-    ess: jax.Array
-    num_resamplings: jax.Array
-    log_evidence: jax.Array
-    chi_square: jax.Array
-    ess_path: jax.Array
+    info: ParticleInfo
     num_evaluations: jax.Array
 
 
@@ -255,7 +229,9 @@ class MMPSKernel(_DiffusionKernel):
 
     Example:
         >>> mcmc = MCMC(MMPSKernel(model), num_warmup=0, num_samples=250)  # doctest: +SKIP
-        >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
+        >>> mcmc.run(
+        ...     jax.random.key(0), prior, mask, y, extra_fields=("info.ess",)
+        ... )  # doctest: +SKIP
     """
 
     def _start(
@@ -268,10 +244,8 @@ class MMPSKernel(_DiffusionKernel):
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
             values = [_mean(block) for _, block in blocks]
-        stats = merge_stats(
-            [_no_stats(block, settings) for _, block in blocks],
-        )
-        return MMPSState(_split(blocks, values), rng_key, **stats)
+        info = _merge([_no_info(block, settings) for _, block in blocks])
+        return MMPSState(_split(blocks, values), rng_key, info)
 
     def _draw(
         self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -283,8 +257,9 @@ class MMPSKernel(_DiffusionKernel):
             draw_posterior(key, block.denoiser, block.likelihood, settings)
             for key, (_, block) in zip(_keys(key, blocks), blocks, strict=True)
         ]
-        stats = merge_stats([{k: v[0] for k, v in draw.stats.items()} for draw in draws])
-        return MMPSState(_split(blocks, [draw.x[0] for draw in draws]), rng_key, **stats)
+        draws = jax.tree.map(lambda leaf: leaf[0], draws)
+        info = _merge([draw.info for draw in draws])
+        return MMPSState(_split(blocks, [draw.x for draw in draws]), rng_key, info)
 
 
 class ParticleGibbs(_DiffusionKernel):
@@ -307,7 +282,9 @@ class ParticleGibbs(_DiffusionKernel):
 
     Example:
         >>> mcmc = MCMC(ParticleGibbs(model), num_warmup=20, num_samples=500)  # doctest: +SKIP
-        >>> mcmc.run(jax.random.key(0), prior, mask, y, extra_fields=("ess",))  # doctest: +SKIP
+        >>> mcmc.run(
+        ...     jax.random.key(0), prior, mask, y, extra_fields=("info.ess",)
+        ... )  # doctest: +SKIP
     """
 
     def __init__(
@@ -340,17 +317,16 @@ class ParticleGibbs(_DiffusionKernel):
             diffuse_path(key, block.denoiser, settings.sampler, value)
             for key, (_, block), value in zip(_keys(key_path, blocks), blocks, values, strict=True)
         )
-        stats = [_no_stats(block, settings) for _, block in blocks]
-        updated = [{"updated": found["residual"]} for found in stats]
+        info = _merge([_no_info(block, settings) for _, block in blocks])
         # The retained path's denoised means are evaluated once more.
         num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
         return ParticleGibbsState(
             z=_split(blocks, values),
             rng_key=rng_key,
             path=path,
+            updated=jnp.zeros_like(info.residual),
+            info=info,
             num_evaluations=num_evaluations,
-            **merge_stats(updated),
-            **merge_stats(stats),
         )
 
     def _draw(
@@ -370,8 +346,8 @@ class ParticleGibbs(_DiffusionKernel):
             z=_split(blocks, [update.draws.x for update in updates]),
             rng_key=rng_key,
             path=tuple(update.path for update in updates),
-            **merge_stats([{"updated": update.updated} for update in updates]),
-            **merge_stats([update.draws.stats for update in updates]),
+            updated=merge_stats([{"updated": update.updated} for update in updates])["updated"],
+            info=_merge([update.draws.info for update in updates]),
         )
 
 
@@ -381,10 +357,11 @@ def _mean(block: Block) -> jax.Array:
     return jnp.broadcast_to(block.denoiser.mean, shape)
 
 
-def _no_stats(block: Block, settings: Settings) -> dict[str, jax.Array]:
-    """Return the statistics of a state that was not drawn: zeros."""
-    shape, dtype = block.likelihood.batch_shape, block.denoiser.dtype
-    zeros = jnp.zeros(shape, dtype)
-    counts = {"num_truncated", "num_resamplings"}
-    stats = {name: zeros.astype(int) if name in counts else zeros for name in Draws._fields[1:]}
-    return stats | {"ess_path": jnp.zeros((*shape, settings.sampler.num_steps), dtype)}
+def _no_info(block: Block, settings: Settings) -> ParticleInfo:
+    """Return the statistics of a state that was not drawn."""
+    shape, num_steps = block.likelihood.batch_shape, settings.sampler.num_steps
+    return ParticleInfo.zeros(shape, num_steps, block.denoiser.dtype)
+
+
+def _merge(parts: Sequence[ParticleInfo]) -> ParticleInfo:
+    return ParticleInfo(**merge_stats([part._asdict() for part in parts]))

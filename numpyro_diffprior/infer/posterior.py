@@ -141,27 +141,32 @@ def sample_posterior(
     samples, stats = sample_blocks(
         rng_key, found, settings, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
     )
-    _warn_of_misfit(stats["chi_square"], num_visible)
+    _warn_of_misfit(stats["reduced_chi_square"], num_visible)
     per_draw = num_particles if independent else 1
     num_evaluations = jnp.asarray(per_draw * settings.sampler.num_evaluations)
     return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})
 
 
-def _warn_of_misfit(chi_square: jax.Array, counts: Sequence[jax.Array]) -> None:
+def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) -> None:
     """Warn where draws are far from what was observed, by size and by significance."""
-    if isinstance(chi_square, jax.core.Tracer):
+    if isinstance(reduced_chi_square, jax.core.Tracer):
         return
     num_visible = merge_stats([{"num_visible": count} for count in counts])["num_visible"]
-    pvalue = gammaincc(num_visible / 2, num_visible * chi_square / 2)
-    fits = (chi_square < _LARGE_CHI_SQUARE) | (pvalue > _SMALL_PVALUE / chi_square.size)
+    pvalue = gammaincc(num_visible / 2, num_visible * reduced_chi_square / 2)
+    fits = (
+        jnp.isnan(reduced_chi_square)
+        | (reduced_chi_square < _LARGE_CHI_SQUARE)
+        | (pvalue > _SMALL_PVALUE / reduced_chi_square.size)
+    )
     count = int(jnp.sum(~fits))
     if count:
+        largest = float(jnp.nanmax(reduced_chi_square))
         warnings.warn(
-            f"{count} of {chi_square.size} posterior draws do not fit what was observed: their "
-            f"stats['chi_square'] goes up to {float(jnp.max(chi_square)):.3g} and should be near "
-            "1. Either guidance failed (more steps of the sampler, or more particles, may help), "
-            "or the model and its prior cannot explain these data. (Rare counts and other values "
-            "far from Gaussian may look so in the best of draws.)",
+            f"{count} of {reduced_chi_square.size} posterior draws do not fit what was observed: "
+            f"their stats['reduced_chi_square'] goes up to {largest:.3g} and should be near 1. "
+            "Either guidance failed (more steps of the sampler, or more particles, may help), or "
+            "the model and its prior cannot explain these data. (Rare counts and other values far "
+            "from Gaussian may look so in the best of draws.)",
             stacklevel=3,
         )
 

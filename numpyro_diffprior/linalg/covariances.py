@@ -5,11 +5,11 @@ batch. Its parameters may have leading axes of their own, which broadcast agains
 vectors; so may the scalar arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``.
 What a noise level asks for stays within the class, at any level and for many levels at once:
 
-.. math:: \mathrm{shift}: \Sigma + v I, \qquad
-    \mathrm{harmonic}: (\Sigma^{-1} + I / v)^{-1}.
+.. math:: \mathrm{noisy}: \Sigma + v I, \qquad
+    \mathrm{denoised}: (\Sigma^{-1} + I / v)^{-1}.
 
-A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``shift``,
-``harmonic`` and ``sqrt_matvec`` take it.
+A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``noisy``,
+``denoised`` and ``sqrt_matvec`` take it.
 
 References:
     Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
@@ -85,11 +85,11 @@ class Covariance(ABC):
         r"""Return :math:`c \Sigma` for :math:`c \ge 0`."""
 
     @abstractmethod
-    def shift(self, variance: ArrayLike) -> Self:
+    def noisy(self, variance: ArrayLike) -> Self:
         r"""Return :math:`\Sigma + v I`."""
 
     @abstractmethod
-    def harmonic(self, variance: ArrayLike) -> Self:
+    def denoised(self, variance: ArrayLike) -> Self:
         r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, what noise of variance v leaves."""
 
     def trace(self) -> jax.Array:
@@ -148,11 +148,11 @@ class Isotropic(Covariance):
     def scale(self, c: ArrayLike) -> "Isotropic":
         return Isotropic(c * jnp.asarray(self.variance), self.size)
 
-    def shift(self, variance: ArrayLike) -> "Isotropic":
+    def noisy(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(jnp.add(self.variance, variance), self.size)
 
-    def harmonic(self, variance: ArrayLike) -> "Isotropic":
-        return Isotropic(_harmonic(self.variance, variance), self.size)
+    def denoised(self, variance: ArrayLike) -> "Isotropic":
+        return Isotropic(_parallel(self.variance, variance), self.size)
 
 
 @jax.tree_util.register_dataclass
@@ -188,11 +188,11 @@ class Diagonal(Covariance):
     def scale(self, c: ArrayLike) -> "Diagonal":
         return Diagonal(_column(c) * self.variances)
 
-    def shift(self, variance: ArrayLike) -> "Diagonal":
+    def noisy(self, variance: ArrayLike) -> "Diagonal":
         return Diagonal(self.variances + _column(variance))
 
-    def harmonic(self, variance: ArrayLike) -> "Diagonal":
-        return Diagonal(_harmonic(self.variances, _column(variance)))
+    def denoised(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(_parallel(self.variances, _column(variance)))
 
 
 @jax.tree_util.register_dataclass
@@ -248,15 +248,15 @@ class DiagonalPlusLowRank(Covariance):
         root = jnp.sqrt(_column(_column(c)))
         return DiagonalPlusLowRank(_column(c) * self.diag, root * self.factor)
 
-    def shift(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+    def noisy(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
         return DiagonalPlusLowRank(self.diag + _column(variance), self.factor)
 
-    def harmonic(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+    def denoised(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
         v = _column(variance)
         weights = 1 / (self.diag + v)
         inverse = inverse_lower(_capacitance(self.factor, weights))
         factor = matmul(_column(v * weights) * self.factor, inverse.mT)
-        return DiagonalPlusLowRank(_harmonic(self.diag, v), factor)
+        return DiagonalPlusLowRank(_parallel(self.diag, v), factor)
 
 
 @jax.tree_util.register_dataclass
@@ -314,11 +314,11 @@ class Dense(Covariance):
     def scale(self, c: ArrayLike) -> "Dense":
         return Dense(_column(c) * self.eigenvalues, self.eigenvectors)
 
-    def shift(self, variance: ArrayLike) -> "Dense":
+    def noisy(self, variance: ArrayLike) -> "Dense":
         return Dense(self.eigenvalues + _column(variance), self.eigenvectors)
 
-    def harmonic(self, variance: ArrayLike) -> "Dense":
-        return Dense(_harmonic(self.eigenvalues, _column(variance)), self.eigenvectors)
+    def denoised(self, variance: ArrayLike) -> "Dense":
+        return Dense(_parallel(self.eigenvalues, _column(variance)), self.eigenvectors)
 
 
 @jax.tree_util.register_dataclass
@@ -354,11 +354,11 @@ class Blocks(Covariance):
     def scale(self, c: ArrayLike) -> "Blocks":
         return Blocks(tuple(block.scale(c) for block in self.blocks))
 
-    def shift(self, variance: ArrayLike) -> "Blocks":
-        return Blocks(tuple(block.shift(variance) for block in self.blocks))
+    def noisy(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.noisy(variance) for block in self.blocks))
 
-    def harmonic(self, variance: ArrayLike) -> "Blocks":
-        return Blocks(tuple(block.harmonic(variance) for block in self.blocks))
+    def denoised(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.denoised(variance) for block in self.blocks))
 
     def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
         ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
@@ -403,11 +403,11 @@ class Repeated(Covariance):
     def scale(self, c: ArrayLike) -> "Repeated":
         return Repeated(self.block.scale(_column(c)), self.num)
 
-    def shift(self, variance: ArrayLike) -> "Repeated":
-        return Repeated(self.block.shift(_column(variance)), self.num)
+    def noisy(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.noisy(_column(variance)), self.num)
 
-    def harmonic(self, variance: ArrayLike) -> "Repeated":
-        return Repeated(self.block.harmonic(_column(variance)), self.num)
+    def denoised(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.denoised(_column(variance)), self.num)
 
     def _split(self, v: jax.Array) -> jax.Array:
         return v.reshape(*v.shape[:-1], self.num, self.block.size)
@@ -424,7 +424,7 @@ class Repeated(Covariance):
 def _add(a: Covariance, b: Covariance) -> Covariance:
     match a, b:
         case _, Isotropic():
-            return a.shift(b.variance)
+            return a.noisy(b.variance)
         case Diagonal(), Diagonal():
             return Diagonal(a.variances + b.variances)
         case DiagonalPlusLowRank(), Diagonal():
@@ -446,7 +446,7 @@ def _add(a: Covariance, b: Covariance) -> Covariance:
             return Dense.from_matrix(a.dense() + b.dense())
 
 
-def _harmonic(a: ArrayLike, b: ArrayLike) -> jax.Array:
+def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
     # Variances are squares of what may be large or small: a product of two may not be a number.
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     return low / (1 + low / high)

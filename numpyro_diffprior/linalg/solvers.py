@@ -1,7 +1,7 @@
-r"""Solvers in the space of observations, which report how well they did.
+r"""Solvers of Gaussian updates, which report how well they did.
 
-For each event alone, :math:`(N + A V A^T) x = r`: matrix-free by conjugate gradients, or as
-matrices, where a learned :math:`V` may have to be truncated and a closed form is factored.
+For each event alone: as matrices, :math:`(N + A V A^T) x = r`, where a learned :math:`V` may have
+to be truncated and a closed form is factored; or matrix-free, by conjugate gradients.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -27,126 +27,128 @@ from numpyro_diffprior.linalg.covariances import Covariance
 __all__ = [
     "DenseSolveResult",
     "FactoredSolveResult",
-    "SolveResult",
-    "conjugate_gradient",
+    "UpdateResult",
     "factored_solve",
+    "preconditioned_conjugate_gradient",
     "sandwich",
     "sandwich_square",
     "truncated_solve",
 ]
 
 
-class SolveResult(NamedTuple):
-    """What an iterative solver found, per event.
+class UpdateResult(NamedTuple):
+    r"""The result of `preconditioned_conjugate_gradient`, per event.
 
-    - **solution** - with shape ``(*batch, size)``.
-    - **residual** - ``|b - M x| / |b|``, with shape ``(*batch,)``; 0 for ``b = 0``.
-      Takes one more product with ``M``, which ``jit`` drops where the residual is not used.
-    - **num_steps** - steps taken by each event, with shape ``(*batch,)``.
-    - **inner** - the inner map at the solution, where there is one.
+    Attributes:
+        b: :math:`b`, with shape ``(*batch, size)``.
+        shift: :math:`V b`, likewise.
+        residual: ``|s - (I + L V) b| / |s|``, with shape ``(*batch,)``; 0 for ``s = 0``. It takes
+            one more product with the precision, which ``jit`` drops where it is not used.
+        num_steps: The steps taken, with shape ``(*batch,)``.
     """
 
-    solution: jax.Array
+    b: jax.Array
+    shift: jax.Array
     residual: jax.Array
     num_steps: jax.Array
-    inner: jax.Array | None = None
 
 
 class _State(NamedTuple):
-    """The state of conjugate gradients; what ends in ``_square`` is a squared norm per event."""
+    """The state of conjugate gradients: the solution, the residual, and the last direction."""
 
-    x: jax.Array
-    inner_x: jax.Array | None
-    r: jax.Array
-    p: jax.Array
-    r_square: jax.Array
+    b: jax.Array
+    shift: jax.Array
+    residual: jax.Array
+    direction: jax.Array
+    covered: jax.Array  # V times the direction
+    square: jax.Array  # of the last residual, in the norm of V
     active: jax.Array
     num_steps: jax.Array
     step: jax.Array
 
 
-def conjugate_gradient(
-    matvec: Callable[..., jax.Array],
-    b: jax.Array,
+def preconditioned_conjugate_gradient(
+    precision: Callable[[jax.Array], jax.Array],
+    covariance: Callable[[jax.Array], jax.Array],
+    score: jax.Array,
     *,
-    inner: Callable[[jax.Array], jax.Array] | None = None,
     rtol: float = 1e-5,
     max_steps: int | None = None,
-    floor: Callable[[jax.Array], jax.Array] | None = None,
-) -> SolveResult:
-    r"""Solve :math:`M x = b` for every event of a batch by conjugate gradients, from zero.
+) -> UpdateResult:
+    r"""Update a Gaussian by a score and a precision, by conjugate gradients for every event.
+
+    It solves :math:`(V^{-1} + \Lambda) \, \delta = s` with the preconditioner :math:`V`, and
+    returns :math:`\delta = V b` and :math:`b`, which has :math:`(I + \Lambda V) b = s`. One step
+    takes one product with :math:`V`, and one with :math:`\Lambda`; neither is ever inverted.
 
     Each event has its own step lengths and stops on its own: it gets what it would get alone. It
-    stops when the (recursive) residual falls to ``rtol`` times the norm of ``b``, after
-    ``max_steps`` steps, or before a direction :math:`p` with :math:`p^T M p < p^T N p` by more
-    than rounding. With :math:`M = N + A V A^T` that is one in which a learned :math:`V` has a
-    negative variance.
-    Where the map is not symmetric, as a learned :math:`V` may be, steps can lead away without
-    bound: an event also stops before one that would raise the energy
-    :math:`\tfrac{1}{2} x^T M x - b^T x`, as none does for a symmetric map.
-    Not differentiable in reverse mode.
+    stops when the (recursive) residual falls to ``rtol`` times the norm of ``score``, after
+    ``max_steps`` steps, or before a direction of negative curvature, by more than rounding: one in
+    which a learned :math:`V` has a negative variance or a log-density is not concave. If that is
+    the first direction, and :math:`V` is positive along it, the step is :math:`b = s`, that of no
+    curvature; a line search should follow. Where the map :math:`V` is not symmetric, as a learned
+    one may be, steps can lead away without bound: an event also stops before one that would raise
+    the energy :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta`, as none does
+    for a symmetric map. Not differentiable in reverse mode.
 
     Args:
-        matvec: the symmetric map :math:`M` of ``(*batch, size)``, acting on each event alone.
-        b: right-hand sides with shape ``(*batch, size)``.
-        inner: a linear map :math:`v \mapsto B v` to ``(*batch, n)``, the costly part of :math:`M`,
-            which is then ``matvec(v, inner(v))``. It is applied once per step: at the solution it
-            is known from the steps, and so is the residual.
-        rtol: relative residual at which an event is done.
-        max_steps: budget per event, ``2 * size`` by default.
-        floor: the map :math:`N` of the noise covariance; zero by default.
+        precision: The map :math:`\Lambda` of ``(*batch, size)``, acting on each event alone.
+        covariance: The map :math:`V`, likewise.
+        score: :math:`s`, with shape ``(*batch, size)``.
+        rtol: The relative residual at which an event is done.
+        max_steps: The budget per event, ``2 * size`` by default.
     """
-    max_steps = 2 * b.shape[-1] if max_steps is None else max_steps
+    max_steps = 2 * score.shape[-1] if max_steps is None else max_steps
     # In units in which every squared norm is a number, whatever those of the data.
-    b_norm = _norm(b)
-    b = b / jnp.where(b_norm == 0, 1, b_norm)[..., None]
-    b_square = _dot(b, b)
-
-    def evaluate(v: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        if inner is None:
-            return matvec(v), None
-        inner_v = inner(v)
-        return matvec(v, inner_v), inner_v
+    norm = _norm(score)
+    s = score / jnp.where(norm == 0, 1, norm)[..., None]
+    eps = jnp.finfo(s.dtype).eps
 
     def unfinished(state: _State) -> jax.Array:
         return state.active.any() & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
-        x, inner_x, r, p, r_square, active, num_steps, step = state
-        m_p, inner_p = evaluate(p)
-        curvature = _dot(p, m_p)
-        if floor is None:
-            active &= curvature > 0
-        else:
-            least = _dot(p, floor(p))
-            active &= curvature > least * (1 - 8 * jnp.finfo(b.dtype).eps)
+        b, shift, r, p, v_p, square, active, num_steps, step = state
+        v_r = covariance(r)
+        square_next = _dot(r, v_r)
+        momentum = square_next / jnp.where(square == 0, 1, square)
+        first = step == 0
+        p = jnp.where(first, r, r + momentum[..., None] * p)
+        v_p = jnp.where(first, v_r, v_r + momentum[..., None] * v_p)
+        moved = p + precision(v_p)
+        variance, curvature = _dot(p, v_p), _dot(v_p, moved)
+        has_variance = active & (variance > 0) & (square_next > 0)
+        # The part of the likelihood may be rounded, but not negative.
+        is_curved = curvature > variance * (1 - 8 * eps)
         # Zero for a symmetric map, but for rounding; the step changes the energy by its length
-        # times (skew - r_square / 2).
-        skew = (_dot(x, m_p) - _dot(b - r, p)) / 2
-        rounding = 8 * jnp.finfo(b.dtype).eps * _norm(x) * _norm(m_p)
-        active &= skew < r_square / 2 + rounding
-        length = r_square / jnp.where(active, curvature, 1)
-        x, inner_x = jax.tree.map(
-            lambda x, p: _select(active, x + length[..., None] * p, x), (x, inner_x), (p, inner_p)
-        )
-        r = _select(active, r - length[..., None] * m_p, r)
-        r_square_next = _dot(r, r)
-        momentum = r_square_next / jnp.where(active, r_square, 1)
-        p = _select(active, r + momentum[..., None] * p, p)
-        num_steps += active
-        active &= r_square_next > rtol**2 * b_square
-        return _State(x, inner_x, r, p, r_square_next, active, num_steps, step + 1)
+        # times (skew - square / 2).
+        skew = (_dot(shift, moved) - _dot(s - r, v_p)) / 2
+        rounding = 8 * eps * _norm(shift) * _norm(moved)
+        goes = has_variance & (is_curved | first) & (skew < square_next / 2 + rounding)
+        flat = goes & ~is_curved
+        length = jnp.where(flat, 1, square_next / jnp.where(goes & ~flat, curvature, 1))
+        b = _select(goes, b + length[..., None] * p, b)
+        shift = _select(goes, shift + length[..., None] * v_p, shift)
+        r = _select(goes, r - length[..., None] * moved, r)
+        active = goes & ~flat & (_dot(r, r) > rtol**2)
+        return _State(b, shift, r, p, v_p, square_next, active, num_steps + goes, step + 1)
 
-    active = b_square > rtol**2 * b_square
-    num_steps = jnp.zeros(b_square.shape, int)
-    zeros = jnp.zeros_like(b)
-    inner_zeros = None if inner is None else jnp.zeros_like(jax.eval_shape(inner, b))
-    start = _State(zeros, inner_zeros, b, b, b_square, active, num_steps, jnp.zeros((), int))
+    zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
+    start = _State(
+        b=zeros,
+        shift=zeros,
+        residual=s,
+        direction=s,
+        covered=zeros,
+        square=jnp.zeros_like(norm),
+        active=_dot(s, s) > rtol**2,
+        num_steps=count,
+        step=jnp.zeros((), int),
+    )
     last = jax.lax.while_loop(unfinished, advance, start)
-    error = b - (matvec(last.x) if inner is None else matvec(last.x, last.inner_x))
-    residual = jnp.sqrt(_dot(error, error) / jnp.where(b_square == 0, 1, b_square))
-    x, inner_x = jax.tree.map(lambda v: b_norm[..., None] * v, (last.x, last.inner_x))
-    return SolveResult(x, residual, last.num_steps, inner_x)
+    error = s - last.b - precision(last.shift)
+    scale = norm[..., None]
+    return UpdateResult(scale * last.b, scale * last.shift, _norm(error), last.num_steps)
 
 
 class DenseSolveResult(NamedTuple):
@@ -154,15 +156,11 @@ class DenseSolveResult(NamedTuple):
 
     - **solution** - with shape ``(*batch, m)``.
     - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
-    - **left_out** - squared residual of the directions without correction, in deviations of the
-      noise, with shape ``(*batch,)``: what :math:`r^T x` lacks to be that of the noise plus the
-      positive part of the gain.
     - **num_truncated** - number of directions with negative gain, with shape ``(*batch,)``.
     """
 
     solution: jax.Array
     logdet: jax.Array
-    left_out: jax.Array
     num_truncated: jax.Array
 
 
@@ -194,13 +192,12 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     keep = eigenvalues > 0
     gains = jnp.where(keep, eigenvalues, 0)
     coefficients = apply_transpose(eigenvectors, apply(whiten, residual))
-    left_out = jnp.sum(jnp.where(keep, 0, coefficients) ** 2, axis=-1)
     coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
     solution = apply_transpose(whiten, apply(eigenvectors, coefficients))
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
     # A hidden value has a gain of zero: nothing is lost with it, and so it does not count.
     rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
-    return DenseSolveResult(solution, logdet, left_out, (eigenvalues < -rounding).sum(-1))
+    return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 
 class FactoredSolveResult(NamedTuple):

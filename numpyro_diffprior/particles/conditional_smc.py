@@ -30,17 +30,17 @@ from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import einsum
-from numpyro_diffprior.particles.proposals import Cloud, propose, take
+from numpyro_diffprior.particles.proposals import Step, gather
 from numpyro_diffprior.particles.system import (
     Draws,
-    Progress,
+    Moved,
+    Policy,
     Settings,
-    ancestors,
-    assess,
-    begin,
+    System,
+    advance,
     discard_nan,
     finish,
-    watch,
+    start,
 )
 
 __all__ = ["PathDraw", "diffuse_path", "update_path"]
@@ -115,27 +115,26 @@ def update_path(
         jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
     )
 
-    def body(
-        progress: Progress, inputs: tuple[jax.Array, Levels, _Future]
-    ) -> tuple[Progress, _Moved]:
+    def body(system: System, inputs: tuple[jax.Array, Levels, _Future]) -> tuple[System, Moved]:
         key, level, future = inputs
-        return _advance(key, posterior, sampler, progress, level, future)
+        policy = _ancestor_sampling(posterior, sampler, future)
+        return advance(key, posterior, sampler, system, level, policy)
 
     keys = jax.random.split(key_scan, sampler.num_steps - 1)
-    start = begin(x_t, len(denoiser.event_shape))
-    (cloud, log_weight, stats), moved = jax.lax.scan(body, start, (keys, levels, futures))
-    x = denoiser(cloud.x_t, sigmas[-1])
-    log_weight = discard_nan(log_weight + likelihood.log_prob(x))
+    first = start(x_t, len(denoiser.event_shape))
+    system, moved = jax.lax.scan(body, first, (keys, levels, futures))
+    x = denoiser(system.particles.x_t, sigmas[-1])
+    log_weight = discard_nan(system.log_weight + likelihood.log_prob(x))
     chosen = jax.random.categorical(key_last, log_weight, axis=0)
 
-    def trace_back(index: jax.Array, moved: _Moved) -> tuple[jax.Array, jax.Array]:
-        return take(moved.ancestor, index[None])[0], take(moved.x_s, index[None])[0]
+    def trace_back(index: jax.Array, moved: Moved) -> tuple[jax.Array, jax.Array]:
+        return gather(moved.ancestor, index[None])[0], gather(moved.x_s, index[None])[0]
 
-    first, rest = jax.lax.scan(trace_back, chosen, moved, reverse=True)
-    new_path = jnp.concatenate([take(x_t, first[None]), rest])
+    origin, rest = jax.lax.scan(trace_back, chosen, moved, reverse=True)
+    new_path = jnp.concatenate([gather(x_t, origin[None]), rest])
     event_axes = tuple(range(-len(denoiser.event_shape), 0))
     updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
-    draws = finish(stats, likelihood, x, log_weight, chosen, moved.ess)
+    draws = finish(system, likelihood, x, log_weight, chosen, moved.ess)
     return PathDraw(new_path, draws, updated.astype(x_t.dtype))
 
 
@@ -149,49 +148,26 @@ class _Future(NamedTuple):
     goes_on: jax.Array
 
 
-class _Moved(NamedTuple):
-    """What a level leaves: the particles there, whence they came, and how many were effective."""
-
-    x_s: jax.Array
-    ancestor: jax.Array
-    ess: jax.Array
-
-
-def _advance(
-    rng_key: jax.Array,
-    posterior: GuidedDenoiser,
-    sampler: Sampler,
-    progress: Progress,
-    levels: Levels,
-    future: _Future,
-) -> tuple[Progress, _Moved]:
-    """Move all particles one level down, the first along the retained path."""
-    previous, untwisted, stats = progress
+def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Future) -> Policy:
+    """Return the policy by which the retained path finds a new past among the particles."""
     event_axes = tuple(range(-len(posterior.event_shape), 0))
-    key_free, key_past, key_move = jax.random.split(rng_key, 3)
-    step = propose(posterior, sampler, previous, levels)
-    mean, tau = step.proposal.mean, step.proposal.tau
-    log_weight = untwisted + step.proposal.log_twist
 
     def log_transition(x: jax.Array, mean: jax.Array, tau: jax.Array) -> jax.Array:
         return -0.5 * jnp.sum(((x - mean) / tau) ** 2, axis=event_axes)
 
-    x_tilde = sampler.extrapolate(future.x_hat_s, step.x_hat, future.levels)
-    mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
-    log_past = untwisted + log_transition(future.x_s, mean, tau)
-    # Without extrapolation the factor is the same for all pasts.
-    log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
+    def policy(
+        rng_key: jax.Array, step: Step, system: System, log_weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        key_free, key_past = jax.random.split(rng_key)
+        x_tilde = sampler.extrapolate(future.x_hat_s, step.x_hat, future.levels)
+        mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
+        mean, tau = step.proposal.mean, step.proposal.tau
+        log_past = system.log_weight + log_transition(future.x_s, mean, tau)
+        # Without extrapolation the factor is the same for all pasts.
+        log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
+        shape = (len(log_weight) - 1, *log_weight.shape[1:])
+        free = jax.random.categorical(key_free, log_weight, axis=0, shape=shape)
+        past = jax.random.categorical(key_past, discard_nan(log_past), axis=0)
+        return jnp.concatenate([past[None], free]), future.x_s
 
-    degenerate, ess, stats = assess(watch(stats, step), log_weight)
-    num_free = len(log_weight) - 1
-    free = jax.random.categorical(
-        key_free, log_weight, axis=0, shape=(num_free, *degenerate.shape)
-    )
-    past = jax.random.categorical(key_past, discard_nan(log_past), axis=0)
-    index = ancestors(degenerate, jnp.concatenate([past[None], free]))
-    proposal = step.proposal.take(index)
-    x_s = proposal.draw(key_move).at[0].set(future.x_s)
-    log_weight = jnp.where(degenerate, 0, log_weight)
-    log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
-    cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
-    return Progress(cloud, log_weight, stats), _Moved(x_s, index, ess)
+    return policy

@@ -42,14 +42,14 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
-from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, Outlook
+from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, LookAhead
 from numpyro_diffprior.guidance.likelihood import gaussian_log_density
 from numpyro_diffprior.linalg.batched import Factor
 
-__all__ = ["Cloud", "Proposal", "Step", "propose", "take"]
+__all__ = ["Particles", "Proposal", "Step", "gather", "propose"]
 
 
-class Cloud(NamedTuple):
+class Particles(NamedTuple):
     """Particles between two steps, with shape ``(num_particles, *batch, *event)``.
 
     Attributes:
@@ -100,7 +100,9 @@ class _GuidedProposal(Proposal):
     shift: jax.Array
 
     def take(self, index: jax.Array) -> "_GuidedProposal":
-        mean, log_twist, shift = (take(x, index) for x in (self.mean, self.log_twist, self.shift))
+        mean, log_twist, shift = (
+            gather(x, index) for x in (self.mean, self.log_twist, self.shift)
+        )
         return _GuidedProposal(mean, self.tau, log_twist, shift)
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
@@ -114,19 +116,19 @@ class _GuidedProposal(Proposal):
 
 
 @dataclass(frozen=True, eq=False)
-class _LookingAhead(Proposal):
+class _LookAheadProposal(Proposal):
     """The product of the chain's Gaussian and an outlook on the observations."""
 
     mean: jax.Array
     tau: jax.Array
     log_twist: jax.Array
     residual: jax.Array  # (num_particles, *batch, m)
-    outlook: Outlook
+    outlook: LookAhead
     ahead: Factor  # of S
     before: Factor  # of M
 
     @classmethod
-    def make(cls, mean: jax.Array, tau: jax.Array, outlook: Outlook) -> "_LookingAhead":
+    def make(cls, mean: jax.Array, tau: jax.Array, outlook: LookAhead) -> "_LookAheadProposal":
         ahead, spread = outlook.cov, tau**2 * outlook.spread
         # The least that rounding asks for, in both, so that one is still the other's marginal.
         trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
@@ -137,11 +139,11 @@ class _LookingAhead(Proposal):
         log_twist = gaussian_log_density(residual, before.solve(residual), before.logdet())
         return cls(mean, tau, log_twist, residual, outlook, Factor.of(ahead), before)
 
-    def take(self, index: jax.Array) -> "_LookingAhead":
+    def take(self, index: jax.Array) -> "_LookAheadProposal":
         mean, log_twist, residual = (
-            take(x, index) for x in (self.mean, self.log_twist, self.residual)
+            gather(x, index) for x in (self.mean, self.log_twist, self.residual)
         )
-        return _LookingAhead(
+        return _LookAheadProposal(
             mean, self.tau, log_twist, residual, self.outlook, self.ahead, self.before
         )
 
@@ -183,14 +185,16 @@ class Step(NamedTuple):
     num_truncated: jax.Array
 
 
-def propose(posterior: GuidedDenoiser, sampler: Sampler, previous: Cloud, levels: Levels) -> Step:
+def propose(
+    posterior: GuidedDenoiser, sampler: Sampler, previous: Particles, levels: Levels
+) -> Step:
     """Evaluate the denoiser at ``previous.x_t``, and say where particles go from there."""
     if posterior.looks_ahead:
-        x_hat = posterior.denoiser(previous.x_t, levels.current)
+        x_hat = posterior.part(previous.x_t, levels.current)
         x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
         mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
-        outlook = posterior.outlook(x_hat, levels.following)
-        proposal = _LookingAhead.make(mean, tau, outlook)
+        outlook = posterior.look_ahead(x_hat, levels.following)
+        proposal = _LookAheadProposal.make(mean, tau, outlook)
         zeros = jnp.zeros_like(proposal.log_twist)
         return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
     guided = _mend(posterior.guide(previous.x_t, levels.current))
@@ -228,7 +232,7 @@ def _mend(guided: Guided) -> Guided:
 _HANDICAP = 2.0  # keeps weights within a factor of seven of each other
 
 
-def take(leaf: jax.Array, index: jax.Array) -> jax.Array:
+def gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
     """Gather along the first axis, with an index of shape ``(n, *batch)``."""
     index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
     return jnp.take_along_axis(leaf, index, axis=0)

@@ -27,18 +27,17 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.particles.proposals import Cloud, propose, take
 from numpyro_diffprior.particles.system import (
     Draws,
-    Progress,
+    ParticleInfo,
     Settings,
-    ancestors,
-    assess,
-    begin,
+    System,
+    advance,
     discard_nan,
     finish,
+    resample,
+    start,
     systematic,
-    watch,
 )
 
 __all__ = ["draw_posterior"]
@@ -51,7 +50,7 @@ def draw_posterior(
     settings: Settings,
     num_draws: int = 1,
 ) -> Draws:
-    """Make draws for every event of a likelihood; NumPyro-free and traceable.
+    """Make draws for every event of a likelihood; traceable.
 
     Args:
         rng_key: A random key.
@@ -75,7 +74,7 @@ def draw_posterior(
     if sampler.eta == 0:
         x_t = x_t + _initial_shift(posterior, sampler)
     if sampler.is_single:
-        return _walk(key_run, posterior, sampler, x_t)
+        return _guided_walk(key_run, posterior, sampler, x_t)
     x = sampler.run(key_run, posterior, x_t)
     last = posterior.guide(x, sampler.sigmas(denoiser)[-1])
     return _single_draws(posterior, sampler, x, last.residual, last.num_truncated)
@@ -87,11 +86,11 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
     A deterministic sampler never forgets where it started: from the prior's mean, it would end off
     the posterior's by the shift times deviation over ``sigma_max``, however many steps it takes.
     """
-    location = posterior.denoiser.location(posterior.likelihood.batch_shape)
+    location = posterior.part.location(posterior.likelihood.batch_shape)
     return posterior(location, sampler.sigmas(posterior)[0]) - location
 
 
-def _walk(
+def _guided_walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
     """Walk the posterior's chain once per draw, and keep the worst of guidance's solves."""
@@ -112,10 +111,10 @@ def _walk(
         num_truncated = jnp.maximum(num_truncated, guided.num_truncated)
         return (x_s, guided.x_hat_y, residual, num_truncated), None
 
-    levels = sampler.levels(posterior.denoiser)
+    levels = sampler.levels(posterior.part)
     keys = jax.random.split(rng_key, sampler.num_steps - 1)
-    start = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
-    (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, start, (keys, levels))
+    first = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
+    (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, first, (keys, levels))
     last = posterior.guide(x_t, levels.following[-1])
     return _single_draws(
         posterior,
@@ -134,17 +133,16 @@ def _single_draws(
     num_truncated: jax.Array,
 ) -> Draws:
     """Return draws that were made without particles."""
-    ones = jnp.ones_like(residual)
-    return Draws(
-        x,
-        residual,
-        num_truncated,
-        ones,
-        jnp.zeros_like(num_truncated),
-        ones * jnp.nan,
-        posterior.likelihood.chi_square(x),
-        jnp.ones((*residual.shape, sampler.num_steps), residual.dtype),
+    info = ParticleInfo(
+        residual=residual,
+        num_truncated=num_truncated,
+        ess=jnp.ones_like(residual),
+        num_resamplings=jnp.zeros_like(num_truncated),
+        log_evidence=jnp.full_like(residual, jnp.nan),
+        reduced_chi_square=posterior.likelihood.reduced_chi_square(x),
+        ess_path=jnp.ones((*residual.shape, sampler.num_steps), residual.dtype),
     )
+    return Draws(x, info)
 
 
 def _twisted_smc(
@@ -156,29 +154,20 @@ def _twisted_smc(
 ) -> Draws:
     sampler = settings.sampler
 
-    def body(progress: Progress, inputs: tuple[jax.Array, Levels]) -> tuple[Progress, jax.Array]:
-        (key, levels), (previous, log_weight, stats) = inputs, progress
-        key_resample, key_move = jax.random.split(key)
-        step = propose(posterior, sampler, previous, levels)
-        log_weight = log_weight + step.proposal.log_twist
-        degenerate, ess, stats = assess(watch(stats, step), log_weight)
-        index = ancestors(degenerate, systematic(key_resample, log_weight))
-        proposal = step.proposal.take(index)
-        x_s = proposal.draw(key_move)
-        log_weight = jnp.where(degenerate, 0, log_weight)
-        log_weight = discard_nan(log_weight + proposal.log_ratio(x_s) - proposal.log_twist)
-        cloud = Cloud(x_s, take(step.x_hat, index), take(step.x_hat_y, index))
-        return Progress(cloud, log_weight, stats), ess
+    def body(system: System, inputs: tuple[jax.Array, Levels]) -> tuple[System, jax.Array]:
+        key, levels = inputs
+        system, moved = advance(key, posterior, sampler, system, levels, resample)
+        return system, moved.ess
 
-    start = begin(x_t, len(posterior.event_shape))
-    levels = sampler.levels(posterior.denoiser)
+    levels = sampler.levels(posterior.part)
     keys = jax.random.split(rng_key, sampler.num_steps)
-    (cloud, log_weight, stats), ess = jax.lax.scan(body, start, (keys[1:], levels))
-    x = posterior.denoiser(cloud.x_t, levels.following[-1])
-    log_weight = discard_nan(log_weight + posterior.likelihood.log_prob(x))
+    first = start(x_t, len(posterior.event_shape))
+    system, ess = jax.lax.scan(body, first, (keys[1:], levels))
+    x = posterior.part(system.particles.x_t, levels.following[-1])
+    log_weight = discard_nan(system.log_weight + posterior.likelihood.log_prob(x))
 
     def choose(chosen: jax.Array) -> Draws:
-        return finish(stats, posterior.likelihood, x, log_weight, chosen, ess)
+        return finish(system, posterior.likelihood, x, log_weight, chosen, ess)
 
     if settings.independent:
         return choose(jax.random.categorical(keys[0], log_weight, axis=0))

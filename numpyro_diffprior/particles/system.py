@@ -1,59 +1,87 @@
-r"""Systems of particles: weights, resampling, and what is known of the draws."""
+"""Systems of particles: weights, resampling, and what is known of the draws."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.guidance.guidance import Guidance
+from numpyro_diffprior.diffusion.samplers import Levels, Sampler
+from numpyro_diffprior.guidance.guidance import Guidance, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.particles.proposals import Cloud, Step, take
+from numpyro_diffprior.particles.proposals import Particles, Proposal, Step, gather, propose
 
 __all__ = [
     "Draws",
-    "Progress",
+    "Moved",
+    "ParticleInfo",
+    "Policy",
     "Settings",
-    "ancestors",
-    "assess",
-    "begin",
+    "System",
+    "advance",
     "discard_nan",
+    "effective_sample_size",
     "finish",
-    "watch",
+    "log_mean_exp",
+    "resample",
+    "start",
+    "systematic",
 ]
 
 
-class Draws(NamedTuple):
-    """Independent draws of a batch of events, with what is known of their quality.
+class ParticleInfo(NamedTuple):
+    """What is known of the quality of draws, with the shape of their batch.
 
     Attributes:
-        x: Events, with shape ``(*batch, *event)``.
         residual: The largest relative residual of guidance's solves along the path (of samplers of
-            several evaluations per step, at its end), ``(*batch,)``.
-        num_truncated: The largest number of directions that guidance left out, likewise.
-        ess: The lowest effective number of particles along the path, likewise.
-        num_resamplings: How often the particles were resampled, likewise.
-        log_evidence: The estimate of the log-density of the event's observations, likewise; NaN
-            with one particle.
-        chi_square: The mean squared residual of the draw in deviations of the noise, likewise
-            (see `Likelihood.chi_square`): near one where guidance has worked.
+            several evaluations per step, at its end).
+        num_truncated: The largest number of directions that guidance left out.
+        ess: The lowest effective number of particles along the path.
+        num_resamplings: The number of resamplings of the particles.
+        log_evidence: The estimate of the log-density of the event's observations; NaN with one
+            particle. With a retained path among the particles it is not unbiased.
+        reduced_chi_square: The mean squared residual of the draw in deviations of the noise (see
+            `Likelihood.reduced_chi_square`): near one where guidance has worked.
         ess_path: The effective number of particles at every noise level before resampling, the
             exact weights last, with shape ``(*batch, num_steps)``.
     """
 
-    x: jax.Array
     residual: jax.Array
     num_truncated: jax.Array
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
-    chi_square: jax.Array
+    reduced_chi_square: jax.Array
     ess_path: jax.Array
 
-    @property
-    def stats(self) -> dict[str, jax.Array]:
-        """All but the draws themselves, by name."""
-        return {name: value for name, value in self._asdict().items() if name != "x"}
+    @classmethod
+    def zeros(
+        cls, batch_shape: tuple[int, ...], num_steps: int, dtype: jax.typing.DTypeLike
+    ) -> "ParticleInfo":
+        """Return the statistics of what was not drawn."""
+        zeros, count = jnp.zeros(batch_shape, dtype), jnp.zeros(batch_shape, int)
+        path = jnp.zeros((*batch_shape, num_steps), dtype)
+        return cls(
+            residual=zeros,
+            num_truncated=count,
+            ess=zeros,
+            num_resamplings=count,
+            log_evidence=zeros,
+            reduced_chi_square=zeros,
+            ess_path=path,
+        )
+
+
+class Draws(NamedTuple):
+    """Independent draws of a batch of events.
+
+    Attributes:
+        x: Events, with shape ``(*batch, *event)``.
+        info: Their statistics.
+    """
+
+    x: jax.Array
+    info: ParticleInfo
 
 
 class Settings(NamedTuple):
@@ -73,89 +101,148 @@ class Settings(NamedTuple):
     independent: bool = True
 
 
-class Progress(NamedTuple):
-    """What a particle sampler carries from level to level.
+class System(NamedTuple):
+    """Particle systems between two noise levels.
 
     Attributes:
-        cloud: The particles.
-        log_weight: Their weights, without the twist at the level of ``cloud.x_t``, with shape
+        particles: The particles.
+        log_weight: Their weights, without the twist at the level of ``particles.x_t``, with shape
             ``(num_particles, *batch)``.
-        stats: Draws that lack the event and the effective numbers, of shape ``(*batch,)``.
+        residual: The largest residual of guidance's solves so far, with shape ``(*batch,)``.
+        num_truncated: The largest number of directions that guidance left out, likewise.
+        num_resamplings: The number of resamplings, likewise.
+        log_evidence: The logarithm of the product of mean weights at resamplings, likewise.
     """
 
-    cloud: Cloud
+    particles: Particles
     log_weight: jax.Array
-    stats: Draws
+    residual: jax.Array
+    num_truncated: jax.Array
+    num_resamplings: jax.Array
+    log_evidence: jax.Array
 
 
-def begin(x_t: jax.Array, event_ndim: int) -> Progress:
-    """Return the start of a particle sampler, with ``x_t`` at the first level."""
+class Moved(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+        x_s: The particles at the next level, with shape ``(num_particles, *batch, *event)``.
+        ancestor: Their ancestors, with shape ``(num_particles, *batch)``.
+        ess: The effective number of particles before resampling, with shape ``(*batch,)``.
+    """
+
+    x_s: jax.Array
+    ancestor: jax.Array
+    ess: jax.Array
+
+
+Policy = Callable[[jax.Array, Step, System, jax.Array], tuple[jax.Array, jax.Array | None]]
+"""An ancestor policy: from a key, the step, the system and the weights of the particles to the
+ancestors of all particles, with shape ``(num_particles, *batch)``, and what the first particle is
+to be, or None."""
+
+
+def start(x_t: jax.Array, event_ndim: int) -> System:
+    """Return particle systems at the first noise level."""
     log_weight = jnp.zeros(x_t.shape[: x_t.ndim - event_ndim], x_t.dtype)
     zeros, zero = jnp.zeros_like(log_weight[0]), jnp.zeros_like(x_t)
     count = zeros.astype(int)
-    stats = Draws(zeros, zeros, count, zeros, count, zeros, zeros, zeros)
-    return Progress(Cloud(x_t, zero, zero), log_weight, stats)
-
-
-def watch(stats: Draws, step: Step) -> Draws:
-    """Keep the worst of guidance's solves."""
-    return stats._replace(
-        residual=jnp.maximum(stats.residual, step.residual.max(0)),
-        num_truncated=jnp.maximum(stats.num_truncated, step.num_truncated.max(0)),
+    return System(
+        particles=Particles(x_t, zero, zero),
+        log_weight=log_weight,
+        residual=zeros,
+        num_truncated=count,
+        num_resamplings=count,
+        log_evidence=zeros,
     )
 
 
-def assess(stats: Draws, log_weight: jax.Array) -> tuple[jax.Array, jax.Array, Draws]:
-    """Return which systems to resample: those with fewer than half of their particles effective.
+def advance(
+    rng_key: jax.Array,
+    posterior: GuidedDenoiser,
+    sampler: Sampler,
+    system: System,
+    levels: Levels,
+    policy: Policy,
+) -> tuple[System, Moved]:
+    """Move particle systems one noise level down.
 
-    Behind them, the effective number of particles of each system.
+    Systems with fewer than half of their particles effective are resampled.
+
+    Args:
+        rng_key: A random key.
+        posterior: The denoiser of the posterior.
+        sampler: The sampler whose chain the particles follow.
+        system: The systems.
+        levels: The noise levels.
+        policy: Who descends from whom where particles are resampled.
     """
+    key_policy, key_move = jax.random.split(rng_key)
+    step = propose(posterior, sampler, system.particles, levels)
+    log_weight = system.log_weight + step.proposal.log_twist
     ess = effective_sample_size(log_weight)
     degenerate = ess < len(log_weight) / 2
-    return (
-        degenerate,
-        ess,
-        stats._replace(
-            num_resamplings=stats.num_resamplings + degenerate,
-            log_evidence=stats.log_evidence + jnp.where(degenerate, log_mean_exp(log_weight), 0),
-        ),
-    )
+    chosen, retained = policy(key_policy, step, system, log_weight)
+    identity = jnp.arange(len(chosen)).reshape(-1, *(1,) * degenerate.ndim)
+    index = jnp.where(degenerate, chosen, identity)
+    proposal: Proposal = step.proposal.take(index)
+    x_s = proposal.draw(key_move)
+    if retained is not None:
+        x_s = x_s.at[0].set(retained)
+    own = jnp.where(degenerate, 0, log_weight)
+    lost = jnp.where(degenerate, log_mean_exp(log_weight), 0)
+    return System(
+        particles=Particles(x_s, gather(step.x_hat, index), gather(step.x_hat_y, index)),
+        log_weight=discard_nan(own + proposal.log_ratio(x_s) - proposal.log_twist),
+        residual=jnp.maximum(system.residual, step.residual.max(0)),
+        num_truncated=jnp.maximum(system.num_truncated, step.num_truncated.max(0)),
+        num_resamplings=system.num_resamplings + degenerate,
+        log_evidence=system.log_evidence + lost,
+    ), Moved(x_s, index, ess)
 
 
 def finish(
-    stats: Draws,
+    system: System,
     likelihood: Likelihood,
     x: jax.Array,
     log_weight: jax.Array,
     chosen: jax.Array,
     ess: jax.Array,
 ) -> Draws:
-    """Return the draws: of each system's last events, weighed exactly, the chosen one.
+    """Return draws: of each system's last events, weighted exactly, the chosen one.
 
-    ``ess`` has the effective numbers of particles at the levels before, ``(num_levels, *batch)``.
+    Args:
+        system: The systems at the last noise level.
+        likelihood: What was observed.
+        x: Their events, with shape ``(num_particles, *batch, *event)``.
+        log_weight: The exact weights, with shape ``(num_particles, *batch)``.
+        chosen: The chosen particles, with shape ``(*batch,)``.
+        ess: The effective numbers of particles at the levels before, ``(num_levels, *batch)``.
     """
-    draw = take(x, chosen[None])[0]
+    draw = gather(x, chosen[None])[0]
     ess = jnp.concatenate([ess, effective_sample_size(log_weight)[None]])
-    log_evidence = stats.log_evidence + log_mean_exp(log_weight)
-    return stats._replace(
-        x=draw,
-        # No particle of a system without weight can have made what was observed.
-        chi_square=jnp.where(jnp.isneginf(log_evidence), jnp.inf, likelihood.chi_square(draw)),
-        ess=ess.min(0),
-        ess_path=jnp.moveaxis(ess, 0, -1),
-        log_evidence=log_evidence,
+    log_evidence = system.log_evidence + log_mean_exp(log_weight)
+    # No particle of a system without weight can have made what was observed.
+    misfit = jnp.where(jnp.isneginf(log_evidence), jnp.inf, likelihood.reduced_chi_square(draw))
+    return Draws(
+        draw,
+        ParticleInfo(
+            residual=system.residual,
+            num_truncated=system.num_truncated,
+            ess=ess.min(0),
+            num_resamplings=system.num_resamplings,
+            log_evidence=log_evidence,
+            reduced_chi_square=misfit,
+            ess_path=jnp.moveaxis(ess, 0, -1),
+        ),
     )
 
 
-def discard_nan(log_weight: jax.Array) -> jax.Array:
-    """Give no weight to particles whose weight is not a number."""
-    return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
-
-
-def ancestors(degenerate: jax.Array, resampled: jax.Array) -> jax.Array:
-    """Return each particle's ancestor: itself, in systems that are not resampled."""
-    identity = jnp.arange(len(resampled)).reshape(-1, *(1,) * degenerate.ndim)
-    return jnp.where(degenerate, resampled, identity)
+def resample(
+    rng_key: jax.Array, step: Step, system: System, log_weight: jax.Array
+) -> tuple[jax.Array, None]:
+    """Resample systematically: the ancestor policy of the twisted SMC."""
+    return systematic(rng_key, log_weight), None
 
 
 def systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
@@ -167,6 +254,11 @@ def systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     positions = (grid + offset) / num_particles
     index = jax.vmap(lambda position: jnp.sum(cumulative < position, axis=0))(positions)
     return jnp.minimum(index, num_particles - 1)
+
+
+def discard_nan(log_weight: jax.Array) -> jax.Array:
+    """Give no weight to particles whose weight is not a number."""
+    return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
 
 def effective_sample_size(log_weight: jax.Array) -> jax.Array:

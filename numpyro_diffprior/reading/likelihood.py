@@ -64,8 +64,8 @@ class LikelihoodReader:
         parts = []
         for i, (site, form) in enumerate(zip(self.observed, self.forms, strict=True)):
             if site.by == "event":
-                parts.append(self._read_potential(i, evaluate, x))
-            else:
+                parts.append(self._read_event(i, evaluate, x))
+            elif site.by != "potential":
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
             return self._nothing(x)
@@ -76,11 +76,20 @@ class LikelihoodReader:
         mean, noise, value = jax.tree.map(lambda a: a.astype(x.dtype), (mean, noise, value))
         return Reading(mean, noise, value), visible
 
-    def log_prob(self, evaluate: Evaluate, x: jax.Array) -> jax.Array:
-        """Return the log-likelihood of one batch of events, with shape ``batch``."""
+    def log_prob(
+        self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
+    ) -> jax.Array:
+        """Return the log-likelihood of one batch of events, with shape ``batch``.
+
+        Args:
+            evaluate: See `read`.
+            x: The events.
+            sites: The positions of the sites that count (default: all).
+        """
+        outputs = evaluate(x)
         total = jnp.zeros(self.group.batch_shape, x.dtype)
-        for form, arrays in zip(self.forms, evaluate(x), strict=True):
-            total = total + self._log_prob_of(form, arrays).astype(x.dtype)
+        for i in range(len(self.forms)) if sites is None else sites:
+            total = total + self._log_prob_of(self.forms[i], outputs[i]).astype(x.dtype)
         return total
 
     def likelihood(self, evaluate: Evaluate, template: jax.Array, *, linear: bool) -> Likelihood:
@@ -100,8 +109,22 @@ class LikelihoodReader:
         def log_prob(x: jax.Array) -> jax.Array:
             return self._over_extra_axes(lambda v: self.log_prob(evaluate, v), x)
 
+        def potential(x: jax.Array) -> jax.Array:
+            return self._over_extra_axes(lambda v: self.log_prob(evaluate, v, potentials), x)
+
+        potentials = [i for i, site in enumerate(self.observed) if site.by == "potential"]
+
         event_shape = template.shape[len(self.group.batch_shape) :]
-        return Likelihood(y, read, log_prob, event_shape, linear, visible)
+        return Likelihood(
+            y=y,
+            read=read,
+            log_prob=log_prob,
+            event_shape=event_shape,
+            linear=linear,
+            visible=visible,
+            has_values=any(s.by in ("moments", "parameters") for s in self.observed),
+            potential=potential if potentials else None,
+        )
 
     def _nothing(self, x: jax.Array) -> tuple[Reading, jax.Array]:
         """Read one hidden value: the posterior is the prior."""
@@ -125,13 +148,9 @@ class LikelihoodReader:
         else:
             fn, value = merge_arguments(found["fn"], read.fn), found["value"]
             own = unwrap(fn)
-            if observed.by == "gradient":
-                log_prob = jnp.broadcast_to(own.fn.log_prob(value), own.batch_shape)[..., None]
-                mean, value, cov = log_prob, log_prob + 1, jnp.ones_like(log_prob)
-            else:
-                mean, value, cov, directions = pseudo_observe(
-                    own.fn, own.batch_shape, value, observed.depends
-                )
+            mean, value, cov, directions = pseudo_observe(
+                own.fn, own.batch_shape, value, observed.depends
+            )
             mask = own.mask if isinstance(own.mask, bool) else own.mask[..., None]
             if mean.shape[-1] == 1:
                 directions = None
@@ -165,7 +184,7 @@ class LikelihoodReader:
             )
         return seen[0], Repeated(block, block.eigenvalues.shape[-2]), seen[1], seen[2]
 
-    def _read_potential(self, position: int, evaluate: Evaluate, x: jax.Array) -> SiteReading:
+    def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> SiteReading:
         """Read a log-density as an observation of the event itself."""
         theta = x.reshape(*self.group.batch_shape, -1)
 
@@ -175,7 +194,7 @@ class LikelihoodReader:
 
         pseudo = from_log_prob(log_prob, theta)
         assert pseudo.directions is not None
-        visible = jnp.ones(theta.shape, bool)
+        visible = jnp.zeros(theta.shape, bool)
         return theta, Dense(pseudo.variances, pseudo.directions), pseudo.y, visible
 
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:

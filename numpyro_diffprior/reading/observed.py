@@ -21,7 +21,7 @@ from numpyro_diffprior.reading.unwrap import elementwise_transforms, log_density
 
 __all__ = ["Form", "ObservedSite", "SiteForm", "decide", "describe"]
 
-By = Literal["moments", "parameters", "event", "gradient"]
+By = Literal["moments", "parameters", "event", "potential"]
 
 
 class Rule(NamedTuple):
@@ -90,7 +90,8 @@ class ObservedSite(NamedTuple):
         position: Its position among the observed sites of the model.
         form: The position of the form that is read.
         by: What is read: the moments; the curvature of the log-density in those of its parameters
-            that depend on the latent, or in the event itself; or the gradient only.
+            that depend on the latent, or in the event itself, as a matrix for each event; or, of
+            large events, gradient and products with the curvature, as a potential.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
         is_residual: Whether value and mean are read as their difference, as both depend on the
             latent.
@@ -231,8 +232,8 @@ def decide(
     is_residual = bool(marked["value"]) and by == "moments" and rule.is_residual
     if marked["value"] and not is_residual:
         by = "event"
-    if by == "event" and event_size > _MAX_POTENTIAL:
-        by = "moments" if moments.get("mean") and not marked["value"] else "gradient"
+    if by == "event" and event_size > _MAX_MATRIX:
+        by = "potential"
     if by == "parameters" and not any(own):
         raise ValueError(
             f"observed site '{form.name}': {form.family} has no moments, and none of its "
@@ -241,5 +242,5 @@ def decide(
     return ObservedSite(position, chosen, by, own, is_residual)
 
 
-# Up to this size of an event, a potential's matrix of second derivatives is made.
-_MAX_POTENTIAL = 64
+# Up to this size of an event, matrices of second derivatives are made.
+_MAX_MATRIX = 64

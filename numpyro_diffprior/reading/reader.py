@@ -295,6 +295,8 @@ class GroupReading:
     @cached_property
     def linear(self) -> bool:
         """Whether means are affine in the events, and noise and values are the same at all."""
+        if any(site.by in ("event", "potential") for site in self.observed):
+            return False
         specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._invars]
 
         def derivative(x: jax.Array, v: jax.Array, inputs: list[Any]) -> Any:

@@ -1,0 +1,143 @@
+r"""How a moment-matched posterior is solved for, at one noise level.
+
+For :math:`x \sim \mathcal{N}(\hat x, V)` and a likelihood with score :math:`s` and precision
+:math:`\Lambda = A^T \Sigma_y^{-1} A + H` at :math:`\hat x`, the posterior's mode is
+:math:`\hat x + V b` with
+
+.. math:: (I + \Lambda V) \, b = s, \quad \text{for } H = 0: \;
+    b = A^T (\Sigma_y + A V A^T)^{-1} r.
+
+A `Solve` finds :math:`b`: with the matrix of the observed values, by one Cholesky factor or, for
+a learned Jacobian, in its eigenbasis; or matrix-free, by conjugate gradients.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_diffprior.guidance.covariances import PosteriorOperator
+from numpyro_diffprior.guidance.likelihood import Linearization
+from numpyro_diffprior.linalg.batched import einsum
+from numpyro_diffprior.linalg.solvers import (
+    factored_solve,
+    preconditioned_conjugate_gradient,
+    sandwich,
+    truncated_solve,
+)
+
+__all__ = ["ConjugateGradients", "EigenSolve", "FactoredSolve", "Solution", "Solve"]
+
+
+class Solution(NamedTuple):
+    r"""The solution of a moment-matched posterior.
+
+    Attributes:
+        b: The gradient of the log-likelihood at the mode, with shape ``(*batch, d)``.
+        shift: :math:`V b`, likewise.
+        logdet: :math:`\log \det (I + \Lambda V)`, with shape ``(*batch,)``; zero where the solve
+            is matrix-free.
+        residual: The relative residual, likewise.
+        num_truncated: The number of directions with negative prior variance, likewise.
+    """
+
+    b: jax.Array
+    shift: jax.Array
+    logdet: jax.Array
+    residual: jax.Array
+    num_truncated: jax.Array
+
+
+class Solve(ABC):
+    """A way to solve for the mode."""
+
+    @abstractmethod
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+    ) -> Solution:
+        """Solve.
+
+        Args:
+            local: The likelihood.
+            cov: The prior's covariance.
+            matrix: The likelihood's operator, with shape ``(*batch, m, d)``, where it was built.
+        """
+
+
+@dataclass(frozen=True)
+class FactoredSolve(Solve):
+    r"""One Cholesky factor of :math:`\Sigma_y + A V A^T`, for a closed form of :math:`V`."""
+
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+    ) -> Solution:
+        assert matrix is not None
+        assert cov.closed_form is not None
+        gain = sandwich(cov.closed_form, matrix)
+        w, logdet, residual = factored_solve(gain, local.noise, local.residual)
+        b = local.transpose(w)
+        zeros = jnp.zeros(residual.shape, int)
+        return Solution(b, cov.matvec(b), logdet - local.noise.logdet(), residual, zeros)
+
+
+@dataclass(frozen=True)
+class EigenSolve(Solve):
+    r"""The eigenvectors of :math:`A V A^T` in units of the noise, for a learned Jacobian.
+
+    It takes one product with :math:`V` per observed value. Directions with negative variance get
+    no correction.
+    """
+
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+    ) -> Solution:
+        basis = jnp.eye(local.residual.shape[-1], dtype=local.residual.dtype)
+
+        def row(e: jax.Array) -> jax.Array:
+            return cov.matvec(local.transpose(jnp.broadcast_to(e, local.residual.shape)))
+
+        rows = jax.vmap(row)(basis)
+        gain = jax.vmap(local.matvec, out_axes=-1)(rows)
+        solve = truncated_solve(gain, local.noise, local.residual)
+        return Solution(
+            b=local.transpose(solve.solution),
+            shift=einsum("m...d,...m->...d", rows, solve.solution),
+            logdet=solve.logdet - local.noise.logdet(),
+            residual=jnp.zeros_like(solve.logdet),
+            num_truncated=solve.num_truncated,
+        )
+
+
+@dataclass(frozen=True)
+class ConjugateGradients(Solve):
+    """Matrix-free: one product with the covariance per step, preconditioned by it.
+
+    Args:
+        rtol: The relative residual at which an event is done.
+        max_steps: The budget of an event (default: twice the observed values, or elements).
+    """
+
+    rtol: float = 1e-5
+    max_steps: int | None = None
+
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+    ) -> Solution:
+        score = local.score()
+        size = score.shape[-1]
+        if local.gradient is None:
+            size = min(size, local.residual.shape[-1])
+        found = preconditioned_conjugate_gradient(
+            local.precision,
+            cov.matvec,
+            score,
+            rtol=self.rtol,
+            max_steps=2 * size if self.max_steps is None else self.max_steps,
+        )
+        # Without matrices the determinant is left out of the twist. With a closed form for V and a
+        # linear mean it is the same for all particles of an event, and would cancel. In general
+        # twists may be any positive function: particle samplers stay exact.
+        zeros = jnp.zeros_like(found.residual)
+        return Solution(found.b, found.shift, zeros, found.residual, zeros.astype(int))
