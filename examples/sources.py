@@ -249,9 +249,8 @@ def main(args):
     print(f"\nPSNR in dB; {steps * sweeps} evaluations of each network per draw")
     print(f"{'':18s} {'first':>8s} {'second':>8s} {'chi-square':>12s}")
     for name, row in table.items():
-        print(
-            f"{name:18s} {row['first']:8.2f} {row['second']:8.2f} {row['reduced_chi_square']:12.2f}"
-        )
+        misfit = row["reduced_chi_square"]
+        print(f"{name:18s} {row['first']:8.2f} {row['second']:8.2f} {misfit:12.2f}")
     result = {"iterations": rows, "divergence": divergence, "table": table}
     (output / "sources.json").write_text(json.dumps(result, indent=1))
     return result

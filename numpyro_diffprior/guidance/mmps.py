@@ -11,8 +11,9 @@ where :math:`J = \partial D / \partial x_t` enters by one vector-Jacobian produc
 Gaussian priors with linear observations when :math:`V` is the conditional covariance.
 
 A nonlinear likelihood is expanded at the mode of
-:math:`p(y \mid x) \, \mathcal{N}(x; \hat x, V)`, which damped Gauss-Newton steps look for. The twist is Laplace's approximation there, which for a
-linear Gaussian likelihood is the Gaussian above: with the mode :math:`\hat x + V b`,
+:math:`p(y \mid x) \, \mathcal{N}(x; \hat x, V)`, which damped Gauss-Newton steps look for. The
+twist is Laplace's approximation there, which for a linear Gaussian likelihood is the Gaussian
+above: with the mode :math:`\hat x + V b`,
 
 .. math:: \log p(y \mid x_t) \approx \log p(y \mid \hat x + V b) - \tfrac{1}{2} b^T V b
     - \tfrac{1}{2} \log \det (I + \Lambda V).
