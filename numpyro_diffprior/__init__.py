@@ -30,7 +30,7 @@ from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.moments import Moments, gaussian_moments
-from numpyro_diffprior.reading.tracing import mask_priors
+from numpyro_diffprior.reading.tracing import complex_noise, mask_priors
 
 __version__ = "0.1.0.dev0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "UNet",
     "__version__",
     "calibrate",
+    "complex_noise",
     "fit_denoiser",
     "gaussian_moments",
     "guidance",

@@ -39,6 +39,7 @@ PUBLIC = [
     "UNet",
     "__version__",
     "calibrate",
+    "complex_noise",
     "fit_denoiser",
     "gaussian_moments",
     "guidance",

@@ -39,7 +39,7 @@ from numpyro_diffprior.metrics.calibration import sbc_ranks, sbc_uniformity_pval
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
-from numpyro_diffprior.reading.tracing import Model, fix_plates, is_unobserved
+from numpyro_diffprior.reading.tracing import Model, complex_noise, fix_plates, is_unobserved
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -310,7 +310,7 @@ def _simulate(
     sites: _Sites,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Draw latents and data with whole plates."""
-    with fix_plates(), handlers.seed(rng_seed=rng_key):
+    with complex_noise(), fix_plates(), handlers.seed(rng_seed=rng_key):
         trace = handlers.trace(handlers.uncondition(model)).get_trace(*args, **kwargs)
     truth = {name: trace[name]["value"] for name, _ in sites.event_dims}
     return truth, {name: trace[name]["value"] for name in sites.observed}

@@ -9,7 +9,7 @@ the model's program, so a site is described twice: by its arrays, which are outp
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,14 @@ import numpyro.distributions as dist
 
 from numpyro_diffprior._compile.arguments import StaticArguments, split_arguments
 from numpyro_diffprior.reading.moments import Moments, gaussian_moments
-from numpyro_diffprior.reading.unwrap import elementwise_transforms, log_density, peel, unwrap
+from numpyro_diffprior.reading.unwrap import (
+    elementwise_transforms,
+    is_complex,
+    log_density,
+    peel,
+    to_pairs,
+    unwrap,
+)
 
 __all__ = ["Form", "ObservedSite", "SiteForm", "decide", "describe"]
 
@@ -121,6 +128,11 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
             f"{value.shape}; what belongs to a plate's elements must pass "
             "through `numpyro.subsample` inside of the plate."
         )
+    if is_complex(fn, value):
+        try:
+            fn, value = cast(tuple[dist.Distribution, jax.Array], to_pairs(fn, value))
+        except ValueError as error:
+            raise ValueError(f"observed site '{name}': {error}") from None
     mask, event_dim = unwrap(fn).mask, unwrap(fn).fn.event_dim
     safe = value
     if not isinstance(mask, bool) and jnp.issubdtype(value.dtype, jnp.inexact):

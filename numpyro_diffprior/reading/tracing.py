@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_diffprior._compile.program import name_input
 from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.unwrap import from_pairs, is_complex, to_pairs
 
 __all__ = [
     "Execution",
@@ -27,6 +28,7 @@ __all__ = [
     "Model",
     "Param",
     "Slice",
+    "complex_noise",
     "find_prior",
     "fix_plates",
     "is_unobserved",
@@ -205,6 +207,30 @@ class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and find_prior(msg["fn"]) is not None:
             msg["fn"] = msg["fn"].mask(False)
+
+
+class complex_noise(Messenger):  # noqa: N801  # a NumPyro handler
+    """Draw complex values with noise in real and imaginary part, as observed ones are read.
+
+    NumPyro draws real noise alone around a complex mean. For `numpyro.infer.Predictive` and the
+    like; `calibrate` needs no help.
+
+    Args:
+        fn: The model.
+
+    Example:
+        >>> Predictive(complex_noise(model), samples)(rng_key, prior)  # doctest: +SKIP
+    """
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or msg["value"] is not None or not is_complex(msg["fn"]):
+            return
+        key, fn = msg["kwargs"]["rng_key"], msg["fn"]
+        if key is None:
+            key = numpyro.prng_key()  # of the handler that seeds, which is further out
+        if key is not None:
+            pairs, _ = to_pairs(fn)
+            msg["value"] = from_pairs(fn, pairs.sample(key, msg["kwargs"]["sample_shape"]))
 
 
 def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:

@@ -1,4 +1,9 @@
-r"""Wrappers of distributions, peeled off."""
+r"""Wrappers of distributions: what expands, masks, joins and transforms them, and complex values.
+
+A complex observation is read as a pair of real ones: real and imaginary part each have the
+distribution with the scale that the model states. (NumPyro's own density of a complex value is
+another thing: it squares complex residuals.)
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +12,16 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln, xlogy
 
-__all__ = ["Unwrapped", "elementwise_transforms", "log_density", "peel", "unwrap"]
+__all__ = [
+    "Unwrapped",
+    "elementwise_transforms",
+    "from_pairs",
+    "is_complex",
+    "log_density",
+    "peel",
+    "to_pairs",
+    "unwrap",
+]
 
 
 class Unwrapped(NamedTuple):
@@ -63,6 +77,85 @@ def log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
     density = terms.sum(-1) + gammaln(concentration.sum(-1))
     density = jnp.where(mask, jnp.broadcast_to(density, batch_shape), 0)
     return density.sum(tuple(range(len(fn.batch_shape), len(batch_shape))))
+
+
+def is_complex(fn: dist.Distribution, value: jax.Array | None = None) -> bool:
+    """Whether a distribution has complex parameters, or a value is complex."""
+    leaves = jax.tree.leaves(fn) + ([] if value is None else [value])
+    return any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in leaves)
+
+
+def to_pairs(
+    fn: dist.Distribution, value: jax.Array | None = None
+) -> tuple[dist.Distribution, jax.Array | None]:
+    """Return the distribution of pairs of real and imaginary parts, and a value of it.
+
+    The pairs are a further axis of the event: the last one, or that before the vector of a
+    multivariate distribution.
+
+    Raises:
+        ValueError: If the distribution says nothing of complex values, its scale is complex, or
+            the value is real where the mean is not.
+    """
+    axis = -1 - len(unwrap(fn).fn.event_shape)
+    paired = _pair(fn)
+    if value is None:
+        return paired, None
+    if not jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise ValueError(
+            "the mean is complex, but the values are real; observe complex values, or take the "
+            "mean's real part or modulus."
+        )
+    return paired, jnp.stack([value.real, value.imag], axis)
+
+
+def from_pairs(fn: dist.Distribution, pairs: jax.Array) -> jax.Array:
+    """Return complex values of a distribution from their pairs; see `to_pairs`."""
+    axis = -1 - len(unwrap(fn).fn.event_shape)
+    real, imaginary = (jnp.take(pairs, i, axis) for i in range(2))
+    return jax.lax.complex(real, imaginary)
+
+
+def _pair(fn: dist.Distribution) -> dist.Distribution:
+    match fn:
+        case dist.Independent():
+            return _pair(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+        case dist.ExpandedDistribution():
+            return _pair(fn.base_dist).expand(fn.batch_shape)
+        case dist.MaskedDistribution():
+            return _pair(fn.base_dist).mask(fn._mask)
+        case dist.StudentT():
+            loc, df, scale = _stack(fn.loc), *(_real(p)[..., None] for p in (fn.df, fn.scale))
+            return dist.StudentT(df, loc, scale).to_event(1)
+        case dist.Normal() | dist.Cauchy() | dist.Laplace() | dist.Logistic():
+            return type(fn)(_stack(fn.loc), _real(fn.scale)[..., None]).to_event(1)
+        case dist.MultivariateNormal():
+            scale_tril = _real(fn.scale_tril)[..., None, :, :]
+            return dist.MultivariateNormal(_stack(fn.loc, -2), scale_tril=scale_tril).to_event(1)
+        case dist.LowRankMultivariateNormal():
+            factor, diag = _real(fn.cov_factor), _real(fn.cov_diag)
+            return dist.LowRankMultivariateNormal(
+                _stack(fn.loc, -2), factor[..., None, :, :], diag[..., None, :]
+            ).to_event(1)
+    raise ValueError(
+        f"{type(fn).__name__} is not read with complex values; observe real and imaginary parts "
+        "(`jnp.stack([z.real, z.imag], -1)`), or use a Normal."
+    )
+
+
+def _stack(z: jax.Array, axis: int = -1) -> jax.Array:
+    z = jnp.asarray(z)
+    return jnp.stack([z.real, z.imag], axis)
+
+
+def _real(parameter: jax.Array) -> jax.Array:
+    parameter = jnp.asarray(parameter)
+    if jnp.issubdtype(parameter.dtype, jnp.complexfloating):
+        raise ValueError(
+            "a scale or covariance is complex; expected that of real and imaginary part each, a "
+            "real one."
+        )
+    return parameter
 
 
 def elementwise_transforms(fn: dist.Distribution) -> list[Any]:
