@@ -98,7 +98,7 @@ class Conjugate(Guidance):
 
 @dataclass(frozen=True, eq=False)
 class ConjugatePosterior(GuidedDenoiser):
-    score: Callable
+    rule: Callable
     is_joint: bool
 
     def evaluate(self, x_t, sigma):
@@ -106,9 +106,9 @@ class ConjugatePosterior(GuidedDenoiser):
         variance = jnp.maximum(pull(jnp.ones_like(x_hat)), 1e-6)
         y = self.likelihood.y
         if self.is_joint:
-            gradient = self.score(x_hat, variance, y.sum(-1, keepdims=True), y.shape[-1])
+            gradient = self.rule(x_hat, variance, y.sum(-1, keepdims=True), y.shape[-1])
         else:
-            gradient = self.score(x_hat, variance, y, 1).sum(-1, keepdims=True)
+            gradient = self.rule(x_hat, variance, y, 1).sum(-1, keepdims=True)
         zeros = jnp.zeros(x_hat.shape[:-1])
         return Guided(x_hat, x_hat + pull(gradient), zeros, zeros, zeros.astype(int))
 

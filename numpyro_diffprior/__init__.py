@@ -11,6 +11,7 @@ The names of the guide are here. The rest is in the namespaces `guidance`, `lina
 from numpyro_diffprior import guidance, linalg, metrics
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.function import FunctionDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion import noise, samplers, training
 from numpyro_diffprior.diffusion.training import FitResult, fit_denoiser, measure_error
@@ -26,6 +27,7 @@ from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.infer.reparam import DiffusionReparam
+from numpyro_diffprior.nets.adapters import FunctionNetwork
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 from numpyro_diffprior.prior import DiffusionPrior
@@ -50,6 +52,8 @@ __all__ = [
     "EMResult",
     "EMState",
     "FitResult",
+    "FunctionDenoiser",
+    "FunctionNetwork",
     "GaussianDenoiser",
     "LogEvidence",
     "MMPSKernel",

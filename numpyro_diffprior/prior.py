@@ -340,10 +340,17 @@ def _check_denoiser(denoiser: Denoiser) -> None:
             f"DiffusionPrior: expected a Denoiser, got {type(denoiser).__name__}; wrap a network "
             "as NetworkDenoiser(net), a mean and a covariance as GaussianDenoiser(mean, cov)."
         )
-    if not jnp.issubdtype(denoiser.dtype, jnp.floating):
+    if any(leaf is denoiser for leaf in jax.tree.leaves(denoiser)):
         raise ValueError(
-            f"DiffusionPrior: expected a denoiser of floating type, got {denoiser.dtype}; convert "
-            "its mean and covariance."
+            f"DiffusionPrior: the denoiser {type(denoiser).__name__} is no pytree; decorate its "
+            "class with `jax.tree_util.register_dataclass` (above `@dataclass`), so that its "
+            "arrays are seen, or use FunctionDenoiser."
+        )
+    if denoiser.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"DiffusionPrior: expected a denoiser of type float32 or float64, got "
+            f"{denoiser.dtype}; convert its mean and covariance (a network inside of it may be of "
+            "half precision)."
         )
     if denoiser.cov.size != denoiser.event_size:
         raise ValueError(

@@ -95,7 +95,7 @@ def test_every_event_shape(shape):
 @pytest.mark.parametrize("name", oracles.COVARIANCES)
 def test_mixture_is_tweedie(name, shared):
     rng = np.random.default_rng(2)
-    weights = jnp.array([1.0, 2.0, 3.0])
+    weights = jnp.array([1.0, 2.0, 3.0]) / 6
     means = jnp.asarray(3 * rng.normal(size=(3, 4)))
     each = [oracles.covariance(name, rng, 4) for _ in range(1 if shared else 3)]
     covs = each[0] if shared else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
@@ -114,14 +114,14 @@ def test_mixture_is_tweedie(name, shared):
     np.testing.assert_allclose(denoise(denoiser, x_t, sigma), x_hat, atol=20 * TOL)
     unit = sigma[:, None] ** 2  # of the error of a score, for an error of the mean
     np.testing.assert_allclose(denoiser.score(x_t, sigma) * unit, score * unit, atol=20 * TOL)
-    np.testing.assert_allclose(denoiser.weights, weights / 6, rtol=TOL)
+    np.testing.assert_allclose(denoiser.weights, weights, rtol=TOL)
 
 
 def test_mixture_summary_has_the_moments():
     rng = np.random.default_rng(3)
     means = rng.normal(size=(2, 3))
     matrices = np.stack([oracles.spd(rng, 3), oracles.spd(rng, 3)])
-    denoiser = MixtureDenoiser([1, 3], means, matrices)
+    denoiser = MixtureDenoiser([0.25, 0.75], means, matrices)
     mean = 0.25 * means[0] + 0.75 * means[1]
     second = [c + np.outer(m, m) for m, c in zip(means, matrices, strict=True)]
     cov = 0.25 * second[0] + 0.75 * second[1] - np.outer(mean, mean)

@@ -481,7 +481,10 @@ class Unhashable(DDIM):
     ("arguments", "match"),
     [
         ((jnp.zeros(2), {}), "expected a Denoiser, got .*wrap a network as NetworkDenoiser"),
-        ((Faulty(jnp.zeros(2, int), UNIT), {}), "expected a denoiser of floating type, got int"),
+        (
+            (Faulty(jnp.zeros(2, int), UNIT), {}),
+            "expected a denoiser of type float32 or float64, got int",
+        ),
         ((Faulty(jnp.zeros(3), UNIT), {}), r"shape \(3,\) need a covariance of size 3, got .* 2"),
         ((Faulty(jnp.full(2, jnp.nan), UNIT), {}), "expected a finite mean, got NaN"),
         ((Faulty(jnp.zeros(2), Diagonal(jnp.zeros(2))), {}), "positive and finite total variance"),

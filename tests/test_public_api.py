@@ -23,6 +23,8 @@ PUBLIC = [
     "EMState",
     "EStep",
     "FitResult",
+    "FunctionDenoiser",
+    "FunctionNetwork",
     "GaussianDenoiser",
     "GaussianStart",
     "LogEvidence",

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
@@ -155,10 +156,39 @@ def _floating(x: ArrayLike) -> jax.Array:
     return x.astype(jnp.result_type(float, x))
 
 
-def _covariance(cov: Covariance | ArrayLike, dtype: jnp.dtype) -> Covariance:
-    if not isinstance(cov, Covariance):
-        return Dense.from_matrix(jnp.asarray(cov, dtype))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
+def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> Covariance:
+    """Return a covariance of a floating type, from one or from matrices.
+
+    Raises:
+        ValueError: If matrices are not square, symmetric and positive semi-definite, or variances
+            are negative.
+    """
+    if isinstance(cov, Covariance):
+        converted: Covariance = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
+        variances = converted.diagonal()
+        if not isinstance(variances, jax.core.Tracer) and bool((variances < 0).any()):
+            raise ValueError(f"{name}: the covariance has negative variances.")
+        return converted
+    matrix = jnp.asarray(cov, dtype)
+    if not isinstance(matrix, jax.core.Tracer):
+        _check_matrix(name, np.asarray(matrix, np.float64))
+    return Dense.from_matrix(matrix)
+
+
+def _check_matrix(name: str, matrix: np.ndarray) -> None:
+    """Refuse a matrix that is no covariance; one that is not finite is refused by the prior."""
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or not np.isfinite(matrix).all():
+        return
+    largest = np.abs(matrix).max(initial=0)
+    transposed = np.swapaxes(matrix, -1, -2)
+    if not np.allclose(matrix, transposed, rtol=1e-3, atol=1e-4 * largest):
+        raise ValueError(f"{name}: expected a symmetric covariance matrix; this one is not.")
+    smallest = np.linalg.eigvalsh((matrix + transposed) / 2).min()
+    if smallest < -1e-4 * largest:
+        raise ValueError(
+            f"{name}: expected a positive semi-definite covariance matrix, got one with the "
+            f"eigenvalue {smallest:.3g}."
+        )
 
 
 def as_gaussian(
@@ -167,10 +197,15 @@ def as_gaussian(
     """Return ``mean`` and ``cov`` of a denoiser, of one floating type: that of the mean.
 
     Raises:
-        ValueError: If the sizes of mean and covariance differ.
+        ValueError: If the sizes of mean and covariance differ, or the covariance is none.
     """
     mean = _floating(mean)
-    cov = _covariance(cov, mean.dtype)
+    if mean.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{type(denoiser).__name__}: expected a mean of type float32 or float64, got "
+            f"{mean.dtype}; a network inside of it may be of half precision."
+        )
+    cov = as_covariance(type(denoiser).__name__, cov, mean.dtype)
     _check_size(type(denoiser).__name__, mean.shape, cov)
     return {"mean": mean, "cov": cov}
 

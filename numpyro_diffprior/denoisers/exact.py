@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.denoisers.denoiser import (
     Denoiser,
     _check_size,
-    _covariance,
     _floating,
+    as_covariance,
     as_gaussian,
     flatten_events,
     register,
@@ -63,7 +64,7 @@ class MixtureDenoiser(Denoiser):
     Its Gaussian summary has the mixture's mean and covariance.
 
     Args:
-        weights: Positive weights, with shape ``(k,)``; normalised here.
+        weights: Positive weights that sum to one, with shape ``(k,)``.
         means: Components' means, with shape ``(k, *event)``.
         covs: A `Covariance` whose parameters have a leading axis ``k`` (or none: one for all), or
             matrices of shape ``(k, d, d)``.
@@ -86,7 +87,7 @@ class MixtureDenoiser(Denoiser):
                 f"got {weights.shape} and {means.shape}."
             )
         num, *event_shape = means.shape
-        covs = _covariance(covs, means.dtype)
+        covs = as_covariance("MixtureDenoiser", covs, means.dtype)
         _check_size("MixtureDenoiser", tuple(event_shape), covs)
         batch_shape = jnp.shape(covs.trace())
         if batch_shape not in ((), (num,)):
@@ -94,6 +95,8 @@ class MixtureDenoiser(Denoiser):
                 f"MixtureDenoiser: {num} components need covariances with a leading axis of "
                 f"length {num}, or none; got leading axes {batch_shape}."
             )
+        if not isinstance(weights, jax.core.Tracer):
+            _check_weights(np.asarray(weights))
         weights = (weights / weights.sum()).astype(means.dtype)
         mean = einsum("k,k...->...", weights, means)
         within = jnp.broadcast_to(covs.dense(), (num, covs.size, covs.size))
@@ -114,3 +117,11 @@ class MixtureDenoiser(Denoiser):
         posterior = jax.nn.softmax(jnp.log(self.weights) + log_density, axis=-1)
         x_hat = jnp.sum(posterior[..., None] * (means + self.covs.matvec(solution)), axis=-2)
         return x_hat.reshape(x_t.shape)
+
+
+def _check_weights(weights: np.ndarray) -> None:
+    if not (weights >= 0).all() or abs(weights.sum() - 1) > 1e-3:
+        raise ValueError(
+            "MixtureDenoiser: expected weights that are not negative and sum to one, got "
+            f"{weights}; divide them by their sum."
+        )

@@ -23,6 +23,7 @@ from numpyro_diffprior.denoisers.denoiser import (
 )
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
+from numpyro_diffprior.nets.adapters import as_network
 
 __all__ = ["Network", "NetworkDenoiser"]
 
@@ -66,7 +67,8 @@ class NetworkDenoiser(Denoiser):
     zero when new, so that an untrained denoiser is exactly its Gaussian's.
 
     Args:
-        net: A network on ``(batch, *event)``; its parameters are all that is trained.
+        net: A network on ``(batch, *event)``: a flax nnx module, whose ``nnx.Param`` are
+            trained, or any callable pytree (see `FunctionNetwork`).
         mean: The data's mean, with shape ``event_shape`` (default: zero).
         cov: The data's covariance over flattened events, or a matrix (default: the identity).
         base: The Gaussian of the preconditioning (default: that of ``mean`` and ``cov``). It stays
@@ -93,6 +95,7 @@ class NetworkDenoiser(Denoiser):
         base: GaussianDenoiser | None = None,
         error_ratios: ArrayLike | None = None,
     ) -> None:
+        net = as_network(net)
         shape = tuple(net.event_shape)
         summary = as_gaussian(
             self,

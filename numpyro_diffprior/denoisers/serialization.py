@@ -344,4 +344,9 @@ def _to_jax(array: np.ndarray, name: str, file: _Path) -> jax.Array:
             f"'{file}': the array '{name}' is {array.dtype}, but JAX is limited to 32 bits; set "
             "the environment variable JAX_ENABLE_X64=1 to load it."
         )
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(float)).all():
+        raise ValueError(
+            f"'{file}': the array '{name}' holds NaN or infinities; the run that wrote it "
+            "diverged, or the file is damaged."
+        )
     return jnp.asarray(array)

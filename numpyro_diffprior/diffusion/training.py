@@ -4,8 +4,9 @@ r"""Fit a denoiser to samples, by denoising score matching.
     \right) \frac{1}{d} \lVert D_\theta(x + \sigma \varepsilon, \sigma) - x \rVert^2 \right]
 
 with :math:`s` the data's scale, so that the loss does not depend on the data's units. Only the
-network's weights are trained: every array of `NetworkDenoiser.net` of a floating or complex type
-(the state of random streams, say, stays), and nothing else.
+network's weights are trained: the ``nnx.Param`` of a flax nnx module, or all floating arrays of
+another pytree (`numpyro_diffprior.nets.adapters`). Other variables of a module, batch statistics
+say, are carried along as the module updates them.
 
 References:
     Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
@@ -15,6 +16,7 @@ References:
     models* (EDM), 2022, arXiv 2206.00364.
 """
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +33,7 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
 from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.nets.adapters import split_network, untrained
 
 __all__ = [
     "FitResult",
@@ -125,7 +128,8 @@ def init_training(
     Returns:
         The state that `train` takes.
     """
-    weights, _ = _split(denoiser.net)
+    weights, _, _ = split_network(denoiser.net)
+    weights = _widen(weights)
     num_steps = jnp.zeros((), int)
     return TrainState(denoiser, denoiser, optimizer.init(weights), num_steps)
 
@@ -297,7 +301,21 @@ def fit_denoiser(
         ema_decay=ema_decay,
         mesh=mesh,
     )
+    _warn_of_divergence(losses)
     return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
+
+
+def _warn_of_divergence(losses: jax.Array) -> None:
+    """Warn where training met numbers that are not finite."""
+    if isinstance(losses, jax.core.Tracer) or bool(jnp.isfinite(losses).all()):
+        return
+    step = int(jnp.argmin(jnp.isfinite(losses))) + 1
+    warnings.warn(
+        f"training diverged at step {step} of {len(losses)}: its loss, gradient or weights are "
+        "not finite. The denoiser is the one before that step; a smaller learning rate, or "
+        "gradients clipped by `optax.clip_by_global_norm`, may help.",
+        stacklevel=3,
+    )
 
 
 @partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size", "mesh"))
@@ -314,10 +332,12 @@ def _train(
     mesh: Mesh | None,
 ) -> tuple[TrainState, jax.Array]:
     fixed = state.denoiser
-    weights, rest = _split(fixed.net)
-    averaged, _ = _split(state.averaged.net)
+    narrow, rest, rebuild = split_network(fixed.net)
+    averaged, _, rebuild_averaged = split_network(state.averaged.net)
 
-    def loss_fn(weights: Any, index: jax.Array, rng_key: jax.Array) -> jax.Array:
+    def loss_fn(
+        weights: Any, rest: Any, index: jax.Array, rng_key: jax.Array
+    ) -> tuple[jax.Array, Any]:
         key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
         sigma = noise.sample(
             key_sigma,
@@ -327,17 +347,21 @@ def _train(
             scale=fixed.scale,
         )
         rngs = nnx.Rngs(dropout=key_dropout)
-        denoiser = _at(replace(fixed, net=_join(weights, rest)), context, index)
-        return denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
+        net = rebuild(_like(weights, narrow), rest)
+        denoiser = _at(replace(fixed, net=net), context, index)
+        loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
+        # Batch statistics and the counts of random streams go on.
+        return loss, untrained(net)
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
-        carry: tuple[Any, Any, optax.OptState, jax.Array, jax.Array], rng_key: jax.Array
-    ) -> tuple[tuple[Any, Any, optax.OptState, jax.Array, jax.Array], jax.Array]:
-        weights, averaged, opt_state, count, diverged = carry
+        carry: tuple[Any, Any, Any, optax.OptState, jax.Array, jax.Array], rng_key: jax.Array
+    ) -> tuple[tuple[Any, Any, Any, optax.OptState, jax.Array, jax.Array], jax.Array]:
+        weights, rest, averaged, opt_state, count, diverged = carry
         key_batch, key_loss = jax.random.split(rng_key)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
-        loss, gradient = jax.value_and_grad(loss_fn)(weights, index, key_loss)
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, new_rest), gradient = differentiate(weights, rest, index, key_loss)
         update, new_opt_state = optimizer.update(gradient, opt_state, weights)
         new_weights = optax.apply_updates(weights, update)
         # A step that is not finite is not taken, nor is any after it: losses then are NaN.
@@ -348,7 +372,8 @@ def _train(
             return jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
 
         loss = jnp.where(diverged, jnp.nan, loss)
-        weights, opt_state = keep(new_weights, weights), keep(new_opt_state, opt_state)
+        weights, rest = keep(new_weights, weights), keep(new_rest, rest)
+        opt_state = keep(new_opt_state, opt_state)
         count = count + ~diverged
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
@@ -359,49 +384,46 @@ def _train(
             weights,
             averaged,
         )
-        return (weights, averaged, opt_state, count, diverged), loss
+        return (weights, rest, averaged, opt_state, count, diverged), loss
 
-    # In the weights' own dtype, bfloat16 say, small steps of the average would round to none.
-    wide = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), averaged
+    # In a dtype such as bfloat16, small steps of the weights and of their average would round to
+    # none, and the squares of the optimizer to zero.
+    carry = (
+        _widen(narrow),
+        rest,
+        _widen(averaged),
+        state.opt_state,
+        state.num_steps,
+        jnp.zeros((), bool),
     )
-    carry = (weights, wide, state.opt_state, state.num_steps, jnp.zeros((), bool))
     carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
-    weights, wide, opt_state, count, _ = carry
-    averaged = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), wide, averaged)
+    weights, rest, wide, opt_state, count, _ = carry
+    weights, averaged = _like(weights, narrow), _like(wide, averaged)
     state = TrainState(
-        replace(fixed, net=_join(weights, rest)),
-        replace(state.averaged, net=_join(averaged, rest)),
+        replace(fixed, net=rebuild(weights, rest)),
+        replace(state.averaged, net=rebuild_averaged(averaged, rest)),
         opt_state,
         count,
     )
     return state, losses
 
 
+def _widen(weights: Any) -> Any:
+    """Return weights of at least float32."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), weights
+    )
+
+
+def _like(weights: Any, others: Any) -> Any:
+    """Return weights of the dtypes of others."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), weights, others)
+
+
 def _are_finite(tree: Any) -> jax.Array:
     """Whether all numbers of a tree are finite."""
     flags = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(flags).all()
-
-
-def _split(net: Any) -> tuple[Any, Any]:
-    """Part a network's weights from its other arrays, with None where those of the other part are.
-
-    Networks of weights alone keep their structure.
-    """
-
-    def choose(leaf: Any, weights: bool) -> Any:
-        return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) is weights else None
-
-    weights, rest = (jax.tree.map(partial(choose, weights=part), net) for part in (True, False))
-    return weights, rest
-
-
-def _join(weights: Any, rest: Any) -> Any:
-    """Undo `_split`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, weights, rest, is_leaf=lambda leaf: leaf is None
-    )
 
 
 def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) -> Denoiser:

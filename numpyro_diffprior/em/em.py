@@ -53,7 +53,7 @@ from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import ModelData, ModelReading, Read, read
-from numpyro_diffprior.reading.tracing import Model
+from numpyro_diffprior.reading.tracing import Model, check_names
 
 __all__ = ["EM"]
 
@@ -291,6 +291,16 @@ class EM:
             ValueError: See `init`; if there are no iterations to make; if there is patience but
                 nothing held out; or if events are held out, but the sampler is deterministic.
         """
+        check_names(
+            EM.run,
+            self.model,
+            1 + len(args),
+            progress_bar=progress_bar,
+            callback=callback,
+            init_state=init_state,
+            heldout=heldout,
+            patience=patience,
+        )
         self._check_run(num_iterations, prior, init_state, heldout, patience)
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
         # `init` has split the key in two.

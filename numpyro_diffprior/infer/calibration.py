@@ -39,7 +39,13 @@ from numpyro_diffprior.metrics.calibration import sbc_ranks, sbc_uniformity_pval
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
-from numpyro_diffprior.reading.tracing import Model, complex_noise, fix_plates, is_unobserved
+from numpyro_diffprior.reading.tracing import (
+    Model,
+    check_names,
+    complex_noise,
+    fix_plates,
+    is_unobserved,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -163,6 +169,21 @@ def calibrate(
             ``num_samples`` is no multiple of ``num_chains``, or ``kernel`` is none or comes with
             settings that it does not see; see also `sample_posterior`.
     """
+    check_names(
+        calibrate,
+        model,
+        1 + len(args),
+        num_simulations=num_simulations,
+        num_samples=num_samples,
+        num_particles=num_particles,
+        sampler=sampler,
+        guidance=guidance,
+        kernel=kernel,
+        num_warmup=num_warmup,
+        num_chains=num_chains,
+        thinning=thinning,
+        max_batch_size=max_batch_size,
+    )
     counts = {
         "num_simulations": (num_simulations, 1),
         "num_samples": (num_samples, 1),

@@ -21,7 +21,7 @@ from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
-from numpyro_diffprior.reading.tracing import Model
+from numpyro_diffprior.reading.tracing import Model, check_names
 
 if TYPE_CHECKING:
     import arviz as az
@@ -116,6 +116,17 @@ def log_evidence(
         ValueError: If there are fewer than two estimates or particles, or the model cannot be
             read; see `sample_posterior`.
     """
+    check_names(
+        log_evidence,
+        model,
+        1 + len(args),
+        num_estimates=num_estimates,
+        num_particles=num_particles,
+        sampler=sampler,
+        guidance=guidance,
+        max_batch_size=max_batch_size,
+        mesh=mesh,
+    )
     return estimate_evidence(
         rng_key,
         model,

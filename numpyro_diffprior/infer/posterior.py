@@ -28,7 +28,7 @@ from numpyro_diffprior.particles.system import Settings
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
-from numpyro_diffprior.reading.tracing import Model
+from numpyro_diffprior.reading.tracing import Model, check_names
 
 __all__ = ["resolve_settings", "sample_posterior"]
 
@@ -124,6 +124,18 @@ def sample_posterior(
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
     """
+    check_names(
+        sample_posterior,
+        model,
+        1 + len(args),
+        num_samples=num_samples,
+        num_particles=num_particles,
+        sampler=sampler,
+        guidance=guidance,
+        independent=independent,
+        max_batch_size=max_batch_size,
+        mesh=mesh,
+    )
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
     num_particles = check_count("sample_posterior", "num_particles", num_particles)
     max_batch_size = check_count("sample_posterior", "max_batch_size", max_batch_size)

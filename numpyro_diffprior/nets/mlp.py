@@ -22,6 +22,7 @@ from numpyro_diffprior.nets.options import (
     check_embedding,
     check_inputs,
     check_rate,
+    check_rngs,
     check_sizes,
 )
 
@@ -60,6 +61,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Initialise the weights."""
+        check_rngs("MLP", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         self.features = check_sizes("features", features)
         self.embedding = check_embedding(embedding)

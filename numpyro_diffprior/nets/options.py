@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 __all__ = [
@@ -13,12 +14,15 @@ __all__ = [
     "check_embedding",
     "check_inputs",
     "check_rate",
+    "check_rngs",
     "check_sizes",
 ]
 
 
 def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Return positive integers as a tuple."""
+    if any(isinstance(v, bool) or not isinstance(v, int | np.integer) for v in values):
+        raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
     sizes = tuple(int(value) for value in values)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
@@ -44,6 +48,13 @@ def check_rate(dropout: float) -> float:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a probability below one, got {dropout}.")
     return float(dropout)
+
+
+def check_rngs(name: str, rngs: nnx.Rngs) -> nnx.Rngs:
+    """Return the random streams of a network."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"{name}: expected rngs such as nnx.Rngs(0), got rngs={rngs!r}.")
+    return rngs
 
 
 def check_dtype(param_dtype: DTypeLike) -> np.dtype:

@@ -22,6 +22,7 @@ from numpyro_diffprior.nets.options import (
     check_embedding,
     check_inputs,
     check_rate,
+    check_rngs,
     check_sizes,
 )
 
@@ -68,6 +69,7 @@ class UNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Initialise the weights."""
+        check_rngs("UNet", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         if len(self.event_shape) not in (2, 3):
             raise ValueError(

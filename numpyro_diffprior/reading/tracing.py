@@ -8,6 +8,7 @@ A model runs under one handler, `Execution`, that decides what is an input of th
 - the values of its diffusion sites (no sampler runs) and of its ``numpyro.param`` sites.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ __all__ = [
     "Model",
     "Param",
     "Slice",
+    "check_names",
     "complex_noise",
     "find_prior",
     "fix_plates",
@@ -238,6 +240,31 @@ def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:
     while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
         fn = fn.base_dist
     return fn if isinstance(fn, DiffusionPrior) else None
+
+
+def check_names(owner: Callable[..., Any], model: Model, num_args: int, **options: Any) -> None:
+    """Refuse an option that may have been meant for the model.
+
+    Args:
+        owner: The function that takes the options beside the model's keyword arguments.
+        model: The model.
+        num_args: How many arguments the model gets by position.
+        **options: The options that were given.
+
+    Raises:
+        ValueError: If the model has an argument of the name of an option that is not its default.
+    """
+    try:
+        names = list(inspect.signature(model).parameters)[num_args:]
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    defaults = inspect.signature(owner).parameters
+    for name in names:
+        if name in options and options[name] is not defaults[name].default:
+            raise ValueError(
+                f"{owner.__name__}: `{name}` is an option of this function and an argument of the "
+                "model as well; pass the model's by position, or give it another name."
+            )
 
 
 def is_unobserved(name: str, trace: Mapping[str, Any]) -> bool:

@@ -1,0 +1,157 @@
+"""Networks of other kinds: plain functions with parameters, modules of other libraries.
+
+A network is a pytree of arrays that is called with ``(x, noise, *contexts, rngs=None)``. What else
+a network holds (activation functions, sizes) is static.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from flax import nnx
+
+from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
+
+__all__ = ["FunctionNetwork", "as_network", "untrained", "split_network"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class FunctionNetwork:
+    """A function and its parameters as a network.
+
+    Args:
+        function: A function of ``(params, x, noise)``, or of ``(params, x, noise, context)``: from
+            noisy events, with shape ``(batch, *event)``, and a quarter of the logarithm of their
+            noise levels in units of the data's scale, ``(batch,)`` or ``(1,)``, to an array of the
+            shape of ``x``. Static when compiled: it is known by its identity.
+        params: A pytree of arrays, all of which are trained.
+        event_shape: The shape of one event.
+        context_shape: The shape of one context, or None.
+
+    Example:
+        A linen module, and an equinox module:
+
+        >>> FunctionNetwork(module.apply, params, (28, 28))  # doctest: +SKIP
+        >>> arrays, static = eqx.partition(module, eqx.is_array)  # doctest: +SKIP
+        >>> FunctionNetwork(
+        ...     lambda arrays, x, noise: eqx.combine(arrays, static)(x, noise), arrays, (28, 28)
+        ... )  # doctest: +SKIP
+    """
+
+    function: Callable[..., jax.Array] = field(metadata={"static": True})
+    params: Any
+    event_shape: tuple[int, ...] = field(metadata={"static": True})
+    context_shape: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+
+    def __call__(
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        *contexts: jax.Array,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Call the function."""
+        return self.function(self.params, x, noise, *contexts)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class _Partitioned:
+    """A callable pytree with leaves that are no arrays, which are kept apart."""
+
+    arrays: list[jax.Array]
+    static: StaticArguments = field(metadata={"static": True})
+    event_shape: tuple[int, ...] = field(metadata={"static": True})
+    context_shape: tuple[int, ...] | None = field(metadata={"static": True})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return merge_arguments(self.arrays, self.static)(*args, **kwargs)
+
+
+def as_network(net: Any) -> Any:
+    """Return a network whose leaves are arrays, checked.
+
+    Raises:
+        ValueError: If it is not callable, has no ``event_shape``, or is no pytree.
+    """
+    name = type(net).__name__
+    if not callable(net):
+        raise ValueError(f"expected a network, which is callable, got {name}.")
+    try:
+        event_shape = tuple(int(size) for size in net.event_shape)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the network {name} has no `event_shape`, the shape of one event; give it one, or "
+            "wrap it: FunctionNetwork(function, params, event_shape)."
+        ) from error
+    leaves = jax.tree.leaves(net)
+    if any(leaf is net for leaf in leaves):
+        raise ValueError(
+            f"the network {name} is no pytree, so that its weights cannot be seen; make it a flax "
+            "nnx module, register it with `jax.tree_util.register_dataclass`, or wrap it: "
+            "FunctionNetwork(function, params, event_shape)."
+        )
+    arrays, static = split_arguments(net)
+    if len(arrays) == len(leaves):
+        return net
+    # A module without a context need not say so.
+    context_shape = vars(net).get("context_shape") if hasattr(net, "__dict__") else None
+    return _Partitioned(arrays, static, event_shape, context_shape)
+
+
+Arrays = dict[str, jax.Array]
+Rebuild = Callable[[Arrays, Arrays], Any]
+
+
+def split_network(net: Any) -> tuple[Arrays, Arrays, Rebuild]:
+    """Part a network into what is trained and what is not, by name.
+
+    Of a flax nnx module, its ``nnx.Param`` are trained; other variables (batch statistics, fixed
+    frequencies, random streams) are not. Of another pytree, all floating arrays are trained.
+
+    Returns:
+        The trained arrays, the others, and a function that rebuilds the network from both.
+    """
+    if isinstance(net, nnx.Module):
+        graph, state = nnx.split(net)
+        flat = nnx.to_flat_state(state)
+        weights = {_name(path): leaf[...] for path, leaf in flat if isinstance(leaf, nnx.Param)}
+        rest = {
+            _name(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
+            for path, leaf in flat
+            if not isinstance(leaf, nnx.Param)
+        }
+
+        def rebuild(weights: Arrays, rest: Arrays) -> nnx.Module:
+            arrays = weights | rest
+            leaves = [
+                (path, leaf.replace(arrays[_name(path)]))
+                if isinstance(leaf, nnx.Variable)
+                else (path, arrays[_name(path)])
+                for path, leaf in flat
+            ]
+            return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+        return weights, rest, rebuild
+    paths, treedef = jax.tree.flatten_with_path(net)
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    arrays = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
+    trained = {k: v for k, v in arrays.items() if jax.numpy.issubdtype(v.dtype, jax.numpy.inexact)}
+    others = {k: v for k, v in arrays.items() if k not in trained}
+
+    def rebuild_tree(weights: Arrays, rest: Arrays) -> Any:
+        both = weights | rest
+        return jax.tree.unflatten(treedef, [both[name] for name in names])
+
+    return trained, others, rebuild_tree
+
+
+def untrained(net: Any) -> Arrays:
+    """Return what is not trained of a network, as it is after a call; see `split_network`."""
+    return split_network(net)[1]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
