@@ -205,7 +205,7 @@ def test_masked_rows_contribute_nothing(method):
 def test_more_values_than_elements():
     """Where A V A^T has not full rank, rounding decides on the signs of eigenvalues."""
     rng = np.random.default_rng(0)
-    denoiser = MixtureDenoiser(jnp.ones(2), jnp.array([[-1.2], [1.2]]), Isotropic(0.25, 1))
+    denoiser = MixtureDenoiser(jnp.full(2, 0.5), jnp.array([[-1.2], [1.2]]), Isotropic(0.25, 1))
     y, matrix, noise = rng.normal(size=(1, 7)), rng.normal(size=(1, 7, 1)), Isotropic(0.5, 7)
     x_t = rng.normal(size=(200, 1, 1))
     guided = guide(MMPS(), denoiser, (jnp.asarray(y), jnp.asarray(matrix), noise), x_t, 0.7)

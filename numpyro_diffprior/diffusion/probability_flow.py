@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 
@@ -58,14 +59,14 @@ def flow_log_prob(
     """
     size, dtype = denoiser.event_size, denoiser.dtype
     batch_shape = x.shape[: x.ndim - len(denoiser.event_shape)]
-    if num_probes is None:
-        probes, weight = jnp.eye(size, dtype=dtype), 1.0
-    else:
-        probes = jax.random.rademacher(jax.random.key(0), (num_probes, size), dtype)
-        weight = 1.0 / num_probes
 
-    def log_prob_one(flat: jax.Array, denoiser: Denoiser) -> jax.Array:
+    def log_prob_one(flat: jax.Array, denoiser: Denoiser, twice: bool = False) -> jax.Array:
         flow = _Flow(denoiser)
+        if num_probes is None:
+            probes, weight = jnp.eye(size, dtype=dtype), 1.0
+        else:
+            probes = jax.random.rademacher(jax.random.key(0), (num_probes, size), dtype)
+            weight = 1.0 / num_probes
 
         def field(
             time: jax.typing.ArrayLike, state: tuple[jax.Array, jax.Array], _: None
@@ -74,7 +75,7 @@ def flow_log_prob(
             return value, weight * jnp.sum(probes * jax.vmap(tangent)(probes))
 
         start = flow.to_z(flow.start, flat), jnp.zeros((), dtype)
-        (z_last, divergence), solved = flow.solve(field, start, rtol, max_steps)
+        (z_last, divergence), solved = flow.solve(field, start, rtol, max_steps, twice=twice)
         noisy = denoiser.cov.noisy(denoiser.sigma_max**2)
         deviation = flow.deviation(z_last)
         quadratic = jnp.sum(deviation * noisy.solve(deviation))
@@ -82,7 +83,8 @@ def flow_log_prob(
         widened = size * jnp.log(flow.width(flow.stop) / flow.width(flow.start))
         return jnp.where(solved, gaussian + divergence + widened, jnp.nan)
 
-    return _for_each(log_prob_one, denoiser, jnp.asarray(x, dtype)).reshape(batch_shape)
+    log_prob = _differentiable(log_prob_one)
+    return _for_each(log_prob, denoiser, jnp.asarray(x, dtype)).reshape(batch_shape)
 
 
 def flow_noise(
@@ -114,6 +116,66 @@ def flow_noise(
         return jnp.where(solved, noise, jnp.nan)
 
     return _for_each(noise_one, denoiser, jnp.asarray(x, denoiser.dtype)).reshape(x.shape)
+
+
+def _differentiable(f: Callable[..., jax.Array]) -> Callable[[jax.Array, Denoiser], jax.Array]:
+    """Return a function with derivatives of first and second order, forward and reverse.
+
+    The solver's checkpointed adjoint has first derivatives in reverse mode alone; the one that has
+    all keeps every step in memory. So the first derivative is always the checkpointed one's, and
+    only where that is differentiated again the other is used.
+
+    Args:
+        f: A function of an event, a denoiser and ``twice``: whether it is to be differentiated
+            more than once.
+    """
+
+    def differentiable(flat: jax.Array, denoiser: Denoiser) -> jax.Array:
+        leaves, treedef = jax.tree.flatten((flat, denoiser))
+
+        def value(leaves: list[Any], twice: bool) -> jax.Array:
+            return f(*jax.tree.unflatten(treedef, leaves), twice)
+
+        def gradient_at(chosen: list[int]) -> Callable[..., Any]:
+            def gradient(leaves: list[Any], twice: bool) -> Any:
+                def of(parts: list[Any]) -> jax.Array:
+                    replaced = list(leaves)
+                    for i, part in zip(chosen, parts, strict=True):
+                        replaced[i] = part
+                    return value(replaced, twice)
+
+                return jax.value_and_grad(of)([leaves[i] for i in chosen])
+
+            @jax.custom_jvp
+            def once(leaves: list[Any]) -> Any:
+                return gradient(leaves, False)
+
+            @once.defjvp
+            def _(primals: Any, tangents: Any) -> Any:
+                return jax.jvp(lambda leaves: gradient(leaves, True), primals, tangents)
+
+            return once
+
+        @jax.custom_jvp
+        def evaluate(leaves: list[Any]) -> jax.Array:
+            return value(leaves, False)
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            (leaves,), (moved,) = primals, tangents
+            chosen = [
+                i
+                for i, (leaf, tangent) in enumerate(zip(leaves, moved, strict=True))
+                if jnp.issubdtype(leaf.dtype, jnp.inexact)
+                and not isinstance(tangent, SymbolicZero)
+            ]
+            out, gradients = gradient_at(chosen)(leaves)
+            terms = [jnp.sum(g * moved[i]) for g, i in zip(gradients, chosen, strict=True)]
+            return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
+
+        evaluate.defjvp(rule, symbolic_zeros=True)
+        return evaluate(leaves)
+
+    return differentiable
 
 
 def _for_each(
@@ -161,9 +223,18 @@ class _Flow:
         return residual / width - jnp.exp(2 * jnp.asarray(time)) / width**2 * z
 
     def solve(
-        self, field: Callable, start: Any, rtol: float, max_steps: int
+        self,
+        field: Callable,
+        start: Any,
+        rtol: float,
+        max_steps: int,
+        *,
+        twice: bool = False,
     ) -> tuple[Any, jax.Array]:
-        """Return the state at the highest noise level, and whether it was reached."""
+        """Return the state at the highest noise level, and whether it was reached.
+
+        With ``twice`` it can be differentiated any number of times, and keeps every step.
+        """
         import diffrax  # slow to import
 
         solution = diffrax.diffeqsolve(
@@ -176,6 +247,7 @@ class _Flow:
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol),
             max_steps=max_steps,
             throw=False,
+            adjoint=diffrax.DirectAdjoint() if twice else diffrax.RecursiveCheckpointAdjoint(),
         )
         last = jax.tree.map(lambda leaf: leaf[0], solution.ys)
         return last, solution.result == diffrax.RESULTS.successful
