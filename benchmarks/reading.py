@@ -5,7 +5,7 @@ its own has during a call, less what it had before, in multiples of the data's s
 reads a model of so many events of 32 values. The last column has the data in a file that is mapped
 into memory.
 
-    python benchmarks/reading.py --num-events 250000 1000000 4000000
+    python benchmarks/reading.py --num-events 125000 500000 2000000
 """
 
 import argparse
@@ -174,7 +174,7 @@ def main(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--num-events", type=int, nargs="+", default=[250_000, 1_000_000, 4_000_000]
+        "--num-events", type=int, nargs="+", default=[125_000, 500_000, 2_000_000]
     )
     parser.add_argument("--output", default="out")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
