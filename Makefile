@@ -21,8 +21,8 @@ PY := $(VENV)/bin/python
 
 # Modules that must work in float64 too; those that exist are run.
 NUMERIC := matrices linalg solvers schedules denoisers likelihoods samplers guidance metrics \
-	transport training distributions proposals smc conditional_smc curvature introspect moments \
-	posterior gaussian_fit params
+	transport training distributions proposals smc conditional_smc curvature reading moments \
+	posterior gaussian_fit params potentials complex groups
 X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
 
 .PHONY: help demo test test-slow test-x64 lint format types docs bench clean

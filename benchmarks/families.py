@@ -145,7 +145,7 @@ PRIORS = {
     "Gaussian": ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.zeros(1), jnp.eye(1))),
     "two modes": ndp.DiffusionPrior(
         ndp.MixtureDenoiser(
-            jnp.ones(2), jnp.array([[-1.2], [1.2]]), Isotropic(jnp.asarray(0.25), 1)
+            jnp.full(2, 0.5), jnp.array([[-1.2], [1.2]]), Isotropic(jnp.asarray(0.25), 1)
         )
     ),
 }

@@ -173,9 +173,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--num-events", type=int, nargs="+", default=[125_000, 500_000, 2_000_000]
-    )
+    parser.add_argument("--num-events", type=int, nargs="+", default=[125_000, 500_000, 2_000_000])
     parser.add_argument("--output", default="out")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

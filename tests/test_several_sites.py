@@ -68,7 +68,7 @@ def check(samples):
 
 def test_product_denoises_its_parts_in_their_own_units():
     mixture = MixtureDenoiser(
-        jnp.ones(2), jnp.asarray([[[-9.0, 0.0]], [[9.0, 3.0]]]), jnp.stack([jnp.eye(2)] * 2)
+        jnp.full(2, 0.5), jnp.asarray([[[-9.0, 0.0]], [[9.0, 3.0]]]), jnp.stack([jnp.eye(2)] * 2)
     )
     gaussian = PRIORS["star"].denoiser
     product = ProductDenoiser((mixture, gaussian))
