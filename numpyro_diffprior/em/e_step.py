@@ -13,7 +13,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.system import Settings
-from numpyro_diffprior.reading.reader import Read
+from numpyro_diffprior.reading.model import Read
 
 __all__ = ["EStep", "draw_events"]
 

@@ -52,7 +52,8 @@ from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.reading.checks import check_data
-from numpyro_diffprior.reading.reader import ModelData, ModelReading, Read, read
+from numpyro_diffprior.reading.model import ModelData, ModelReading, Read
+from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, check_names
 
 __all__ = ["EM"]

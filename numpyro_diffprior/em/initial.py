@@ -19,7 +19,8 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.reader import Read, read
+from numpyro_diffprior.reading.model import Read
+from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
 __all__ = ["GaussianStart", "fit_by_sampling", "fit_in_closed_form", "has_closed_form"]

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import optax
 from numpyro.distributions.transforms import Transform
 
-from numpyro_diffprior.reading.reader import ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import ModelData, ModelReading, Read
 
 __all__ = ["fit_params", "init_params"]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.reader import ModelReading
+from numpyro_diffprior.reading.model import ModelReading
 
 __all__ = ["Priors", "Sites", "as_dict", "learned", "mend", "pool", "read_sites"]
 

@@ -12,7 +12,7 @@ from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, Settings
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.reader import Block, ModelData, ModelReading, Read, join_blocks
+from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read, join_blocks
 
 __all__ = ["PosteriorSamples", "block_size", "merge_stats", "sample_blocks"]
 

@@ -21,7 +21,8 @@ from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import ParticleInfo, Settings
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.reader import Block, Read, read
+from numpyro_diffprior.reading.model import Block, Read
+from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, fix_plates
 
 __all__ = ["MMPSKernel", "MMPSState", "ParticleGibbs", "ParticleGibbsState"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.reading.reader import Block, ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read
 
 __all__ = ["check_data"]
 

@@ -7,12 +7,10 @@ whatever a model reads is seen: a changed number makes another program, which is
 changed array does not; and an unchanged model compiles nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpyro.distributions import constraints
@@ -22,21 +20,15 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.dependence import depends
 from numpyro_diffprior._compile.devices import replicate
-from numpyro_diffprior._compile.program import Program, freeze, trace
-from numpyro_diffprior.denoisers.denoiser import Denoiser
-from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading
+from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
-    LatentSite,
     couples,
-    group_sites,
     read_latent_site,
 )
-from numpyro_diffprior.reading.likelihood import LikelihoodReader
-from numpyro_diffprior.reading.observed import ObservedSite, SiteForm, decide, describe
+from numpyro_diffprior.reading.model import ModelData, ModelForm, ModelReading, Read, Source
+from numpyro_diffprior.reading.observed import describe
 from numpyro_diffprior.reading.tracing import (
     Latent,
     Model,
@@ -47,409 +39,7 @@ from numpyro_diffprior.reading.tracing import (
     run_model,
 )
 
-__all__ = [
-    "Block",
-    "GroupReading",
-    "ModelData",
-    "ModelReading",
-    "Read",
-    "join_blocks",
-    "read",
-]
-
-
-class ModelData(NamedTuple):
-    """The arrays that a model takes.
-
-    Attributes:
-        arrays: Its arguments, and what arrays it encloses.
-        params: The values of its ``numpyro.param`` sites, by name; those that are missing have
-            their first values.
-    """
-
-    arrays: list[jax.Array]
-    params: dict[str, jax.Array]
-
-
-class Read(NamedTuple):
-    """A model that was read.
-
-    Attributes:
-        reading: What the model does; static.
-        data: The arrays that it takes.
-        positions: The positions in the data of the arrays of the model's arguments, by their own
-            positions.
-    """
-
-    reading: "ModelReading"
-    data: ModelData
-    positions: dict[int, int]
-
-    def with_params(self, params: Mapping[str, jax.Array]) -> "Read":
-        """Return the model with values of its ``numpyro.param`` sites."""
-        return self._replace(data=self.data._replace(params=dict(params)))
-
-    def with_first_argument(self, value: Any) -> "Read":
-        """Return the model with the arrays of another first argument, of the same structure."""
-        arrays = list(self.data.arrays)
-        for i, array in enumerate(split_arguments(value)[0]):
-            if i in self.positions:
-                arrays[self.positions[i]] = array
-        return self._replace(data=self.data._replace(arrays=arrays))
-
-
-class Block(NamedTuple):
-    """A group of latent sites on some elements of its plates, in compiled code.
-
-    Attributes:
-        parts: The denoisers of the sites' priors.
-        denoiser: The denoiser of all sites together.
-        likelihood: What the observed sites say of them.
-    """
-
-    parts: tuple[Denoiser, ...]
-    denoiser: Denoiser
-    likelihood: Likelihood
-
-
-class _Source(NamedTuple):
-    """Where an input of the program comes from.
-
-    Attributes:
-        position: The position of an array in the data, or None.
-        axes: The axes in which it is sliced, each with the name of its plate.
-        plate: The name of a plate whose elements it has, or None.
-        param: The name of a parameter whose value it has, or None.
-    """
-
-    position: int | None = None
-    axes: tuple[tuple[int, str], ...] = ()
-    plate: str | None = None
-    param: str | None = None
-
-
-class _Form(NamedTuple):
-    """What a model's execution says beside its program; static.
-
-    Attributes:
-        latents: The latent sites.
-        priors: Their priors' denoisers without arrays.
-        observed: The forms of the observed sites.
-        params: The names of the ``numpyro.param`` sites, each with its constraint.
-        origins: For every latent site, where the arrays of its prior's denoiser come from: the
-            positions of arrays of the model's arguments, None for others.
-        couplings: For each observed site the latent sites whose plates it couples, if it depends
-            on them.
-        blocks: The numbers of elements of divided plates in a block, by name.
-    """
-
-    latents: tuple[LatentSite, ...]
-    priors: tuple[StaticArguments, ...]
-    observed: tuple[SiteForm, ...]
-    params: tuple[tuple[str, Any], ...]
-    origins: tuple[tuple[int | None, ...], ...]
-    couplings: tuple[frozenset[str], ...]
-    blocks: tuple[tuple[str, int], ...]
-
-
-class ModelReading:
-    """What a model does, without its data: static, hashable, equal where the programs are equal.
-
-    Attributes:
-        blocks: The numbers of elements of divided plates in a block, by name.
-    """
-
-    def __init__(
-        self, program: Program, form: _Form, treedef: Any, sources: tuple[_Source, ...]
-    ) -> None:
-        self.program = program
-        self.form = form
-        self.treedef = treedef
-        self.sources = sources
-        self.blocks = dict(form.blocks)
-        self._key = program, freeze(form), freeze(treedef), sources
-        self._hash = hash(self._key)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ModelReading):
-            return NotImplemented
-        return self is other or (self._hash == other._hash and self._key == other._key)
-
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler of the priors."""
-        return self.form.latents[0].sampler
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The floating type of the latent values."""
-        position = next(iter(self.latent_inputs.values()))
-        aval: Any = self.program.jaxpr.invars[position].aval
-        return aval.dtype
-
-    @property
-    def groups(self) -> tuple["GroupReading", ...]:
-        """The groups of latent sites that are drawn together."""
-        return _groups(self)
-
-    def inputs(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> list[Any]:
-        """Return the inputs of the program, but for the latent values (None).
-
-        Args:
-            data: The arrays of the model.
-            indices: The elements of divided plates, by name (default: the first ones).
-        """
-        indices = indices or {}
-
-        def elements(plate: str) -> jax.Array:
-            given = indices.get(plate)
-            return jnp.arange(self.blocks[plate]) if given is None else given
-
-        def make(source: _Source) -> Any:
-            if source.plate is not None:
-                return elements(source.plate)
-            if source.position is None:
-                return None if source.param is None else data.params.get(source.param)
-            array = jnp.asarray(data.arrays[source.position])
-            for axis, plate in source.axes:
-                array = jnp.take(array, elements(plate), axis)
-            return array
-
-        found = [make(source) for source in self.sources]
-        if any(s.param is not None and found[i] is None for i, s in enumerate(self.sources)):
-            first = self.evaluate(self.outputs["params"], found)()
-            for i, source in enumerate(self.sources):
-                if source.param is not None and found[i] is None:
-                    found[i] = first[source.param]
-        return found
-
-    @cached_property
-    def latent_inputs(self) -> dict[str, int]:
-        """The positions of the latent values among the inputs, by site."""
-        first = len(self.sources) - len(self.form.latents)
-        return {site.name: first + i for i, site in enumerate(self.form.latents)}
-
-    @cached_property
-    def outputs(self) -> Any:
-        """The positions of the outputs, as a tree."""
-        count = self.treedef.num_leaves
-        return jax.tree.unflatten(self.treedef, list(range(count)))
-
-    def evaluate(self, tree: Any, inputs: Sequence[Any], latents: Sequence[str] = ()) -> Any:
-        """Return a function of latent values that evaluates outputs.
-
-        Args:
-            tree: A tree of the outputs' positions, a part of `outputs`.
-            inputs: The inputs.
-            latents: The sites whose values are the function's arguments.
-        """
-        positions, treedef = jax.tree.flatten(tree)
-        late = [self.latent_inputs[name] for name in latents]
-        staged = self.program.stage(inputs, positions, late)
-        return lambda *values: jax.tree.unflatten(treedef, staged(*values))
-
-    def params(self, data: ModelData) -> dict[str, jax.Array]:
-        """Return the first values of the ``numpyro.param`` sites; traceable."""
-        return self.evaluate(self.outputs["params"], self.inputs(data))()
-
-    @property
-    def constraints(self) -> dict[str, Any]:
-        """The constraints of the ``numpyro.param`` sites."""
-        return dict(self.form.params)
-
-    def log_density(
-        self,
-        data: ModelData,
-        values: Mapping[str, jax.Array],
-        indices: Mapping[str, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Return the log-density of all observed sites, scaled to whole plates."""
-        names = list(self.latent_inputs)
-        tree = [(site["scale"], site["log_prob"]) for site in self.outputs["observed"]]
-        terms = self.evaluate(tree, self.inputs(data, indices), names)(
-            *(values[name] for name in names)
-        )
-        return sum((jnp.sum(scale * log_prob) for scale, log_prob in terms), start=jnp.zeros(()))
-
-
-class GroupReading:
-    """A group of latent sites and how its observed sites are read; static, a part of a reading.
-
-    Attributes:
-        group: The latent sites.
-        observed: How the observed sites that depend on them are read.
-    """
-
-    def __init__(
-        self, reading: ModelReading, group: LatentGroup, observed: Sequence[ObservedSite]
-    ) -> None:
-        self.reading = reading
-        self.group = group
-        self.observed = tuple(observed)
-        forms = [reading.form.observed[site.position] for site in self.observed]
-        self.reader = LikelihoodReader(group, self.observed, forms)
-
-    @cached_property
-    def linear(self) -> bool:
-        """Whether means are affine in the events, and noise and values are the same at all."""
-        if any(site.by in ("event", "potential") for site in self.observed):
-            return False
-        specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._invars]
-
-        def derivative(x: jax.Array, v: jax.Array, inputs: list[Any]) -> Any:
-            denoiser = self.group.denoiser(self._parts(inputs))
-            evaluate = self._evaluate(denoiser, inputs)
-
-            def read(x: jax.Array) -> Reading:
-                return self.reader.read(evaluate, x)[0]
-
-            _, tangent = jax.jvp(lambda x: read(x).y_hat, (x,), (v,))
-            _, noise, y = read(x)
-            return tangent, noise, y
-
-        x = jax.eval_shape(lambda inputs: self._template(inputs)[1], specs)
-        return not any(jax.tree.leaves(depends(derivative, x, x, specs, on=[0])))
-
-    def bind(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> Block:
-        """Return denoiser and likelihood on some elements of the plates; traceable.
-
-        Args:
-            data: The arrays of the model.
-            indices: The elements of divided plates, by name (default: the first ones).
-        """
-        inputs = self.reading.inputs(data, indices)
-        denoiser, template = self._template(inputs)
-        evaluate = self._evaluate(denoiser, inputs)
-        likelihood = self.reader.likelihood(evaluate, template, linear=self.linear)
-        return Block(self._parts(inputs), denoiser, likelihood)
-
-    def parts(
-        self, data: ModelData, indices: Mapping[str, jax.Array] | None = None
-    ) -> tuple[Denoiser, ...]:
-        """Return the denoisers of the sites' priors; see `bind`."""
-        return self._parts(self.reading.inputs(data, indices))
-
-    def denoiser(
-        self, data: ModelData, indices: Mapping[str, jax.Array] | None = None
-    ) -> Denoiser:
-        """Return the denoiser of all sites together; see `bind`."""
-        return self.group.denoiser(self.parts(data, indices))
-
-    def over_blocks(self, f: Callable[[dict[str, jax.Array]], Any]) -> Any:
-        """Map a function of the elements of a block over all events of the plates; traceable.
-
-        Args:
-            f: Maps elements of divided plates, by name, to arrays whose first axes are the
-                batch's.
-
-        Returns:
-            The results, with the shape of the whole batch in these axes.
-        """
-        plate = self.group.largest_plate
-        size = None if plate is None else self.reading.blocks.get(plate.name)
-        if plate is None or size is None:
-            return f({})
-        num_blocks = -(-plate.size // size)
-        indices = jnp.arange(num_blocks * size).reshape(num_blocks, size) % plate.size
-        results = jax.lax.map(lambda index: f({plate.name: index}), indices)
-        axis = len(self.group.batch_shape) + plate.dim
-        return join_blocks(results, axis, plate.size)
-
-    @property
-    def _invars(self) -> list[Any]:
-        return list(self.reading.program.jaxpr.invars)
-
-    def _parts(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
-        reading = self.reading
-        tree = [reading.outputs["priors"][name] for name in self.group.names]
-        arrays = reading.evaluate(tree, inputs)()
-        statics = dict(zip(reading.latent_inputs, reading.form.priors, strict=True))
-        return tuple(
-            merge_arguments(found, statics[name])
-            for name, found in zip(self.group.names, arrays, strict=True)
-        )
-
-    def _template(self, inputs: Sequence[Any]) -> tuple[Denoiser, jax.Array]:
-        """Return the denoiser, and a batch of events at the priors' means."""
-        denoiser = self.group.denoiser(self._parts(inputs))
-        shape = (*self.group.batch_shape, *denoiser.event_shape)
-        return denoiser, jnp.broadcast_to(denoiser.mean, shape)
-
-    def _evaluate(self, denoiser: Denoiser, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Return a function from a batch of events to the arrays of the observed sites."""
-        reading = self.reading
-        tree = [reading.outputs["observed"][site.position] for site in self.observed]
-        staged = reading.evaluate(tree, inputs, self.group.names)
-
-        def evaluate(x: jax.Array) -> Any:
-            values = self.group.split(denoiser, x)
-            return staged(*(values[name] for name in self.group.names))
-
-        return evaluate
-
-
-def join_blocks(results: Any, axis: int, size: int) -> Any:
-    """Join blocks, which are the leading axis of arrays, along the axis of their elements."""
-
-    def join(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.moveaxis(leaf, 0, axis)
-        leaf = leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
-
-    return jax.tree.map(join, results)
-
-
-@lru_cache(maxsize=256)
-def _groups(reading: ModelReading) -> tuple[GroupReading, ...]:
-    """Group the latent sites by what the observed sites depend on, and decide how to read these.
-
-    Raises:
-        ValueError: If the prior of one site depends on another, if no observed site depends on a
-            latent one, or if one cannot be read.
-    """
-    form, outputs = reading.form, reading.outputs
-    by_latent = {
-        name: jax.tree.unflatten(reading.treedef, reading.program.depends_on([position]))
-        for name, position in reading.latent_inputs.items()
-    }
-    dependent = sorted(
-        name
-        for name in outputs["priors"]
-        if any(any(marks["priors"][name]) for marks in by_latent.values())
-    )
-    if dependent:
-        raise ValueError(
-            f"the priors of the latent sites {dependent} depend on other sites with a "
-            "DiffusionPrior; expected independent priors, which are sampled together. Sample such "
-            "sites with `DiffusionReparam` and NUTS."
-        )
-    reached = [
-        frozenset(n for n, marks in by_latent.items() if marks["observed"][i]["log_prob"])
-        for i in range(len(form.observed))
-    ]
-    if not any(reached):
-        names = " and ".join(f"'{site.name}'" for site in form.latents)
-        raise ValueError(
-            f"no observed site depends on the latent site {names}; pass the data that the model "
-            "observes."
-        )
-    coupled = [
-        bool(names & couples) for names, couples in zip(reached, form.couplings, strict=True)
-    ]
-    groups = group_sites(form.latents, zip(reached, coupled, strict=True))
-    found = []
-    for group in groups:
-        marks = reading.program.depends_on([reading.latent_inputs[n] for n in group.names])
-        tree = jax.tree.unflatten(reading.treedef, marks)
-        sites = [
-            decide(i, site, tree["observed"][i], group.event_size)
-            for i, site in enumerate(form.observed)
-        ]
-        found.append(GroupReading(reading, group, [site for site in sites if site is not None]))
-    return tuple(found)
+__all__ = ["read"]
 
 
 def read(
@@ -555,7 +145,7 @@ def _execute(
     model: Model, specs: list[Any], static: StaticArguments, blocks: Mapping[str, int]
 ) -> _Executed:
     """Execute a model once, on shapes."""
-    forms: list[_Form] = []
+    forms: list[ModelForm] = []
 
     def run(arrays: list[jax.Array], indices: dict[str, jax.Array]) -> Any:
         args, kwargs = merge_arguments(arrays, static)
@@ -584,22 +174,22 @@ def _execute(
         return positions[argument]
 
     used = traced.program.used()
-    sources: list[tuple[int, _Source]] = [(i, _Source(i)) for i in range(len(kept))]
+    sources: list[tuple[int, Source]] = [(i, Source(i)) for i in range(len(kept))]
     after = len(kept)
-    sources += [(after + i, _Source(keep(i))) for i in range(len(specs)) if used[after + i]]
+    sources += [(after + i, Source(keep(i))) for i in range(len(specs)) if used[after + i]]
     after += len(specs)
-    sources += [(after + i, _Source(plate=name)) for i, name in enumerate(sorted(blocks))]
+    sources += [(after + i, Source(plate=name)) for i, name in enumerate(sorted(blocks))]
     after += len(blocks)
     latents: dict[str, int] = {}
     for i, name in enumerate(traced.names):
         match name:
             case Slice():
-                sources.append((after + i, _Source(keep(name.position), name.axes)))
+                sources.append((after + i, Source(keep(name.position), name.axes)))
             case Param():
-                sources.append((after + i, _Source(param=name.name)))
+                sources.append((after + i, Source(param=name.name)))
             case Latent():
                 latents[name.name] = after + i
-    sources += [(latents[site.name], _Source()) for site in form.latents]
+    sources += [(latents[site.name], Source()) for site in form.latents]
     # An array of a prior that is an argument, unchanged, is the very variable.
     variables = {var: i for i, var in enumerate(traced.program.jaxpr.invars[len(traced.data) :])}
     outvars = jax.tree.unflatten(traced.treedef, traced.program.jaxpr.outvars)
@@ -614,7 +204,7 @@ def _execute(
 
 def _describe(
     sites: Mapping[str, Any], params: dict[str, jax.Array], blocks: Mapping[str, int]
-) -> tuple[_Form, Any]:
+) -> tuple[ModelForm, Any]:
     """Describe a trace by its static form and its arrays."""
     samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
     sizes = {name: site["args"][0] for name, site in sites.items() if site["type"] == "plate"}
@@ -652,7 +242,7 @@ def _describe(
     parts = {name: split_arguments(prior.denoiser) for name, prior in priors.items()}
     seen = {name: site for name, site in samples.items() if site["is_observed"]}
     described = [describe(name, site) for name, site in seen.items()]
-    form = _Form(
+    form = ModelForm(
         latents=found,
         priors=tuple(static for _, static in parts.values()),
         observed=tuple(site for site, _ in described),
