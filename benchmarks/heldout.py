@@ -28,13 +28,15 @@ def start_at_clean(rng_key, em, prior, data, args):
     start = em.init(key_init, prior, data.mask, data.y)
     training, _ = ndp.training.train(
         key_train,
-        start.training,
+        start.training["prior"],
         data.clean,
         em.optimizer,
         num_steps=1000 * args.clean_rounds,
         batch_size=args.batch_size,
     )
-    return start._replace(prior=ndp.DiffusionPrior(training.averaged), training=training)
+    return start._replace(
+        priors={"prior": ndp.DiffusionPrior(training.averaged)}, training={"prior": training}
+    )
 
 
 def learn(rng_key, data, num_particles, args, from_clean=False):

@@ -143,8 +143,8 @@ def judge_posterior(rng_key, prior, data, num_images=256, num_samples=64, num_pa
     return scores, draws
 
 
-def make_em(args, model=model, *, optimizer=None, num_particles=None, use_average=True):
-    """EM as the arguments have it, or with another optimizer or number of particles."""
+def make_em(args, model=model, *, optimizer=None, num_particles=None, **m_step):
+    """EM as the arguments have it, or with another optimizer, number of particles or M-step."""
     if optimizer is None:
         num_steps = args.num_iterations * args.num_sgd_steps
         optimizer = make_optimizer(anneal(args.learning_rate, num_steps))
@@ -155,9 +155,7 @@ def make_em(args, model=model, *, optimizer=None, num_particles=None, use_averag
         guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance()),
         batch_size=args.batch_size * num_particles,
     )
-    m_step = ndp.MStep(
-        num_steps=args.num_sgd_steps, batch_size=args.batch_size, use_average=use_average
-    )
+    m_step = ndp.MStep(num_steps=args.num_sgd_steps, batch_size=args.batch_size, **m_step)
     return ndp.EM(model, optimizer, e_step=e_step, m_step=m_step)
 
 

@@ -13,6 +13,7 @@ from oracles import COVARIANCES, covariance
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from numpyro_diffprior.denoisers import serialization
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -108,11 +109,12 @@ CASES |= {"scalar": lambda: GaussianDenoiser(1.5, Isotropic(2.0, 1))}
 
 
 def rewrite(path, tensors=None, **header):
-    """Change a file's header, as a stranger or another release would."""
+    """Change a file and seal it again, as a stranger or another release would."""
     with safe_open(path, "np") as file:
-        metadata = file.metadata() | header
+        header = file.metadata() | header
         tensors = {key: file.get_tensor(key) for key in file.keys()} | (tensors or {})  # noqa: SIM118
-    path.write_bytes(save(tensors, metadata))
+    header["digest"] = serialization._digest(header, tensors)
+    path.write_bytes(save(tensors, header))
 
 
 @pytest.fixture
@@ -217,6 +219,84 @@ def test_truncated_file_is_refused(path):
             load_denoiser(path)
 
 
+def test_flipped_bits_are_told(path):
+    save_denoiser(path, mlp())
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in np.linspace(start, len(content) - 1, 40).astype(int):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="does not match the digest"):
+            load_denoiser(path)
+
+
+def test_small_file_makes_no_large_network(path):
+    built = []
+
+    class Counting(OwnNet):
+        def __init__(self, event_shape, *, width, rngs):
+            built.append(isinstance(jnp.zeros(()) + rngs.params.count[...], jax.core.Tracer))
+            super().__init__(event_shape, width=width, rngs=rngs)
+
+    save_denoiser(path, own())
+    with safe_open(path, "np") as file:
+        tree = file.metadata()["tree"]
+    rewrite(path, tree=tree.replace('"width": 3', '"width": 1000000000'))
+    with pytest.raises(ValueError, match="do not fit the class"):
+        load_denoiser(path, networks={"OwnNet": Counting})
+    assert built == [True]
+
+
+def test_network_that_needs_numbers_to_be_built_loads(path):
+    class Concrete(OwnNet):
+        def __init__(self, event_shape, *, width, rngs):
+            super().__init__(event_shape, width=width, rngs=rngs)
+            assert float(self.offset.sum()) == 0.0
+            assert bool(jnp.isfinite(rngs.noise()).all)
+
+    save_denoiser(path, own())
+    assert load_denoiser(path, networks={"OwnNet": Concrete}).event_shape == (2,)
+
+
+@pytest.mark.parametrize("depth", [500, 100_000])
+def test_deep_header_is_refused(path, depth):
+    save_denoiser(path, gaussian())
+    rewrite(path, tree='{"items": [' * depth + "]}" * depth)
+    with pytest.raises(ValueError, match="nested too deeply|expected a denoiser|damaged"):
+        load_denoiser(path)
+    rewrite(path, metadata="[" * depth + "]" * depth)
+    if depth > 10_000:
+        with pytest.raises(ValueError, match="'metadata' in the header is nested too deeply"):
+            read_metadata(path)
+
+
+def test_only_a_regular_file_is_replaced(path, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("kept")
+    path.symlink_to(target)
+    with pytest.raises(FileExistsError, match="regular file"):
+        save_denoiser(path, gaussian())
+    assert path.is_symlink()
+    assert target.read_text() == "kept"
+    with pytest.raises(FileExistsError, match="regular file"):
+        save_denoiser(tmp_path, gaussian())
+
+
+def test_file_of_another_owner_is_kept(path, monkeypatch):
+    save_denoiser(path, gaussian())
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="somebody else's"):
+        save_denoiser(path, gaussian())
+
+
+def test_mode_is_kept(path):
+    save_denoiser(path, gaussian())
+    path.chmod(0o640)
+    save_denoiser(path, gaussian())
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_missing_file_is_an_error_of_the_system(path):
     with pytest.raises(FileNotFoundError, match="prior"):
         load_denoiser(path)
@@ -235,7 +315,7 @@ def test_other_version_is_refused(path):
     save_denoiser(path, gaussian())
     rewrite(path, version="1")
     for read in (load_denoiser, read_metadata):
-        with pytest.raises(ValueError, match="expected version 2 of the format, got 1"):
+        with pytest.raises(ValueError, match="expected version 3 of the format, got 1"):
             read(path)
 
 

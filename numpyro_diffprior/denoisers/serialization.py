@@ -11,14 +11,17 @@ is one of
 - ``{"value": ...}``: a number or a string.
 
 A file can only name types that this package lists and networks that the reader passes, so that
-loading a stranger's file runs none of the stranger's code.
+loading a stranger's file runs none of the stranger's code. A digest in the header tells a damaged
+file; it does not tell who wrote it.
 
 References:
     The safetensors format, https://github.com/huggingface/safetensors.
 """
 
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -49,7 +52,7 @@ from numpyro_diffprior.nets import NETWORKS
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 
 _FORMAT = "numpyro_diffprior.denoiser"
-_VERSION = "2"
+_VERSION = "3"
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -66,6 +69,8 @@ _TYPES: dict[str, Any] = {
     )
 }
 
+_NEEDS_NUMBERS = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
 _Path = str | os.PathLike[str]
 _Tensors = dict[str, np.ndarray]
 
@@ -79,7 +84,8 @@ def save_denoiser(
     or the new one, whatever happens in between.
 
     Args:
-        path: Where to write, by convention ending in ``.safetensors``; an old file is replaced.
+        path: Where to write, by convention ending in ``.safetensors``; an old file is replaced and
+            keeps its mode.
         denoiser: A denoiser of this package. A network of your own needs an attribute ``config``,
             the keyword arguments of its constructor but ``rngs``, fit for JSON. The state of its
             random streams is not stored.
@@ -88,8 +94,11 @@ def save_denoiser(
     Raises:
         ValueError: If a part of the denoiser is of a type that cannot be stored, or if a network
             has no ``config``, or one that is not fit for JSON.
+        FileExistsError: If what is at ``path`` is not a regular file, such as a link or a device.
+        PermissionError: If it is somebody else's file.
     """
     path = Path(path)
+    mode = _mode_to_keep(path)
     tensors: _Tensors = {}
     header = {
         "format": _FORMAT,
@@ -97,12 +106,15 @@ def save_denoiser(
         "tree": json.dumps(_encode(denoiser, "", tensors)),
         "metadata": _to_json(dict(metadata or {}), "metadata"),
     }
+    header["digest"] = _digest(header, tensors)
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
             file.write(save(tensors, header))
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(part, mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -126,7 +138,10 @@ def load_denoiser(
     """
     header, tensors = _read(path)
     known = {**NETWORKS, **(networks or {})}
-    denoiser = _decode(_from_json(header, "tree", path), "", tensors, known, path)
+    try:
+        denoiser = _decode(_from_json(header, "tree", path), "", tensors, known, path)
+    except RecursionError as error:
+        raise ValueError(f"'{path}': the header is nested too deeply to be a denoiser.") from error
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
             f"'{path}': expected a denoiser, got {type(denoiser).__name__}; the file is damaged."
@@ -143,6 +158,31 @@ def read_metadata(path: _Path) -> dict[str, Any]:
     """
     header, _ = _read(path, with_tensors=False)
     return _from_json(header, "metadata", path)
+
+
+def _mode_to_keep(path: Path) -> int | None:
+    """Return the mode of the file to be replaced, None if the place is free."""
+    try:
+        old = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(old.st_mode):
+        raise FileExistsError(
+            f"'{path}': expected a regular file or nothing to replace, got a link, a directory or "
+            "a device; give another path, or remove it first."
+        )
+    if hasattr(os, "geteuid") and old.st_uid != os.geteuid():
+        raise PermissionError(f"'{path}': the file to be replaced is somebody else's.")
+    return stat.S_IMODE(old.st_mode)
+
+
+def _digest(header: Mapping[str, str], tensors: _Tensors) -> str:
+    """Return the SHA-256 of all that a file says."""
+    digest = hashlib.sha256(json.dumps([header["tree"], header["metadata"]]).encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: _Path, *, with_tensors: bool = True) -> tuple[dict[str, str], _Tensors]:
@@ -166,6 +206,10 @@ def _read(path: _Path, *, with_tensors: bool = True) -> tuple[dict[str, str], _T
             f"'{path}': expected version {_VERSION} of the format, got {header.get('version')}; "
             "load it with the release of numpyro_diffprior that wrote it, or upgrade this one."
         )
+    if with_tensors and header.get("digest") != _digest(header, tensors):
+        raise ValueError(
+            f"'{path}': the content does not match the digest stored with it; the file is damaged."
+        )
     return header, tensors
 
 
@@ -182,6 +226,8 @@ def _to_json(value: Any, what: str) -> str:
 def _from_json(header: dict[str, str], key: str, path: _Path) -> Any:
     try:
         return json.loads(header.get(key, ""))
+    except RecursionError as error:
+        raise ValueError(f"'{path}': the '{key}' in the header is nested too deeply.") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"'{path}': expected JSON as '{key}' in the header, got {header.get(key)!r}; the file "
@@ -301,22 +347,41 @@ def _build_network(
             f"'{file}': expected one of the networks {', '.join(networks)}, got {name!r}; pass "
             f'its class: networks={{"{name}": {name}}}.'
         )
-    try:
-        net = networks[name](**config, rngs=nnx.Rngs(0))
-    except TypeError as error:
-        raise ValueError(
-            f"'{file}': the network {name} does not take the stored config {config}: {error}; "
-            "pass the class that was saved."
-        ) from error
-    _set_weights(net, path, tensors, file)
+    stored = _stored_weights(path, tensors)
+
+    def build() -> nnx.Module:
+        try:
+            return networks[name](**config, rngs=nnx.Rngs(0))
+        except TypeError as error:
+            if isinstance(error, _NEEDS_NUMBERS):
+                raise
+            raise ValueError(
+                f"'{file}': the network {name} does not take the stored config {config}: {error}; "
+                "pass the class that was saved."
+            ) from error
+
+    try:  # A small file must not make a large network: compare shapes before there are arrays.
+        variables = jax.eval_shape(lambda: _weights(build()))
+        # nnx does not see arrays that are no variables while it is traced.
+        _check_shapes(
+            variables, name, {key: stored[key] for key in variables if key in stored}, file
+        )
+    except _NEEDS_NUMBERS:
+        pass  # The constructor looks at its weights; it is only checked once built.
+    net = build()
+    _check_shapes(_weights(net), name, stored, file)
+    _set_weights(net, stored, file)
     return net
 
 
-def _set_weights(net: nnx.Module, path: str, tensors: _Tensors, file: _Path) -> None:
-    name, prefix = type(net).__name__, _join(path, "")
-    stored = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
-    shapes = {key: tensors[full].shape for key, full in stored.items()}
-    wanted = {key: leaf.shape for key, leaf in _weights(net).items()}
+def _stored_weights(path: str, tensors: _Tensors) -> _Tensors:
+    prefix = _join(path, "")
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors, file: _Path) -> None:
+    shapes = {key: array.shape for key, array in stored.items()}
+    wanted = {key: leaf.shape for key, leaf in weights.items()}
     if shapes != wanted:
         different = dict(sorted(wanted.items() - shapes.items()))
         superfluous = sorted(shapes.keys() - wanted.keys())
@@ -325,11 +390,14 @@ def _set_weights(net: nnx.Module, path: str, tensors: _Tensors, file: _Path) -> 
             f"it: expected also {different}, got {[shapes.get(key) for key in different]} there, "
             f"and superfluous {superfluous}; pass the class that was saved."
         )
+
+
+def _set_weights(net: nnx.Module, stored: _Tensors, file: _Path) -> None:
     leaves = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
     flat = []
     for parts, leaf in leaves:
-        key = stored[_key(parts)]
-        array = _to_jax(tensors[key], key, file)
+        key = _key(parts)
+        array = _to_jax(stored[key], key, file)
         flat.append((parts, leaf.replace(array) if isinstance(leaf, nnx.Variable) else array))
     nnx.update(net, nnx.from_flat_state(flat))
 

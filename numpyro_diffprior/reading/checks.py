@@ -50,24 +50,22 @@ def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
     for position, found in enumerate(model.reading.groups):
         result = _inspect(model.data, model.reading, position, sampler)
         counts.append(result.num_visible)
-        if isinstance(result.finite, jax.core.Tracer):
-            continue
         names = found.reader.names
-        if not result.finite:
+        if _is_false(result.finite):
             raise ValueError(
                 f"the observed values of {names} hold NaN or infinities where they are not "
                 "masked; mask them with `.mask(...)` on the site's distribution."
             )
-        if not result.noisy:
+        if _is_false(result.noisy):
             raise ValueError(
                 f"the noise of {names} has no variance somewhere; expected a positive scale."
             )
-        if not result.levels:
+        if _is_false(result.levels):
             raise ValueError(
                 f"expected noise levels that are positive and decrease, got others from {sampler} "
                 f"for the prior of {found.group}; look at its schedule and limits."
             )
-        if not result.apart:
+        if _is_false(result.apart):
             plates = [plate.name for plate in found.group.plates]
             raise ValueError(
                 f"in the plates {plates} an observed site of {names} depends on other elements of "
@@ -75,6 +73,11 @@ def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
                 "plates become one event."
             )
     return counts
+
+
+def _is_false(flag: jax.Array) -> bool:
+    """Whether a flag is known, and is false; of several, some may be known and some not."""
+    return not isinstance(flag, jax.core.Tracer) and not flag
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
