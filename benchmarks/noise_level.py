@@ -1,4 +1,4 @@
-"""Whether expectation maximisation finds the noise level beside the prior.
+"""Whether expectation maximization finds the noise level beside the prior.
 
 The curve of `examples/manifold.py` and the digits of `examples/digits.py`, with the noise level a
 parameter of the model that starts at twice its value. Of a single look at each event a prior with

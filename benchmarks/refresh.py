@@ -2,7 +2,7 @@
 
 The digits of the example, half of their pixels hidden, learned in the same number of SGD steps
 with more or fewer E-steps between them, and with other starts of the M-steps. The learning rate
-is constant, so that no schedule favours a rate of refreshing.
+is constant, so that no schedule favors a rate of refreshing.
 
     python benchmarks/refresh.py --output out
 """
@@ -24,7 +24,7 @@ RUNS = {
     "64 steps": (64, 4, {}),
     "256 steps": (256, 4, {}),
     "1,024 steps": (1024, 4, {}),
-    "256 steps, new optimiser": (256, 4, {"reset_optimizer": True}),
+    "256 steps, new optimizer": (256, 4, {"reset_optimizer": True}),
     "256 steps, E-step without averaging": (256, 4, {"use_average": False}),
     "256 steps, new network": (256, 4, {"warm_start": False}),
     "1,024 steps, new network": (1024, 4, {"warm_start": False}),

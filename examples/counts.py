@@ -1,7 +1,7 @@
 """Restore digits from a handful of photons, with a prior learned from the counts alone.
 
 Every pixel of every digit is a Poisson count of at most some eight photons. Expectation
-maximisation learns a diffusion prior from these counts, with the likelihood as it is and, to
+maximization learns a diffusion prior from these counts, with the likelihood as it is and, to
 compare, with the Gaussian approximation that one would make by hand: counts with a variance of
 their own size.
 

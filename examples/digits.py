@@ -1,7 +1,7 @@
 """Restore handwritten digits of which most pixels are hidden, without ever seeing a whole one.
 
 Half of the pixels of every digit (`--hidden` for more) are hidden at random, the rest are noisy.
-Expectation maximisation learns a diffusion prior from these observations alone; with it the hidden
+Expectation maximization learns a diffusion prior from these observations alone; with it the hidden
 pixels are drawn from their posterior. The result is judged beside the Gaussian prior that the same
 observations give, and beside a diffusion prior of the same network trained on the clean digits.
 
@@ -238,9 +238,9 @@ def show_rows(rows, path, num_images=12):
     figure, axes = plt.subplots(
         len(rows), num_images, figsize=(0.8 * num_images, 0.1 + 0.86 * len(rows))
     )
-    grey = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
+    gray = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
     for axis_row, (name, row) in zip(axes, rows.items(), strict=True):
-        images, (low, high), cmap = row if isinstance(row, tuple) else (row, (-1, 1), grey)
+        images, (low, high), cmap = row if isinstance(row, tuple) else (row, (-1, 1), gray)
         for axis, image in zip(axis_row, np.asarray(images), strict=False):
             axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[])

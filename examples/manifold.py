@@ -2,7 +2,7 @@
 
 Every point of a smooth random curve in R^5 (https://github.com/fzenke/randman) is seen through a
 random projection to R^2 with noise 0.01: no observation tells where its point lies. Expectation
-maximisation finds the curve all the same. This is the first experiment of DiEM (Rozet et al.,
+maximization finds the curve all the same. This is the first experiment of DiEM (Rozet et al.,
 NeurIPS 2024, arXiv 2405.13712), at a size that two cores finish in about ten minutes; `--paper`
 takes the paper's own settings, for which a GPU is needed.
 

@@ -2,7 +2,7 @@
 
 Each source is a smooth random curve in R^5. One view shows three random projections of a point of
 the first source, the other view three of a sum of both sources; nothing shows the second source on
-its own. Expectation maximisation learns a prior for each from both views at once. With them the
+its own. Expectation maximization learns a prior for each from both views at once. With them the
 sources of new sums are drawn: jointly, or in turns by Gibbs sampling, at equal network
 evaluations. This is the contrastive experiment of DDPRISM (Wagner-Carena et al., NeurIPS 2025,
 arXiv 2510.05205) with two sources, at a small size.

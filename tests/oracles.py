@@ -99,7 +99,7 @@ def mixture_posterior(weights, means, covs, matrix, cov_y, y):
 def mixture_denoiser(weights, means, covs, x_t, sigma):
     r"""Return :math:`E[x \mid x_t]` under a mixture."""
     identity = np.eye(means.shape[-1])
-    posterior, centres, _ = mixture_posterior(
+    posterior, centers, _ = mixture_posterior(
         weights, means, covs, identity, sigma**2 * identity, x_t
     )
-    return posterior @ centres
+    return posterior @ centers

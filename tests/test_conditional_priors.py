@@ -139,8 +139,8 @@ def test_a_context_may_be_latent():
         numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
 
     y = jnp.asarray([1.0, -0.5])
-    reparametrised = numpyro.handlers.reparam(latent_context, config={"x": DiffusionReparam(16)})
-    mcmc = MCMC(NUTS(reparametrised), num_warmup=200, num_samples=1000, progress_bar=False)
+    reparametrized = numpyro.handlers.reparam(latent_context, config={"x": DiffusionReparam(16)})
+    mcmc = MCMC(NUTS(reparametrized), num_warmup=200, num_samples=1000, progress_bar=False)
     mcmc.run(jax.random.key(4), conditional_prior(), y)
     gain = 1 / (1 + VARIANCE + NOISE**2)
     context = mcmc.get_samples()["context"]
@@ -148,7 +148,7 @@ def test_a_context_may_be_latent():
     np.testing.assert_allclose(context.var(0), 1 - gain, rtol=0.25)
 
 
-def labelled(num):
+def labeled(num):
     """Observations of two classes, and their labels."""
     rng = np.random.default_rng(5)
     label = np.eye(2)[rng.integers(0, 2, num)]
@@ -168,7 +168,7 @@ def new_prior():
 
 
 def test_em_learns_the_classes_apart():
-    label, y = labelled(512)
+    label, y = labeled(512)
     prior = (
         EM(model, optax.adam(3e-3), **STEPS).run(
             jax.random.key(6), 8, new_prior(), label, y, progress_bar=False
@@ -180,13 +180,13 @@ def test_em_learns_the_classes_apart():
 
 
 def test_em_knows_the_contexts_of_one_of_several_priors():
-    label, y = labelled(128)
+    label, y = labeled(128)
 
     def in_a_dict(priors, label, y=None):
         with numpyro.plate("events", len(label)):
             label = numpyro.subsample(label, event_dim=1)
             y = None if y is None else numpyro.subsample(y, event_dim=1)
-            x = numpyro.sample("x", priors["labelled"].condition(label))
+            x = numpyro.sample("x", priors["labeled"].condition(label))
             offset = numpyro.sample("offset", priors["offset"])
             numpyro.sample("y", dist.Normal(x + offset, NOISE).to_event(1), obs=y)
 
@@ -200,12 +200,12 @@ def test_em_knows_the_contexts_of_one_of_several_priors():
     result = em.run(
         jax.random.key(8),
         4,
-        {"labelled": new_prior(), "offset": offset},
+        {"labeled": new_prior(), "offset": offset},
         label,
         y,
         progress_bar=False,
     )
-    x = result.prior["labelled"].condition(jnp.eye(2)).sample(jax.random.key(7), (256,))
+    x = result.prior["labeled"].condition(jnp.eye(2)).sample(jax.random.key(7), (256,))
     np.testing.assert_allclose(x.mean(0), [[2.0, 0.0], [-2.0, 1.0]], atol=0.3)
 
 

@@ -46,7 +46,7 @@ def test_digits(tmp_path):
     assert json.loads((tmp_path / "digits.json").read_text())["table"] == result["table"]
 
 
-# A few far points have no plan at this regularisation in float32.
+# A few far points have no plan at this regularization in float32.
 @pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
 def test_manifold(tmp_path):
     args = manifold.parse_args(
@@ -242,7 +242,7 @@ def test_benchmark_of_calibration(tmp_path):
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
 
 
-# A few far points have no plan at this regularisation in float32.
+# A few far points have no plan at this regularization in float32.
 @pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
 def test_sources(tmp_path):
     args = sources.parse_args(

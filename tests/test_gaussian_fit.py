@@ -151,7 +151,7 @@ def fit(name, form, **options):
 
 
 def full_step(problem, mean, cov):
-    """Return the mean and covariance that maximise the expected log-density of the events."""
+    """Return the mean and covariance that maximize the expected log-density of the events."""
     posteriors = [
         gaussian_posterior(mean, cov, a, n, y - b)
         for a, b, n, y in zip(problem.matrix, problem.offset, problem.noise, problem.y)
@@ -169,8 +169,8 @@ def factor_step(problem, mean, variances, factor):
     first, second = np.zeros(size + rank), np.zeros(joint.shape)
     for a, b, n, y in zip(problem.matrix, problem.offset, problem.noise, problem.y):
         operator = np.concatenate([a, np.zeros((len(a), rank))], axis=1)
-        centre = np.concatenate([mean, np.zeros(rank)])
-        m, c = gaussian_posterior(centre, joint, operator, n, y - b)
+        center = np.concatenate([mean, np.zeros(rank)])
+        m, c = gaussian_posterior(center, joint, operator, n, y - b)
         first += m / len(problem.y)
         second += (c + np.outer(m, m)) / len(problem.y)
     second -= np.outer(first, first)

@@ -290,7 +290,7 @@ def test_dps():
 
 
 @pytest.mark.parametrize("method", EXACT)
-def test_nonlinear_mean_is_linearised(method):
+def test_nonlinear_mean_is_linearized(method):
     case = problem()
 
     y = case.likelihood.y

@@ -30,8 +30,8 @@ class TestFrechetDistance:
         x, shift = normal(1, 100, 4), jnp.arange(4.0)
         np.testing.assert_allclose(frechet_distance(x, x + shift), 14.0, rtol=RTOL)
         variance = jnp.sum(jnp.var(x, axis=0, ddof=1))
-        centred = x - jnp.mean(x, axis=0)
-        actual = frechet_distance(centred, 3 * centred)
+        centered = x - jnp.mean(x, axis=0)
+        actual = frechet_distance(centered, 3 * centered)
         np.testing.assert_allclose(actual, 4 * variance, rtol=RTOL)
 
     def test_gaussians(self):

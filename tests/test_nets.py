@@ -30,7 +30,7 @@ CASES = {
         },
     ),
     "UNet odd": (UNet, {"event_shape": (10, 6), "channels": (4, 4, 8, 8), "num_blocks": 1}),
-    "UNet colours": (UNet, {"event_shape": (16, 16, 3), "channels": (4, 8), "num_blocks": 1}),
+    "UNet colors": (UNet, {"event_shape": (16, 16, 3), "channels": (4, 8), "num_blocks": 1}),
     "UNet digits": (
         UNet,
         {"event_shape": (28, 28), "channels": (4, 4, 8), "num_blocks": 1, "attention": (2,)},
@@ -87,7 +87,7 @@ def test_rows_of_a_batch_are_separate_and_noise_matters(make, kwargs):
     assert np.all(np.std(out.reshape(3, -1), axis=1) > 0) or np.prod(net.event_shape) == 1
     tolerance = 1e-4 * np.abs(out).max()
     np.testing.assert_allclose(apply(net, x[::-1], noise[::-1]), out[::-1], atol=tolerance)
-    # With other neighbours in the batch a row stays as it is.
+    # With other neighbors in the batch a row stays as it is.
     others = apply(net, x.at[1:].add(1.0), noise.at[1:].add(1.0))
     np.testing.assert_allclose(others[0], out[0], atol=tolerance)
     assert np.abs(others[1:] - out[1:]).max() > 100 * tolerance

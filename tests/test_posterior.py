@@ -198,7 +198,7 @@ def test_same_key_same_draws_and_new_weights_compile_nothing():
     assert len(executions) == before + 2
 
 
-def test_nonlinear_means_are_linearised():
+def test_nonlinear_means_are_linearized():
     def squared(prior, y):
         x = numpyro.sample("x", prior)
         numpyro.sample("y", dist.Normal(x[0] + 0.1 * x[0] ** 2, 0.2), obs=y)

@@ -172,13 +172,13 @@ def test_deterministic_start(sampler):
     def flow(x_t):
         return np.asarray(jax.jit(lambda x: run.run(jax.random.key(0), denoiser, x))(x_t))
 
-    centre, deviation = (float(flow(jnp.array([x]))[0]) for x in (0.0, high))
-    deviation -= centre
+    center, deviation = (float(flow(jnp.array([x]))[0]) for x in (0.0, high))
+    deviation -= center
     # From N(0, sigma_max^2): the flow contracts deviations from the mean by this ratio.
     ratio = np.sqrt(variance / (variance + high**2))
-    np.testing.assert_allclose(centre, mean * (1 - ratio), rtol=0.02)
+    np.testing.assert_allclose(center, mean * (1 - ratio), rtol=0.02)
     np.testing.assert_allclose(deviation, high * ratio, rtol=0.02)
-    assert centre < 0.8 * mean
+    assert center < 0.8 * mean
     assert deviation < 0.98 * np.sqrt(variance)
     [(found_mean, found_cov)] = propagate(run, denoiser)
     np.testing.assert_allclose(found_mean, mean, rtol=10 * TOL)

@@ -90,13 +90,13 @@ def test_one_prior_is_passed_back_as_one():
 def test_a_prior_at_its_contexts_is_the_prior():
     prior = DiffusionPrior(make_network(context_shape=(3,)))
 
-    def labelled(prior, label):
+    def labeled(prior, label):
         with numpyro.plate("n", 3):
             label = numpyro.subsample(label, event_dim=1)
             x = numpyro.sample("x", prior.condition(label))
             numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros((3, 2)))
 
-    reading = read(labelled, (prior, jnp.eye(3)), {}).reading
+    reading = read(labeled, (prior, jnp.eye(3)), {}).reading
     assert read_sites(prior, reading).keys == (("x", "prior"),)
 
 

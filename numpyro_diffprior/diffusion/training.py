@@ -160,7 +160,7 @@ def train(
         rng_key: A key.
         state: Where to go on, from `init_training` or from this function.
         x: Clean events to fit, with shape ``(n, *event_shape)``.
-        optimizer: The optax transformation that `state` was initialised with.
+        optimizer: The optax transformation that `state` was initialized with.
         num_steps: Number of steps.
         batch_size: Number of events per step; it may exceed ``n``.
         context: The events' contexts, with shape ``(n, *context_shape)``, of a denoiser that

@@ -2,7 +2,7 @@ r"""A Gaussian over events, fitted to linear observations of them alone.
 
 Events :math:`x \sim \mathcal{N}(\mu, \Sigma)` are observed as :math:`y = A x + b + n`, with noise
 :math:`n \sim \mathcal{N}(0, N)`; :math:`A, b, N` differ between events, and each may hide much of
-its event. Expectation maximisation finds the Gaussian that makes all observations most likely;
+its event. Expectation maximization finds the Gaussian that makes all observations most likely;
 both of its steps are closed. They are done where prior and noise are white: with
 :math:`x = \mu + L \epsilon`, :math:`\Sigma = L L^T` and :math:`B = N^{-1/2} A L`,
 
@@ -122,7 +122,7 @@ def fit_gaussian(
     max_dense: int = 512,
     dtype: DTypeLike | None = None,
 ) -> GaussianFit:
-    """Fit a Gaussian to linear observations of events by expectation maximisation.
+    """Fit a Gaussian to linear observations of events by expectation maximization.
 
     It starts from the one event that explains all observations best (from zero, where the
     covariance has low rank) and the isotropic covariance that explains the mean square of the
@@ -176,16 +176,16 @@ def fit_gaussian(
         )
 
     expect: Callable[[Any, _Observations], tuple[jax.Array, Any]]
-    maximise: Callable[[Any, Any], Any]
+    maximize: Callable[[Any, Any], Any]
     if dense:
-        expect, maximise = _expect_full, _maximise_full
+        expect, maximize = _expect_full, _maximize_full
     else:
         expect = _expect_elementwise if elementwise else _expect_factors
-        maximise = _maximise_factors
+        maximize = _maximize_factors
 
     def iterate(state: Any, _: None) -> tuple[Any, jax.Array]:
         log_evidence, totals = _sum_over(lambda block: expect(state, observe(block)), blocks)
-        return maximise(state, jax.tree.map(lambda a: a / num_events, totals)), log_evidence
+        return maximize(state, jax.tree.map(lambda a: a / num_events, totals)), log_evidence
 
     def run() -> tuple[jax.Array, Covariance, jax.Array]:
         start = (
@@ -298,7 +298,7 @@ def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike)
         gram = einsum("nmi,nmj->ij", operator, operator)
         return gram, einsum("nmd,nm->d", operator, residual)
 
-    def centred(block: jax.Array) -> _Observations:
+    def centered(block: jax.Array) -> _Observations:
         seen = observe(block)
         return seen._replace(residual=seen.residual - einsum("nmd,d->nm", seen.operator, mean))
 
@@ -306,7 +306,7 @@ def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike)
     # What is hardly seen is left to the iterations.
     inverse = jnp.linalg.pinv(gram, rtol=jnp.finfo(dtype).eps ** 0.5, hermitian=True)
     mean = einsum("ij,j->i", inverse, back)
-    return _Full(mean, jnp.sqrt(_initial_variance(centred, blocks)) * jnp.eye(size, dtype=dtype))
+    return _Full(mean, jnp.sqrt(_initial_variance(centered, blocks)) * jnp.eye(size, dtype=dtype))
 
 
 def _start_factors(
@@ -339,7 +339,7 @@ def _expect_full(state: _Full, seen: _Observations) -> tuple[jax.Array, _FullMom
     return (log_evidence + seen.constant).sum(), _FullMoments(mean.sum(0), excess)
 
 
-def _maximise_full(state: _Full, moments: _FullMoments) -> _Full:
+def _maximize_full(state: _Full, moments: _FullMoments) -> _Full:
     excess = moments.excess - jnp.outer(moments.mean, moments.mean)
     # The square root is updated by a factor, so that small variances keep their digits.
     eigenvalues, eigenvectors = jnp.linalg.eigh(excess + jnp.eye(len(excess), dtype=excess.dtype))
@@ -402,7 +402,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     return (seen.constant - 0.5 * (quadratic + logdet)).sum(), moments
 
 
-def _maximise_factors(state: _Factors, moments: _FactorMoments) -> _Factors:
+def _maximize_factors(state: _Factors, moments: _FactorMoments) -> _Factors:
     """Regress the elements' own parts on the factors; the rest is their variance."""
     e, z, ee, ez, zz = moments
     cov_z = zz - jnp.outer(z, z) + jnp.eye(z.size, dtype=z.dtype)

@@ -86,10 +86,10 @@ class Calibration(NamedTuple):
         Intervals between draws cannot have every probability: take ``num_samples + 1`` a multiple
         of 40 for these levels.
         """
-        centred = {name: jnp.abs(2 * u - 1) for name, u in self.pit().items()}
+        centered = {name: jnp.abs(2 * u - 1) for name, u in self.pit().items()}
         return {
             name: jnp.stack([jnp.mean(u <= level) for level in np.atleast_1d(levels)])
-            for name, u in centred.items()
+            for name, u in centered.items()
         }
 
     def pit(self) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ class DiffusionReparam(Reparam):
         """
         if obs is not None:
             raise ValueError(
-                f"DiffusionReparam: site '{name}' is observed; reparametrise latent sites only."
+                f"DiffusionReparam: site '{name}' is observed; reparametrize latent sites only."
             )
         prior, batch_shape, event_dim = self._unwrap(fn)
         if not isinstance(prior, DiffusionPrior):

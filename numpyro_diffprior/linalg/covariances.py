@@ -264,7 +264,7 @@ class DiagonalPlusLowRank(Covariance):
 class Dense(Covariance):
     r""":math:`Q \Lambda Q^T`, with ``eigenvalues`` ``(*batch, size)`` and orthonormal columns.
 
-    In its eigenbasis the matrix is shifted, inverted and rooted without any factorisation.
+    In its eigenbasis the matrix is shifted, inverted and rooted without any factorization.
     """
 
     eigenvalues: jax.Array

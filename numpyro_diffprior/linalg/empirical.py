@@ -44,26 +44,26 @@ def empirical_gaussian(
     if rank < 1:
         raise ValueError(f"Expected a rank of at least 1, got {rank}.")
     mean = x.mean(0)
-    centred = (x - mean) / (num - 1) ** 0.5
+    centered = (x - mean) / (num - 1) ** 0.5
     if size <= max_dense:
-        return mean, Dense.from_matrix(matmul(centred.T, centred))
+        return mean, Dense.from_matrix(matmul(centered.T, centered))
 
     def improve(_: int, basis: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(matmul(centred.T, matmul(centred, basis)))[0]
+        return jnp.linalg.qr(matmul(centered.T, matmul(centered, basis)))[0]
 
     # The start only has to be in general position, so a constant key will do.
     start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
     basis = jax.lax.fori_loop(0, 6, improve, start)
-    scores = matmul(centred, basis)
+    scores = matmul(centered, basis)
     eigenvalues, rotation = jnp.linalg.eigh(matmul(scores.T, scores))
     eigenvalues, rotation = eigenvalues[-rank:], rotation[:, -rank:]
     eps = jnp.finfo(x.dtype).eps
     positive = eigenvalues > eps * size * eigenvalues[-1]
     roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
-    factor = matmul(centred.T, matmul(scores, rotation * roots))
+    factor = matmul(centered.T, matmul(scores, rotation * roots))
 
     # No row is left to the factors alone: that would make the solves ill-conditioned.
-    variances, explained = jnp.square(centred).sum(0), jnp.square(factor).sum(-1)
+    variances, explained = jnp.square(centered).sum(0), jnp.square(factor).sum(-1)
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
     return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)

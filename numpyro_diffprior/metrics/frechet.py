@@ -18,7 +18,7 @@ def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
         - 2 (\Sigma_x^{1/2} \Sigma_y \Sigma_x^{1/2})^{1/2}\right)
 
     The trace of the root is the sum of the singular values of :math:`R_x R_y^\top`, where
-    :math:`\Sigma = R^\top R` from a QR decomposition of the centred features. The
+    :math:`\Sigma = R^\top R` from a QR decomposition of the centered features. The
     eigenvalues of the symmetric product are these values' squares; going around them keeps full
     precision where the covariances are near singular, which the root of a rounded eigenvalue does
     not.

@@ -40,7 +40,7 @@ class TransportResult(NamedTuple):
     """Solution of one entropic transport problem between two clouds.
 
     Attributes:
-        cost: transport cost of the regularised plan, without its entropy, scalar.
+        cost: transport cost of the regularized plan, without its entropy, scalar.
         regularized_cost: the objective, cost plus the plan's weighted relative entropy, scalar.
         num_steps: Sinkhorn iterations made, scalar integer.
         converged: whether the plan's marginals are within the tolerance, scalar boolean.
@@ -161,7 +161,7 @@ def entropic_transport(
         \qquad C_{ij} = \lVert x_i - y_j \rVert^2,
 
     with ott-jax's Sinkhorn iterations in the logarithmic domain and adaptive over-relaxation
-    (Lehmann et al., arXiv 2012.12562). The regularisation is absolute, in squared units of the
+    (Lehmann et al., arXiv 2012.12562). The regularization is absolute, in squared units of the
     events. Single precision resolves the marginals to about ``1e-7 * max(C) / regularization``.
     Memory and the time of an iteration grow with ``n * m``.
 
@@ -192,7 +192,7 @@ def entropic_transport_cost(
     tolerance: float = 1e-3,
     max_steps: int = 10_000,
 ) -> jax.Array:
-    r"""Transport cost :math:`\langle P, C \rangle` of the regularised plan, without its entropy.
+    r"""Transport cost :math:`\langle P, C \rangle` of the regularized plan, without its entropy.
 
     What POT's ``sinkhorn2`` returns for its default squared Euclidean cost. Even between a cloud
     and itself it is not zero: see `excess_transport_cost` and `sinkhorn_divergence`.
@@ -236,7 +236,7 @@ def excess_transport_cost(
 
     :math:`\langle P, C \rangle(x, \hat x) - \langle P, C \rangle(x, x')`, which is what Rozet et
     al. (arXiv 2405.13712) report as the divergence of the five-dimensional manifold. Their code
-    has 16,384 points in each cloud, regularisation 1e-3, at most 1,024 iterations, stops where the
+    has 16,384 points in each cloud, regularization 1e-3, at most 1,024 iterations, stops where the
     Euclidean norm of the marginal's violation is below 1e-3, and clips the result below at 1e-6.
     The cost of a plan short of convergence is too low, so compare numbers only at one setting.
 
@@ -392,7 +392,7 @@ def _transport(
         if symmetric
         else acceleration.Momentum(start=200, value=x.dtype.type(1)),
     )
-    # From differences, not from products: costs are divided by the regularisation, which would
+    # From differences, not from products: costs are divided by the regularization, which would
     # magnify the products' cancellation. Kept for all iterations: faster than ott's clouds.
     cost_matrix = jnp.sum((x[:, None] - y) ** 2, axis=-1)
     geom = geometry.Geometry(

@@ -18,7 +18,7 @@ References:
     models* (EDM), 2022, arXiv 2206.00364.
 
     Dhariwal, Nichol, *Diffusion models beat GANs on image synthesis*, 2021, arXiv 2105.05233
-    (normalisation modulated by the noise level).
+    (normalization modulated by the noise level).
 """
 
 from numpyro_diffprior.nets.mlp import MLP

@@ -5,7 +5,7 @@ Features are modulated by an embedding of the noise level; images have shape
 
 References:
     Dhariwal, Nichol, *Diffusion models beat GANs on image synthesis*, 2021, arXiv 2105.05233
-    (normalisation modulated by the noise level).
+    (normalization modulated by the noise level).
 """
 
 import math
@@ -69,7 +69,7 @@ class Embedding(nnx.Module):
 
 
 class Modulated(nnx.Module):
-    """A normalisation whose scale and shift depend on the noise level."""
+    """A normalization whose scale and shift depend on the noise level."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Attention(nnx.Module):
 
 
 def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A normalisation without scale and shift, for these come from the noise level."""
+    """A normalization without scale and shift, for these come from the noise level."""
     return nnx.LayerNorm(
         width, use_bias=False, use_scale=False, param_dtype=param_dtype, rngs=rngs
     )
@@ -154,7 +154,7 @@ def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Lay
 def group_norm(
     width: int, *, affine: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.GroupNorm:
-    """A normalisation over groups of at least four channels where their number allows it."""
+    """A normalization over groups of at least four channels where their number allows it."""
     most = min(32, max(1, width // 4))
     num_groups = max(k for k in range(1, most + 1) if width % k == 0)
     return nnx.GroupNorm(
@@ -243,7 +243,7 @@ def _convolve(
 
 
 def double(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Nearest-neighbour interpolation by two, cut to a size (which an odd one needs)."""
+    """Nearest-neighbor interpolation by two, cut to a size (which an odd one needs)."""
     batch, small_height, small_width, features = x.shape
     # A broadcast: on CPU an order faster than the gather of `jax.image.resize`.
     x = jnp.broadcast_to(

@@ -32,7 +32,7 @@ __all__ = ["MLP"]
 class MLP(nnx.Module):
     """A multilayer perceptron over the flattened event.
 
-    Every hidden layer is normalised, modulated by the noise level, activated and dropped out;
+    Every hidden layer is normalized, modulated by the noise level, activated and dropped out;
     hidden layers of equal width are joined by residual connections.
 
     Args:
@@ -43,7 +43,7 @@ class MLP(nnx.Module):
             values should be of order one (labels one-hot).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
-        rngs: Random streams that initialise the weights.
+        rngs: Random streams that initialize the weights.
 
     Raises:
         ValueError: If a width, a rate, the event's shape or the dtype is out of range.
@@ -73,7 +73,7 @@ class MLP(nnx.Module):
         widths = self.features
         self.embed = Embedding(embedding, self.context_shape, **options)
         self.first = linear(size, widths[0], **options)
-        # Added before the first normalisation, which would otherwise hide the magnitude of `x`.
+        # Added before the first normalization, which would otherwise hide the magnitude of `x`.
         self.offset = linear(embedding, widths[0], **options)
         self.norms = nnx.List(
             [

@@ -33,7 +33,7 @@ class UNet(nnx.Module):
     """A convolutional U-Net over images or fields.
 
     Residual blocks modulated by the noise level at every resolution; a convolution of stride two
-    halves the resolution (rounded up), nearest-neighbour interpolation to the size of the skip
+    halves the resolution (rounded up), nearest-neighbor interpolation to the size of the skip
     connection and a convolution restore it.
 
     Args:
@@ -48,7 +48,7 @@ class UNet(nnx.Module):
             values should be of order one (labels one-hot).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
-        rngs: Random streams that initialise the weights.
+        rngs: Random streams that initialize the weights.
 
     Raises:
         ValueError: If a width, a rate, a level, the event's shape or the dtype is out of range.
