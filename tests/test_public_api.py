@@ -1,10 +1,12 @@
 """The public names are pinned, documented, and listed in the reference."""
 
+import dataclasses
 import importlib
 import inspect
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import numpyro_diffprior as ndp
@@ -114,6 +116,23 @@ def test_public_methods_have_docstrings(namespace, name):
         )
     ]
     assert undocumented == []
+
+
+# A base class without a step, and functions of one trace that no call takes or returns.
+NO_OBJECTS = {("samplers", "Sampler"), ("guidance", "Likelihood")}
+OBJECTS = [
+    member
+    for member in CLASSES
+    if dataclasses.is_dataclass(cls := member_of(*member)) and not inspect.isabstract(cls)
+    if member not in NO_OBJECTS
+]
+
+
+@pytest.mark.parametrize(("namespace", "name"), OBJECTS)
+def test_objects_are_pytrees(namespace, name):
+    """Of arrays, or static: they pass through transformations as arguments and in closures."""
+    instance = object.__new__(member_of(namespace, name))
+    assert not jax.tree_util.all_leaves([instance])
 
 
 @pytest.mark.parametrize(("namespace", "name"), MEMBERS)

@@ -218,6 +218,7 @@ class Sampler:
         return self.run(key_run, denoiser, self.initial(key_init, denoiser, batch_shape))
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class DDPM(Sampler):
     r"""The ancestral sampler, first order (measured: 0.9).
@@ -232,6 +233,7 @@ class DDPM(Sampler):
     eta: float = 1.0  # type: ignore[misc]  # a field here, a constant of the class elsewhere
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class DDIM(Sampler):
     """The deterministic sampler of Song et al. (2021), first order (measured: 1.0).
@@ -240,6 +242,7 @@ class DDIM(Sampler):
     """
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class MultistepSDE(Sampler):
     """The ancestral sampler, second order (measured: 2.1) at one evaluation per step; the default.
@@ -252,6 +255,7 @@ class MultistepSDE(Sampler):
     order: ClassVar[int] = 2
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class MultistepODE(Sampler):
     """The deterministic twin of `MultistepSDE`, second order (measured: 2.1).
@@ -263,6 +267,7 @@ class MultistepODE(Sampler):
     order: ClassVar[int] = 2
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Heun(Sampler):
     """The deterministic sampler of EDM (algorithm 1), second order (measured: 2.1).
@@ -292,6 +297,7 @@ class Heun(Sampler):
         return x_t + step * (slope + slope_end) / 2, x_hat
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class PredictorCorrector(Sampler):
     r"""A DDIM step, then Langevin steps at the level it leads to; first order.
