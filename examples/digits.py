@@ -199,7 +199,7 @@ def learn(rng_key, data, features, args):
     return start.prior, result.prior, rows
 
 
-def summarise_in_arviz(rng_key, prior, data, output, num_samples):
+def summarize_in_arviz(rng_key, prior, data, output, num_samples):
     """One digit in MCMC: a summary of hidden pixels and a posterior predictive check."""
     key_mcmc, key_predict = jax.random.split(rng_key)
     kernel = ndp.MMPSKernel(model, num_particles=4)
@@ -288,7 +288,7 @@ def main(args):
         table[name] = {"frechet": frechet, "heldout": heldout} | scores
     show_restored(draws["learned"], data, output / "digits_restored.png")
     show_samples(keys[5], priors, output / "digits_samples.png")
-    print(summarise_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
+    print(summarize_in_arviz(keys[5], learned, data, output, args.num_samples).head(8))
     print(f"\n{args.hidden:.0%} of the pixels hidden; test against training digits: {floor:.2f}")
     print(f"{'prior':10s} {'Frechet':>8s} {'held out':>8s} {'RMSE':>8s} {'50 %':>8s} {'90 %':>8s}")
     for name, row in table.items():

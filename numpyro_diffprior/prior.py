@@ -48,7 +48,7 @@ class DiffusionPrior(Distribution):
     `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
     The same key gives the same draws; with another ``max_batch_size`` they are other draws.
 
-    The elements of an event should share a unit, whatever it is (standardise columns of a
+    The elements of an event should share a unit, whatever it is (standardize columns of a
     catalogue): draws end at the denoiser's ``sigma_min``, a thousandth of the elements'
     root-mean-square deviation, and elements that vary by less than ten times that come out too
     narrow. Draws have the bias of the sampler, which more steps make smaller. `log_prob` is the
@@ -71,7 +71,7 @@ class DiffusionPrior(Distribution):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_diffprior.denoisers.denoiser import GaussianDenoiser
+        >>> from numpyro_diffprior import GaussianDenoiser
         >>> prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(3), jnp.eye(3)))
         >>> prior.sample(jax.random.key(0), (5,)).shape
         (5, 3)

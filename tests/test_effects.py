@@ -107,7 +107,7 @@ def test_do():
         read(handlers.do(model, {"x": jnp.asarray(X)}), PRIOR, Y)
 
 
-def test_reparametrised_models_are_for_numpyros_own_inference():
+def test_reparametrized_models_are_for_numpyros_own_inference():
     config = {"x": DiffusionReparam(num_steps=4)}
     with pytest.raises(ValueError, match=r"no latent site with a DiffusionPrior.*\['x_base'\]"):
         read(handlers.reparam(model, config=config), PRIOR, Y)

@@ -43,6 +43,12 @@ def make_em(optimizer, **options):
     )
 
 
+def train(**options):
+    state = ndp.training.init_training(make_prior().denoiser, optax.sgd(1e-3))
+    options = {"num_steps": 1, "batch_size": 4} | options
+    return ndp.training.train(KEY, state, Y, optax.sgd(1e-3), **options)
+
+
 def is_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if leaf.dtype.kind == "f")
 
@@ -220,9 +226,22 @@ NUMBERS = {
     "EM.run: expected patience >= 1, got 0": lambda: make_em(optax.sgd(1.0)).run(
         KEY, 1, make_prior(), Y, heldout=(Y,), patience=0
     ),
-    "num_iterations to be an int, the second argument, got DiffusionPrior": lambda: make_em(
+    "num_iterations as second argument, got DiffusionPrior": lambda: make_em(optax.sgd(1.0)).run(
+        KEY, make_prior(), 5, Y
+    ),
+    "EM.run: expected num_iterations to be an integer, got 2.5": lambda: make_em(
         optax.sgd(1.0)
-    ).run(KEY, make_prior(), 5, Y),
+    ).run(KEY, 2.5, make_prior(), Y),
+    "EM.run: expected patience to be an integer, got True": lambda: make_em(optax.sgd(1.0)).run(
+        KEY, 1, make_prior(), Y, heldout=(Y,), patience=True
+    ),
+    "train: expected num_steps to be an integer, got 2.5": lambda: train(num_steps=2.5),
+    "train: expected ema_decay >= 0 and <= 1, got nan": lambda: train(ema_decay=float("nan")),
+    "num_projections to be an integer, got 8.0": lambda: ndp.metrics.sliced_wasserstein(
+        KEY, Y, Y, num_projections=8.0
+    ),
+    "expected p >= 1, got nan": lambda: ndp.metrics.sliced_wasserstein(KEY, Y, Y, p=float("nan")),
+    "embedding to be an integer, got 4.0": lambda: ndp.MLP((2,), embedding=4.0, rngs=nnx.Rngs(0)),
     "thinning >= 1, got 0": lambda: ndp.calibrate(KEY, model, GAUSSIAN, Y, thinning=0),
     "rngs=0": lambda: ndp.MLP((2,), rngs=0),
 }
@@ -238,6 +257,14 @@ def test_numbers_of_numpy_are_welcome():
     assert S.DDPM(np.int64(8), sigma_min=np.float32(0.5)) == S.DDPM(8, sigma_min=0.5)
     assert hash(E(num_particles=np.int32(2))) == hash(E(num_particles=2))
     assert S.DDPM(sigma_max=jnp.asarray(2.0)).sigma_max == 2.0
+    assert train(num_steps=np.int32(2), batch_size=np.int64(4))[1].shape == (2,)
+    two = ndp.metrics.sliced_wasserstein(KEY, Y, 0 * Y, num_projections=np.int64(8), p=np.int32(2))
+    assert two == ndp.metrics.sliced_wasserstein(KEY, Y, 0 * Y, num_projections=8)
+    run = make_em(optax.sgd(1e-3)).run
+    result = run(
+        KEY, np.int64(1), make_prior(), Y, heldout=(Y,), patience=np.int32(1), progress_bar=False
+    )
+    assert result.state.num_iterations == 1
 
 
 def rising(num_steps, sigma_min, sigma_max):

@@ -377,12 +377,12 @@ def test_nonlinear_likelihood_is_refused():
 
 @pytest.mark.parametrize("name", ["num_iterations", "batch_size", "rank"])
 def test_options_are_positive(name):
-    with pytest.raises(ValueError, match=f"expected {name} to be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, got 0"):
         PROBLEMS["few"].fit(**{name: 0})
 
 
 def test_events_are_needed():
-    with pytest.raises(ValueError, match="expected num_events to be at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_events >= 1, got 0"):
         fit_gaussian(PROBLEMS["few"].read, 0, event_shape=(5,))
 
 

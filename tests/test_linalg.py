@@ -250,5 +250,5 @@ class TestEmpiricalGaussian:
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"shape \(n, d\), got an array of shape \(1, 3\)"):
             empirical_gaussian(jnp.ones((1, 3)))
-        with pytest.raises(ValueError, match="rank of at least 1, got 0"):
+        with pytest.raises(ValueError, match="expected rank >= 1, got 0"):
             empirical_gaussian(jnp.ones((4, 3)), rank=0)

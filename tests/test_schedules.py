@@ -66,7 +66,7 @@ def test_schedule_scales_with_its_range():
 
 
 def test_schedule_without_levels():
-    with pytest.raises(ValueError, match="at least one noise level, got num_steps=0"):
+    with pytest.raises(ValueError, match="expected num_steps >= 1, got 0"):
         LogLinear()(0, 0.1, 1.0)
 
 

@@ -116,7 +116,7 @@ class TestSlicedWasserstein:
             function(KEY, x, jnp.zeros((3, 4)))
         with pytest.raises(ValueError, match="non-empty"):
             function(KEY, x, jnp.zeros((0, 2)))
-        with pytest.raises(ValueError, match="order p of at least 1, got 0.5"):
+        with pytest.raises(ValueError, match="expected p >= 1, got 0.5"):
             function(KEY, x, x, p=0.5)
         with pytest.raises(ValueError, match="num_projections >= 1, got 0"):
             function(KEY, x, x, num_projections=0)

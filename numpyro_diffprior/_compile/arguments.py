@@ -4,11 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.devices import replicate
-
-__all__ = ["StaticArguments", "merge_arguments", "replicate_arguments", "split_arguments"]
+__all__ = ["StaticArguments", "merge_arguments", "split_arguments"]
 
 
 class StaticArguments(NamedTuple):
@@ -36,15 +33,6 @@ def merge_arguments(dynamic: list[jax.Array], static: StaticArguments) -> Any:
     arrays = iter(dynamic)
     leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves]
     return jax.tree.unflatten(static.treedef, leaves)
-
-
-def replicate_arguments(
-    arguments: tuple[tuple[Any, ...], dict[str, Any]], mesh: Mesh | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy the arrays among a model's arguments to every device of a mesh."""
-    dynamic, static = split_arguments(arguments)
-    args, kwargs = merge_arguments(replicate(dynamic, mesh), static)
-    return args, kwargs
 
 
 _ARRAY = object()

@@ -1,7 +1,7 @@
 """Spread independent work over the devices of a mesh.
 
-Data are copied to every device, and each does its part of the work; where there is no mesh, all
-is done where the data are. Whatever axes a mesh has, they are taken together.
+Data are copied to every device, and each does its part of the work. Without a mesh, computation
+stays on the device of the data. All axes of a mesh are treated as one.
 """
 
 from collections.abc import Callable

@@ -7,9 +7,10 @@ is the prior: its score is :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / 
 
 Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It sets the location
 and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
-guidance, so that users never rescale their units; the elements of one event should share a unit.
+guidance; the elements of one event should share a unit. In float32 the squares of the prior's
+scale must be numbers too: keep it between 1e-6 and 1e9, and rescale data beyond.
 
-The exact denoisers of Gaussians and of their mixtures are here; learned ones are in
+Exact denoisers are in `numpyro_diffprior.denoisers.exact`, learned ones in
 `numpyro_diffprior.denoisers.network`.
 """
 
@@ -66,7 +67,7 @@ class Denoiser(ABC):
         return None
 
     def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return where the prior lies, seen from the highest noise level: ``(*batch, *event)``."""
+        """Return the mean from which samplers start, with shape ``(*batch, *event)``."""
         return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
@@ -74,7 +75,7 @@ class Denoiser(ABC):
         return None
 
     def at(self, contexts: jax.Array | None) -> "Denoiser":
-        """Return the denoiser at others of its `contexts`."""
+        """Return the denoiser at the given contexts."""
         return self
 
     @abstractmethod
@@ -167,7 +168,10 @@ def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> C
         converted: Covariance = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
         variances = converted.diagonal()
         if not isinstance(variances, jax.core.Tracer) and bool((variances < 0).any()):
-            raise ValueError(f"{name}: the covariance has negative variances.")
+            raise ValueError(
+                f"{name}: expected variances >= 0, got a covariance that has negative variances, "
+                f"the smallest {float(variances.min()):.3g}."
+            )
         return converted
     matrix = jnp.asarray(cov, dtype)
     if not isinstance(matrix, jax.core.Tracer):
@@ -176,13 +180,17 @@ def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> C
 
 
 def _check_matrix(name: str, matrix: np.ndarray) -> None:
-    """Refuse a matrix that is no covariance; one that is not finite is refused by the prior."""
+    """Refuse a matrix that is not a covariance; one that is not finite is refused by the prior."""
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or not np.isfinite(matrix).all():
         return
     largest = np.abs(matrix).max(initial=0)
     transposed = np.swapaxes(matrix, -1, -2)
     if not np.allclose(matrix, transposed, rtol=1e-3, atol=1e-4 * largest):
-        raise ValueError(f"{name}: expected a symmetric covariance matrix; this one is not.")
+        raise ValueError(
+            f"{name}: expected a symmetric covariance matrix, got one that differs from its "
+            f"transpose by {np.abs(matrix - transposed).max():.3g}; symmetrize it: "
+            "(cov + cov.T) / 2."
+        )
     smallest = np.linalg.eigvalsh((matrix + transposed) / 2).min()
     if smallest < -1e-4 * largest:
         raise ValueError(
@@ -197,7 +205,7 @@ def as_gaussian(
     """Return ``mean`` and ``cov`` of a denoiser, of one floating type: that of the mean.
 
     Raises:
-        ValueError: If the sizes of mean and covariance differ, or the covariance is none.
+        ValueError: If the sizes of mean and covariance differ, or the covariance is not valid.
     """
     mean = _floating(mean)
     if mean.dtype not in (jnp.float32, jnp.float64):

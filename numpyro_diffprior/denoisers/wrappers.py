@@ -119,7 +119,7 @@ class ConditionedDenoiser(DenoiserWrapper):
         return ConditionedDenoiser(self.part, contexts)
 
     def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the means given the contexts, which in so much noise is what the network sees."""
+        """Return the conditional means at `sigma_max`, given the contexts."""
         means = self(super().location(self.batch_shape), self.sigma_max)
         return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from numpyro_diffprior._compile.checks import check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
 
 __all__ = [
     "Karras",
@@ -168,7 +168,7 @@ class NoiseDistribution(ABC):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LogBeta(NoiseDistribution):
     r"""A beta distribution on the logarithmic axis, as in the DiEM paper.
 
@@ -215,7 +215,7 @@ class LogBeta(NoiseDistribution):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LogNormal(NoiseDistribution):
     r"""A log-normal distribution relative to the data's scale, as in EDM.
 
@@ -255,7 +255,7 @@ class LogNormal(NoiseDistribution):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LogUniform(NoiseDistribution):
     r"""Uniform on the logarithmic axis, :math:`\sigma = \sigma_{min}^{1 - u} \sigma_{max}^u`.
 
@@ -281,8 +281,7 @@ def _grid(
     num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both ends as arrays, and the fractions at which the levels lie."""
-    if num_steps < 1:
-        raise ValueError(f"A schedule needs at least one noise level, got num_steps={num_steps}.")
+    num_steps = check_count("Schedule", "num_steps", num_steps)
     dtype = _float_dtype(sigma_min, sigma_max)
     t = jnp.linspace(0, 1, num_steps, dtype=dtype)
     return jnp.asarray(sigma_min, dtype), jnp.asarray(sigma_max, dtype), t

@@ -108,7 +108,6 @@ class Sampler:
             )
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"{owner}: expected a Schedule, got {self.schedule!r}.")
-        check_number(owner, "eta", self.eta, 0, 1, inclusive=True)
 
     @property
     def num_evaluations(self) -> int:
@@ -231,6 +230,10 @@ class DDPM(Sampler):
     """
 
     eta: float = 1.0  # type: ignore[misc]  # a field here, a constant of the class elsewhere
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_numbers(self, eta=check_number("DDPM", "eta", self.eta, 0, 1, inclusive=True))
 
 
 @jax.tree_util.register_static

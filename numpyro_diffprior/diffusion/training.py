@@ -10,7 +10,7 @@ say, are carried along as the module updates them.
 
 References:
     Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
-    maximization*, 2024, arXiv 2405.13712 (the loss, its weight and the noise levels).
+    maximization*, 2024, arXiv 2405.13712 (the loss and its weight).
 
     Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
     models* (EDM), 2022, arXiv 2206.00364.
@@ -27,6 +27,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import check_batch_size, replicate, spread
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -121,7 +122,7 @@ def init_training(
     """Start training from a denoiser.
 
     Args:
-        denoiser: The denoiser to start from; its mean, covariance and skip stay as they are.
+        denoiser: The denoiser to start from; its mean, covariance and base stay as they are.
         optimizer: Any optax transformation, such as ``optax.chain(clip_by_global_norm(1.0),
             optax.adam(schedule))``.
 
@@ -166,7 +167,7 @@ def train(
         context: The events' contexts, with shape ``(n, *context_shape)``, of a denoiser that
             waits for them.
         noise: Distribution of the noise levels between the denoiser's `sigma_min` and
-            `sigma_max`; the default is the paper's.
+            `sigma_max`; the default is `LogNormal`, that of EDM.
         ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
         mesh: Devices to spread every minibatch over (`jax.make_mesh`); the events and the weights
             are copied to each.
@@ -177,17 +178,13 @@ def train(
 
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
-            `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` no
-            multiple of the number of devices.
+            `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` is
+            not a multiple of the number of devices.
     """
     x = _check_events(x, state.denoiser)
-    if num_steps < 1 or batch_size < 1:
-        raise ValueError(
-            "num_steps and batch_size must be at least one, got "
-            f"num_steps={num_steps}, batch_size={batch_size}."
-        )
-    if not 0 <= ema_decay <= 1:
-        raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}.")
+    num_steps = check_count("train", "num_steps", num_steps)
+    batch_size = check_count("train", "batch_size", batch_size)
+    ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
     context = _check_context(context, x, state.denoiser)
     arrays = replicate((rng_key, state, x, context), mesh)
@@ -221,6 +218,7 @@ def measure_error(
     """
     x = _check_events(x, denoiser)
     context = _check_context(context, x, denoiser)
+    batch_size = check_count("measure_error", "batch_size", batch_size)
     return _measure_error(rng_key, denoiser, x, context, batch_size)
 
 

@@ -50,7 +50,8 @@ class EStep:
         """
         guidance = self.guidance
         if guidance is None and self.num_particles > 1:
-            # Not looking ahead: where the prior is a curve, its Jacobian is far from a Gaussian's.
+            # No look-ahead: it takes the prior for a Gaussian, which fails where the prior is a
+            # curve.
             guidance = MMPS(GaussianCovariance())
         return resolve_settings(default, self.num_particles, self.sampler, guidance)
 

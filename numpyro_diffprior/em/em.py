@@ -33,6 +33,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import trange
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import init_training
@@ -51,6 +52,7 @@ from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
+from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.model import ModelData, ModelReading, Read
 from numpyro_diffprior.reading.reader import read
@@ -78,8 +80,8 @@ class EM:
             the batch size of the M-step is a multiple; see `sample_posterior`.
 
     Raises:
-        ValueError: If ``optimizer`` is not optax's, or a batch size no multiple of the number of
-            devices.
+        ValueError: If ``optimizer`` is not optax's, or a batch size is not a multiple of the
+            number of devices.
 
     Example:
         >>> em = EM(model, optax.adam(1e-3), e_step=EStep(num_particles=8))  # doctest: +SKIP
@@ -125,8 +127,8 @@ class EM:
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: If no prior has a network, its site is not in a plate, the model cannot be
-                read, or one with a network governs no site or is in the dict twice.
+            ValueError: If no prior has a network, a latent site is not in a plate, the model
+                cannot be read, or a prior with a network governs no site or is in the dict twice.
         """
         priors = as_dict(prior)
         self.e_step.settings(next(iter(priors.values())).sampler)
@@ -370,16 +372,15 @@ class EM:
         patience: int | None,
     ) -> None:
         """Check the arguments of `run` before the first Gaussian fit."""
-        if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+        if isinstance(num_iterations, DiffusionPrior | Mapping):
             raise ValueError(
-                "EM.run: expected num_iterations to be an int, the second argument, got "
+                "EM.run: expected num_iterations as second argument, got "
                 f"{type(num_iterations).__name__}; the order is run(rng_key, num_iterations, "
                 "prior, ...)."
             )
-        if num_iterations < 1:
-            raise ValueError(f"EM.run: expected num_iterations >= 1, got {num_iterations}.")
-        if patience is not None and patience < 1:
-            raise ValueError(f"EM.run: expected patience >= 1, got {patience}.")
+        check_count("EM.run", "num_iterations", num_iterations)
+        if patience is not None:
+            check_count("EM.run", "patience", patience)
         if heldout is None and patience is not None:
             raise ValueError(
                 f"EM.run: patience={patience} needs `heldout`, the model's arguments for "

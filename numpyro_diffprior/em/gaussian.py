@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import by_matrix, einsum, inverse_lower
@@ -147,14 +148,10 @@ def fit_gaussian(
             linear or not of the events asked for.
     """
     size = prod(event_shape)
-    rank = min(32 if rank is None else rank, size)
-    options = {"batch_size": batch_size, "num_iterations": num_iterations, "rank": rank}
-    for name, value in {"num_events": num_events, **options}.items():
-        if value < 1:
-            raise ValueError(
-                f"fit_gaussian: expected {name} to be at least 1, got {value}; pass a positive "
-                "number."
-            )
+    num_events = check_count("fit_gaussian", "num_events", num_events)
+    batch_size = check_count("fit_gaussian", "batch_size", batch_size)
+    num_iterations = check_count("fit_gaussian", "num_iterations", num_iterations)
+    rank = min(32 if rank is None else check_count("fit_gaussian", "rank", rank), size)
     dtype = jnp.zeros((), dtype).dtype
     batch_size = min(batch_size, num_events)
     blocks = jnp.arange(-(-num_events // batch_size) * batch_size).reshape(-1, batch_size)

@@ -1,11 +1,13 @@
 """The first priors: Gaussians fitted to the observations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, set_numbers
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -19,6 +21,7 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import Read
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
@@ -89,9 +92,12 @@ def fit_by_sampling(
     sites: Sites,
     start: GaussianStart,
     e_step: EStep,
-    **options: Any,
+    *,
+    params: dict[str, jax.Array],
+    mesh: Mesh | None,
+    block_size: Callable[[LatentGroup], int],
 ) -> dict[str, Gaussian]:
-    """Refit Gaussians to their own posterior draws, from those of the priors on.
+    """Fit Gaussians to posterior draws repeatedly, starting from the priors' own.
 
     Args:
         rng_key: A random key.
@@ -100,8 +106,10 @@ def fit_by_sampling(
         priors: The priors; those without a network stay as they are.
         sites: Which of them governs which site.
         start: How many times, and the rank.
-        e_step: How draws are made, of which block size and number of particles are used.
-        **options: Options of `read`.
+        e_step: How draws are made; its sampler and guidance are replaced.
+        params: The values of the model's parameters.
+        mesh: Devices to spread the draws over.
+        block_size: See `read`.
     """
     # Of second order: a sampler that shrinks its draws would do so at every refit.
     own = e_step.sampler or next(iter(priors.values())).sampler
@@ -122,12 +130,13 @@ def fit_by_sampling(
         passed = sites.as_passed(current)
         if found is None or structure != jax.tree.structure(passed):
             # The covariances of the first draws may have another form than those before.
-            found = read(model, (passed, *args), kwargs, **options)
+            found = read(
+                model, (passed, *args), kwargs, block_size=block_size, mesh=mesh, params=params
+            )
             structure = jax.tree.structure(passed)
-        found = found.with_first_argument(passed)
-        draws, _ = mend(
-            draw_events(key, found, e_step, options.get("mesh")).samples, {}, current, sites
-        )
+        else:
+            found = found.with_first_argument(passed)
+        draws, _ = mend(draw_events(key, found, e_step, mesh).samples, {}, current, sites)
         fitted = {
             name: summarize(pool(draws, sites, name, prior.event_shape), start.rank)
             for name, prior in learned(priors).items()

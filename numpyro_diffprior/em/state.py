@@ -51,8 +51,8 @@ class EMMetrics(NamedTuple):
 
     Attributes:
         loss: The mean training loss of the M-step, over the priors.
-        sliced_wasserstein: The distance between this E-step's draws and the last one's, of every
-            few of them where there are more than 32,768; the mean over the sites.
+        sliced_wasserstein: The sliced Wasserstein distance between this E-step's draws and the
+            previous ones, the mean over the sites; beyond 32,768 draws, of a regular subset.
         residual: The mean relative residual of guidance's solves.
         num_truncated: The mean number of directions that guidance left out.
         ess: The mean over the draws of the lowest effective number of particles.

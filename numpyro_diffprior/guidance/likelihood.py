@@ -93,7 +93,7 @@ class Likelihood:
         read: Maps ``x`` to the mean of ``y``, its covariance and ``y``.
         log_prob: Maps ``x`` to its exact log-likelihood, without the event's axes.
         event_shape: The shape of one event.
-        linear: Whether the mean is affine in ``x``, covariance and ``y`` are the same at all, and
+        linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
             there is no potential. Operator and solves are then shared by all draws and particles
             of an event.
         visible: Which values are observed, with shape ``(*batch, m)`` (default: all): neither

@@ -133,7 +133,8 @@ class _Posterior(GuidedDenoiser):
         likelihood: The likelihood.
         guidance: The options.
         solve: How the posterior is solved for.
-        matrix: The likelihood's operator, where it is the same at all ``x`` and asked for.
+        matrix: The likelihood's operator, where it is the same at every ``x`` and the solve
+            needs it.
     """
 
     guidance: MMPS

@@ -23,10 +23,10 @@ class PosteriorSamples(NamedTuple):
     Attributes:
         samples: Draws by site, each of shape ``(num_samples, *batch, *event)``.
         stats: The statistics of `ParticleInfo` by name, each of shape ``(num_samples, *batch)``
-            (``ess_path`` has an axis more, of noise levels), and ``num_evaluations``, the number
-            of network evaluations per draw. Of sites that no observation connects, each has
-            statistics of its own: those of all events, one site after the other, in one axis in
-            place of ``batch``.
+            (``ess_path`` has one more axis, that of the noise levels), and ``num_evaluations``,
+            the number of network evaluations per draw. Of sites that no observation connects, each
+            has statistics of its own: those of all events, one site after the other, in one axis
+            in place of ``batch``.
     """
 
     samples: dict[str, jax.Array]

@@ -166,8 +166,8 @@ def calibrate(
 
     Raises:
         ValueError: If nothing is observed, an observed site cannot be simulated,
-            ``num_samples`` is no multiple of ``num_chains``, or ``kernel`` is none or comes with
-            settings that it does not see; see also `sample_posterior`.
+            ``num_samples`` is not a multiple of ``num_chains``, or ``kernel`` is not a function of
+            the model or comes with settings that it does not see; see also `sample_posterior`.
     """
     check_names(
         calibrate,
@@ -223,11 +223,11 @@ def calibrate(
     conditioned = _condition(model)
     if kernel is None:
         found = read(model, (prior, *args), kwargs)
-        check_data(found, sampler or found.reading.sampler)
+        settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
+        check_data(found, settings.sampler)
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = read(conditioned, args, kwargs)  # whole plates
-            settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
             draws = sample_blocks(
                 key, found, settings, num_draws=num_samples, batch_size=max_batch_size
             )

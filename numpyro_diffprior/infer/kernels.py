@@ -1,4 +1,4 @@
-"""Kernels for `numpyro.infer.MCMC`: thin shims over `smc` and `conditional_smc`."""
+"""Kernels for `numpyro.infer.MCMC`: thin shims over `numpyro_diffprior.particles`."""
 
 import copy
 from abc import abstractmethod
@@ -172,8 +172,8 @@ class _DiffusionKernel(MCMCKernel):
     ) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
         """Return a function that adds the model's deterministic sites to a draw.
 
-        All but observed sites completed under ``obs_mask=``, whose hidden values nobody draws: see
-        `numpyro.infer.Predictive`.
+        Observed sites completed under ``obs_mask=`` are left out, since their hidden values are
+        not drawn; for these see `numpyro.infer.Predictive`.
         """
         whole = handlers.seed(fix_plates(self.model), rng_seed=0)
 
@@ -219,7 +219,7 @@ class MMPSKernel(_DiffusionKernel):
 
     Every draw starts anew from noise, so a chain needs no warm-up and its draws are not
     correlated. One particle is MMPS, whose approximation is biased where the posterior has several
-    modes; more particles correct it (see `numpyro_diffprior.infer.posterior`).
+    modes; more particles correct it (see `numpyro_diffprior.particles.smc`).
 
     Args:
         model: A NumPyro model whose first argument is the prior.

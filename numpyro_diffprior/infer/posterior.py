@@ -52,9 +52,9 @@ def resolve_settings(
         independent: Whether every draw is one of a particle system of its own.
 
     Raises:
-        ValueError: If sampler or guidance is none, the number of particles is not positive, or
-            there are several and the sampler is deterministic or evaluates the denoiser more than
-            once per step.
+        ValueError: If ``sampler`` is not a `Sampler` or ``guidance`` not a `Guidance`, or if there
+            are several particles and the sampler is deterministic or evaluates the denoiser more
+            than once per step.
     """
     if sampler is None:
         sampler = default
@@ -69,7 +69,6 @@ def resolve_settings(
         raise ValueError(
             f"expected an instance of Guidance, got {guidance!r}; pass an object such as MMPS()."
         )
-    num_particles = check_count(type(guidance).__name__, "num_particles", num_particles)
     if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single):
         raise ValueError(
             f"{num_particles} particles need a stochastic sampler of one evaluation per step, "

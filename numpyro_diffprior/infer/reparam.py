@@ -6,7 +6,8 @@ inference (NUTS, SVI, SteinVI, ...) runs on the model unchanged, with gradients 
 sampler. It is exact for the prior that the sampler draws, which more steps bring to the flow's.
 
 One evaluation of the model's density costs as many evaluations of the denoiser as the sampler has
-steps, and its gradient three times as much; memory is that of one step, and of ``x_t`` at all.
+steps, and its gradient three times as much; memory is that of one step and of ``x_t``
+at every step.
 """
 
 import jax
@@ -23,7 +24,7 @@ __all__ = ["DiffusionReparam"]
 
 
 class DiffusionReparam(Reparam):
-    """Reparametrise a site with a `DiffusionPrior` by the noise of `MultistepODE`.
+    """Reparametrize a site with a `DiffusionPrior` by the noise of `MultistepODE`.
 
     The noise is the site ``{name}_base``; the site itself becomes deterministic. Posterior draws
     start a sampler of the noise where its posterior is, by `invert`.

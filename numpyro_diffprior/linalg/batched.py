@@ -151,7 +151,7 @@ def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Diagonalise matrices of two rows by one rotation."""
+    """Diagonalize matrices of two rows by one rotation."""
     a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
     angle = jnp.arctan2(2 * b, a - c) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -10,10 +10,6 @@ What a noise level asks for stays within the class, at any level and for many le
 
 A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``noisy``,
 ``denoised`` and ``sqrt_matvec`` take it.
-
-References:
-    Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
-    low-rank fit).
 """
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance

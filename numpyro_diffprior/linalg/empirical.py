@@ -8,6 +8,7 @@ References:
 import jax
 import jax.numpy as jnp
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.linalg.batched import matmul
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank, _column
 
@@ -40,9 +41,7 @@ def empirical_gaussian(
             f"Expected at least two draws of shape (n, d), got an array of shape {x.shape}."
         )
     num, size = x.shape
-    rank = min(32 if rank is None else rank, size)
-    if rank < 1:
-        raise ValueError(f"Expected a rank of at least 1, got {rank}.")
+    rank = min(32 if rank is None else check_count("empirical_gaussian", "rank", rank), size)
     mean = x.mean(0)
     centered = (x - mean) / (num - 1) ** 0.5
     if size <= max_dense:

@@ -267,7 +267,7 @@ def sandwich_square(cov: Covariance, operator: jax.Array) -> jax.Array:
 def _where_diagonal(
     operator: jax.Array, matrix: jax.Array, otherwise: Callable[[], jax.Array]
 ) -> jax.Array:
-    """Return A M A^T for a diagonal A by its diagonal, and what else there is for another."""
+    """Return A M A^T elementwise if A is diagonal, else the result of ``otherwise``."""
     diagonal = jnp.diagonal(operator, axis1=-2, axis2=-1)
     off_diagonal = ~jnp.eye(operator.shape[-1], dtype=bool)
     return jax.lax.cond(

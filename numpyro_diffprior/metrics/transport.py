@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_diffprior._compile.checks import check_count, check_number
+
 __all__ = [
     "TransportResult",
     "entropic_transport",
@@ -78,7 +80,7 @@ def sliced_wasserstein(
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
     x, y = _clouds(x, y)
-    _check_order(p)
+    p = _check_order(p)
     directions = _random_directions(rng_key, num_projections, x)
     return jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
 
@@ -117,11 +119,9 @@ def max_sliced_wasserstein(
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
     x, y = _clouds(x, y)
-    _check_order(p)
-    if num_refined < 1 or num_steps < 0:
-        raise ValueError(
-            f"expected num_refined >= 1 and num_steps >= 0, got {num_refined} and {num_steps}"
-        )
+    p = _check_order(p)
+    num_refined = check_count("max_sliced_wasserstein", "num_refined", num_refined)
+    num_steps = check_count("max_sliced_wasserstein", "num_steps", num_steps, least=0)
     directions = _random_directions(rng_key, num_projections, x)
     values, order = jax.lax.top_k(
         _projected_distances(directions, x, y, p), min(num_refined, num_projections)
@@ -327,14 +327,12 @@ def _clouds(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.reshape(len(x), -1).astype(dtype), y.reshape(len(y), -1).astype(dtype)
 
 
-def _check_order(p: float) -> None:
-    if p < 1:
-        raise ValueError(f"expected an order p of at least 1, got {p}")
+def _check_order(p: float) -> float:
+    return check_number("sliced_wasserstein", "p", p, 1.0, inclusive=True)
 
 
 def _random_directions(rng_key: jax.Array, num_projections: int, like: jax.Array) -> jax.Array:
-    if num_projections < 1:
-        raise ValueError(f"expected num_projections >= 1, got {num_projections}")
+    num_projections = check_count("sliced_wasserstein", "num_projections", num_projections)
     z = jax.random.normal(rng_key, (num_projections, like.shape[1]), dtype=like.dtype)
     return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 

@@ -45,6 +45,11 @@ class FunctionNetwork:
     event_shape: tuple[int, ...] = field(metadata={"static": True})
     context_shape: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "event_shape", tuple(self.event_shape))
+        if self.context_shape is not None:
+            object.__setattr__(self, "context_shape", tuple(self.context_shape))
+
     def __call__(
         self,
         x: jax.Array,
@@ -97,8 +102,8 @@ def as_network(net: Any) -> Any:
     if len(arrays) == len(leaves):
         return net
     # A module without a context need not say so.
-    context_shape = vars(net).get("context_shape") if hasattr(net, "__dict__") else None
-    return _Partitioned(arrays, static, event_shape, context_shape)
+    shape = getattr(net, "context_shape", None)
+    return _Partitioned(arrays, static, event_shape, None if shape is None else tuple(shape))
 
 
 Arrays = dict[str, jax.Array]

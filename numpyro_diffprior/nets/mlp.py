@@ -60,7 +60,7 @@ class MLP(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialise the weights."""
+        """Initialize the weights."""
         check_rngs("MLP", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         self.features = check_sizes("features", features)
@@ -71,13 +71,13 @@ class MLP(nnx.Module):
         size = math.prod(self.event_shape)
         options: dict[str, Any] = {"param_dtype": self.param_dtype, "rngs": rngs}
         widths = self.features
-        self.embed = Embedding(embedding, self.context_shape, **options)
+        self.embed = Embedding(self.embedding, self.context_shape, **options)
         self.first = linear(size, widths[0], **options)
         # Added before the first normalization, which would otherwise hide the magnitude of `x`.
-        self.offset = linear(embedding, widths[0], **options)
+        self.offset = linear(self.embedding, widths[0], **options)
         self.norms = nnx.List(
             [
-                Modulated(layer_norm(width, **options), width, embedding, **options)
+                Modulated(layer_norm(width, **options), width, self.embedding, **options)
                 for width in widths
             ]
         )

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from numpyro_diffprior._compile.checks import check_count, check_number
+
 __all__ = [
     "check_context_shape",
     "check_dtype",
@@ -31,7 +33,7 @@ def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 def check_embedding(embedding: int) -> int:
     """Return the width of an embedding, a positive even number."""
-    if embedding < 2 or embedding % 2:
+    if check_count("network", "embedding", embedding, least=2) % 2:
         raise ValueError(f"embedding must be a positive even number, got {embedding}.")
     return int(embedding)
 
@@ -45,9 +47,10 @@ def check_context_shape(context_shape: Sequence[int] | None) -> tuple[int, ...] 
 
 def check_rate(dropout: float) -> float:
     """Return a dropout rate in [0, 1)."""
-    if not 0 <= dropout < 1:
+    rate = check_number("network", "dropout", dropout, inclusive=True)
+    if rate >= 1:
         raise ValueError(f"dropout must be a probability below one, got {dropout}.")
-    return float(dropout)
+    return rate
 
 
 def check_rngs(name: str, rngs: nnx.Rngs) -> nnx.Rngs:

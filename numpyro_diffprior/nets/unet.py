@@ -68,7 +68,7 @@ class UNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialise the weights."""
+        """Initialize the weights."""
         check_rngs("UNet", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         if len(self.event_shape) not in (2, 3):
@@ -100,7 +100,7 @@ class UNet(nnx.Module):
             width = self.channels[level]
             heads = self.num_heads if level in self.attention else 0
             shape: dict[str, Any] = {
-                "embedding": embedding,
+                "embedding": self.embedding,
                 "num_heads": heads,
                 "dropout": self.dropout,
             }
@@ -108,7 +108,7 @@ class UNet(nnx.Module):
             return nnx.List([ResidualBlock(size, width, **shape, **options) for size in sizes])
 
         size = self.event_shape[2] if len(self.event_shape) == 3 else 1
-        self.embed = Embedding(embedding, self.context_shape, **options)
+        self.embed = Embedding(self.embedding, self.context_shape, **options)
         self.first = conv(size, self.channels[0], **options)
         self.down = nnx.List([blocks(i, width) for i, width in enumerate(self.channels)])
         self.shrink = nnx.List(

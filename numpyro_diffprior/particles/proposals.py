@@ -213,7 +213,9 @@ def propose(
 
 
 def _mend(guided: Guided) -> Guided:
-    """Let particles whose guidance has failed walk as the prior's, twisted below the best.
+    """Replace guidance that is not finite: such particles follow the prior's own step.
+
+    Their log-twist is set `_HANDICAP` below the largest of their system.
 
     Where the log-density at the denoised mean is NaN or minus infinity, that of the event may
     still be a number. A twist may be any positive function of all particles of a system: the

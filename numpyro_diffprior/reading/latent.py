@@ -95,15 +95,7 @@ class LatentGroup:
     @property
     def event_size(self) -> int:
         """The number of elements of an event."""
-        sites = self.sites
-        if self.is_joined:
-            return sum(prod(site.shape) for site in sites)
-        return sum(prod(site.event_shape) for site in sites)
-
-    @property
-    def sampler(self) -> Sampler:
-        """The priors' sampler."""
-        return self.sites[0].sampler
+        return sum(prod(s.shape if self.is_joined else s.event_shape) for s in self.sites)
 
     @property
     def largest_plate(self) -> Plate | None:
@@ -161,9 +153,8 @@ def read_latent_site(
             f"latent site '{name}': expected events of shape {prior.event_shape} in plates, got "
             f"events of shape {fn.event_shape}; replace `.to_event` by a plate."
         )
-    plates = tuple(
-        Plate(frame.name, frame.dim, sizes[frame.name]) for frame in site["cond_indep_stack"]
-    )
+    frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+    plates = tuple(Plate(frame.name, frame.dim, sizes[frame.name]) for frame in frames)
     return LatentSite(name, prior.event_shape, tuple(fn.batch_shape), plates, prior.sampler)
 
 

@@ -54,7 +54,7 @@ class LikelihoodReader:
         return [form.name for form in self.forms]
 
     def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[Reading, jax.Array]:
-        """Return what is expected of one batch of events and was observed, and what is visible.
+        """Return the reading of one batch of events, and which values are visible.
 
         Args:
             evaluate: Maps events, with shape ``(*batch, *event)``, to the arrays of the sites.

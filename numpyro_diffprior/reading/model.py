@@ -20,7 +20,7 @@ from numpyro_diffprior._compile.dependence import depends
 from numpyro_diffprior._compile.program import Program, freeze
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading
+from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
     LatentSite,
@@ -277,21 +277,22 @@ class GroupReading:
 
     @cached_property
     def linear(self) -> bool:
-        """Whether means are affine in the events, and noise and values are the same at all."""
+        """Whether means are affine in the events, and noise and values do not depend on them."""
         if any(site.by in ("event", "potential") for site in self.observed):
             return False
-        specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._invars]
+        avals: list[Any] = [var.aval for var in self.reading.program.jaxpr.invars]
+        specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
         def derivative(x: jax.Array, v: jax.Array, inputs: list[Any]) -> Any:
             denoiser = self.group.denoiser(self._parts(inputs))
             evaluate = self._evaluate(denoiser, inputs)
 
-            def read(x: jax.Array) -> Reading:
-                return self.reader.read(evaluate, x)[0]
+            def read(x: jax.Array) -> Any:
+                y_hat, noise, y = self.reader.read(evaluate, x)[0]
+                return y_hat, (noise, y)
 
-            _, tangent = jax.jvp(lambda x: read(x).y_hat, (x,), (v,))
-            _, noise, y = read(x)
-            return tangent, noise, y
+            _, tangent, rest = jax.jvp(read, (x,), (v,), has_aux=True)
+            return tangent, rest
 
         x = jax.eval_shape(lambda inputs: self._template(inputs)[1], specs)
         return not any(jax.tree.leaves(depends(derivative, x, x, specs, on=[0])))
@@ -340,10 +341,6 @@ class GroupReading:
         results = jax.lax.map(lambda index: f({plate.name: index}), indices)
         axis = len(self.group.batch_shape) + plate.dim
         return join_blocks(results, axis, plate.size)
-
-    @property
-    def _invars(self) -> list[Any]:
-        return list(self.reading.program.jaxpr.invars)
 
     def _parts(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
         reading = self.reading

@@ -60,7 +60,7 @@ def gaussian_moments(fn: dist.Distribution) -> Moments | None:
     )
 
 
-# What wraps other distributions.
+# Wrappers of other distributions.
 
 
 @gaussian_moments.register
@@ -108,7 +108,7 @@ def _transformed(fn: dist.TransformedDistribution) -> Moments | None:
     return Moments(jnp.broadcast_to(mean, fn.shape()), jnp.broadcast_to(variance, fn.shape()))
 
 
-# Each value for itself.
+# Elementwise families.
 
 
 def _by_element(fn: dist.Distribution) -> Moments:
@@ -155,7 +155,7 @@ for _family in (
 
 @gaussian_moments.register(dist.HalfNormal)
 def _of_squares(fn: dist.HalfNormal) -> Moments:
-    """Of the values' squares, which know all of the scale that the values know."""
+    """Return the moments of the squares, which are sufficient for the scale."""
     variance = jnp.broadcast_to(fn.scale**2, fn.shape())
     return Moments(variance, 2 * variance**2, transform=jnp.square)
 
@@ -163,7 +163,7 @@ def _of_squares(fn: dist.HalfNormal) -> Moments:
 @gaussian_moments.register(dist.Beta)
 @gaussian_moments.register(dist.Dirichlet)
 def _of_logs(fn: dist.Beta | dist.Dirichlet) -> Moments:
-    """Of the parts' logarithms, which know all of the concentrations that the values know."""
+    """Return the moments of the logarithms, which are sufficient for the concentrations."""
     if isinstance(fn, dist.Beta):
         pair = jnp.broadcast_arrays(fn.concentration1, fn.concentration0)
         concentration = jnp.broadcast_to(jnp.stack(pair, axis=-1), (*fn.batch_shape, 2))
@@ -220,7 +220,7 @@ def _truncated(fn: dist.Distribution) -> Moments | None:
     return _by_element(fn) if isinstance(fn.base_dist, dist.Normal) else None
 
 
-# Values that hang together.
+# Vector-valued families.
 
 
 @gaussian_moments.register(dist.MultivariateNormal)
@@ -295,7 +295,7 @@ def _affine(fn: dist.TransformedDistribution) -> Moments:
     return Moments(transform(origin), cov, full=True)
 
 
-# What has no moments, or none that tell of its shape.
+# Families read by the curvature of their log-density.
 
 
 def _no_moments(fn: dist.Distribution) -> None:

@@ -2,10 +2,9 @@
 
 A site is read by the moments of its distribution where its mean depends on the latent, or else
 by its log-density; see `ObservedSite`. What its parameters, moments and values depend on is found
-from
-the model's program, so a site is described twice: by its arrays, which are outputs of the program
-(`describe`), and by a static form, from which the decision is made once the dependences are known
-(`decide`).
+from the model's program. A site is therefore described twice: by its arrays, which are outputs of
+the program (`describe`), and by a static form, from which `decide` chooses how to read it once the
+dependencies are known.
 """
 
 from collections.abc import Mapping
