@@ -203,7 +203,7 @@ NUMBERS = {
     "MStep: expected ema_decay >= 0 and <= 1, got 1.5": lambda: M(ema_decay=1.5),
     "GaussianStart: expected rank >= 1, got 0": lambda: ndp.GaussianStart(rank=0),
     "ParamStep: expected an optimizer": lambda: ndp.ParamStep(optimizer=0.1),
-    "EM: expected e_step to be of EStep": lambda: ndp.EM(model, optax.sgd(1.0), e_step=4),
+    "EM: expected e_step of type EStep": lambda: ndp.EM(model, optax.sgd(1.0), e_step=4),
     "positive semi-definite .* the eigenvalue -1": lambda: ndp.GaussianDenoiser(
         jnp.zeros(2), jnp.asarray([[1.0, 2.0], [2.0, 1.0]])
     ),

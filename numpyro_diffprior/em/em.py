@@ -106,7 +106,7 @@ class EM:
             ("start", start, GaussianStart),
         ):
             if not isinstance(value, kind):
-                raise ValueError(f"EM: expected {name} to be of {kind.__name__}, got {value!r}.")
+                raise ValueError(f"EM: expected {name} of type {kind.__name__}, got {value!r}.")
         check_batch_size(m_step.batch_size, mesh)
         self.model = model
         self.optimizer = optimizer

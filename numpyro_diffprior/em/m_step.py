@@ -65,7 +65,7 @@ class MStep:
         if not isinstance(self.noise, NoiseDistribution):
             raise ValueError(f"MStep: expected a NoiseDistribution, got {self.noise!r}.")
         if not isinstance(self.params, ParamStep):
-            raise ValueError(f"MStep: expected params to be of ParamStep, got {self.params!r}.")
+            raise ValueError(f"MStep: expected params of type ParamStep, got {self.params!r}.")
         set_numbers(
             self,
             num_steps=check_count("MStep", "num_steps", self.num_steps),
