@@ -25,7 +25,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
 from numpyro_diffprior._compile.checks import check_count
-from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.serialization import load_denoiser, save_denoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.probability_flow import flow_log_prob
@@ -48,13 +48,14 @@ class DiffusionPrior(Distribution):
     `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
     The same key gives the same draws; with another ``max_batch_size`` they are other draws.
 
-    The elements of an event should share a unit, whatever it is (standardize columns of a
-    catalogue): draws end at the denoiser's ``sigma_min``, a thousandth of the elements'
-    root-mean-square deviation, and elements that vary by less than ten times that come out too
-    narrow. Draws have the bias of the sampler, which more steps make smaller. `log_prob` is the
-    density of the probability flow, smoothed by noise of the denoiser's ``sigma_min``; it is
-    differentiable at the cost of some ten evaluations of the denoiser's Jacobian. Where an event
-    cannot be integrated it is NaN, which NUTS takes for a divergence.
+    Events and noise levels are in the data's units, whatever the denoiser's (`Denoiser.unit`); a
+    sampler's own limits are in the denoiser's. The elements of an event should share a unit
+    (standardize columns of a catalogue): draws end at the denoiser's ``sigma_min``, a thousandth
+    of the elements' root-mean-square deviation, and elements that vary by less than ten times
+    that come out too narrow. Draws have the bias of the sampler, which more steps make smaller.
+    `log_prob` is the density of the probability flow, smoothed by noise of the denoiser's
+    ``sigma_min``; it is differentiable at the cost of some ten evaluations of the denoiser's
+    Jacobian. Where an event cannot be integrated it is NaN, which NUTS takes for a divergence.
 
     Args:
         denoiser: The denoiser, of events of any shape.
@@ -97,6 +98,7 @@ class DiffusionPrior(Distribution):
     ) -> None:
         # JAX rebuilds pytrees without __init__, so that placeholders never get here.
         _check_denoiser(denoiser)
+        denoiser = _near_one(denoiser)
         _check_sampler(sampler)
         if num_probes is not None:
             num_probes = check_count("DiffusionPrior", "num_probes", num_probes)
@@ -120,12 +122,13 @@ class DiffusionPrior(Distribution):
 
         Exact for analytic denoisers, and as good as the fit for learned ones.
         """
-        return self._repeat(self.denoiser.mean)
+        return self._repeat(self.denoiser.to_data(self.denoiser.mean))
 
     @property
     def variance(self) -> jax.Array:
         """The variances of the denoiser's Gaussian summary."""
-        return self._repeat(self.denoiser.cov.diagonal().reshape(jnp.shape(self.denoiser.mean)))
+        variance = self.denoiser.cov.diagonal().reshape(jnp.shape(self.denoiser.mean))
+        return self._repeat(self.denoiser.to_data(self.denoiser.to_data(variance)))
 
     def condition(self, context: ArrayLike) -> "DiffusionPrior":
         """Return the prior given a context, of a denoiser whose network has a ``context_shape``.
@@ -192,7 +195,8 @@ class DiffusionPrior(Distribution):
         default = size if size <= _MAX_EXACT else _NUM_PROBES
         num_probes = default if self.num_probes is None else self.num_probes
         exact = num_probes >= size
-        return _log_prob(self.denoiser, x, None if exact else num_probes, self.max_batch_size)
+        log_prob = _log_prob(self.denoiser, x, None if exact else num_probes, self.max_batch_size)
+        return log_prob - size * jnp.log(self.denoiser.unit)
 
     def denoise(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
         r"""Return :math:`E[x \mid x_t]`.
@@ -204,7 +208,7 @@ class DiffusionPrior(Distribution):
         Raises:
             ValueError: If the last axes of ``x_t`` are not an event's.
         """
-        return self.denoiser(self._events(x_t), jnp.asarray(sigma, self.denoiser.dtype))
+        return self.denoiser.to_data(self.denoiser(self._events(x_t), self._level(sigma)))
 
     def score(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
         r"""Return :math:`\nabla_{x_t} \log p(x_t)`, the score of the prior with noise.
@@ -216,7 +220,7 @@ class DiffusionPrior(Distribution):
         Raises:
             ValueError: If the last axes of ``x_t`` are not an event's.
         """
-        return self.denoiser.score(self._events(x_t), jnp.asarray(sigma, self.denoiser.dtype))
+        return self.denoiser.from_data(self.denoiser.score(self._events(x_t), self._level(sigma)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the denoiser to a safetensors file; see `save_denoiser`.
@@ -260,13 +264,17 @@ class DiffusionPrior(Distribution):
         return jnp.broadcast_to(x, (*self.batch_shape, *jnp.shape(x)))
 
     def _events(self, x: ArrayLike) -> jax.Array:
+        """Return events in the denoiser's unit."""
         shape = jnp.shape(x)
         if shape[max(len(shape) - self.event_dim, 0) :] != self.event_shape:
             raise ValueError(
                 f"DiffusionPrior: expected events of shape {self.event_shape} in the last axes, "
                 f"got an array of shape {shape}; reshape it to (*batch, *event_shape)."
             )
-        return jnp.asarray(x, self.denoiser.dtype)
+        return self.denoiser.from_data(jnp.asarray(x, self.denoiser.dtype))
+
+    def _level(self, sigma: ArrayLike) -> jax.Array:
+        return self.denoiser.from_data(jnp.asarray(sigma, self.denoiser.dtype))
 
 
 # Compiled here: called eagerly, their loops would be compiled anew at every call.
@@ -283,7 +291,7 @@ def _sample(
         return jnp.zeros((*batch_shape, *denoiser.event_shape), denoiser.dtype)
     num_chunks, size = _chunks(num, max_batch_size)
     if num_chunks == 1:
-        return sampler.sample(rng_key, denoiser, batch_shape)
+        return denoiser.to_data(sampler.sample(rng_key, denoiser, batch_shape))
 
     def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         key, contexts = inputs
@@ -292,7 +300,7 @@ def _sample(
     contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
     draws = jax.lax.map(chunk, (jax.random.split(rng_key, num_chunks), contexts))
     draws = draws.reshape(num_chunks * size, *denoiser.event_shape)[:num]
-    return draws.reshape(*batch_shape, *denoiser.event_shape)
+    return denoiser.to_data(draws.reshape(*batch_shape, *denoiser.event_shape))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -370,8 +378,18 @@ def _check_denoiser(denoiser: Denoiser) -> None:
     if not_jax_tracer(positive) and not positive:
         raise ValueError(
             "DiffusionPrior: expected a covariance with positive and finite total variance, got a "
-            f"scale of {scale}; it sets the noise levels, so give the prior some width."
+            f"scale of {scale}; it sets the noise levels, so give the prior some width. Variances "
+            f"too small for {denoiser.dtype} need a unit: GaussianDenoiser(mean, cov, unit=1e-17)."
         )
+
+
+def _near_one(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser in a unit in which squares, and squares of squares, are numbers."""
+    scale, limits = denoiser.scale, jnp.finfo(denoiser.dtype)
+    low, high = float(limits.tiny) ** (1 / 6), float(limits.max) ** (1 / 4)
+    if not not_jax_tracer(scale) or scale.ndim or low < float(scale) < high:
+        return denoiser
+    return denoiser.in_unit(choose_unit(denoiser.to_data(scale), denoiser.unit))
 
 
 def _check_sampler(sampler: Sampler) -> None:

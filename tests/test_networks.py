@@ -199,7 +199,7 @@ def test_a_denoiser_that_is_a_module():
             return x_t * self.weight / (self.weight + sigma[..., None] ** self.power)
 
     denoiser = ndp.FunctionDenoiser(Shrink(jnp.asarray(1.0)), jnp.zeros(D), jnp.eye(D))
-    assert len(jax.tree.leaves(denoiser)) == 1 + 1 + 2
+    assert len(jax.tree.leaves(denoiser)) == 1 + 1 + 2 + 1  # weight, mean, covariance, unit
     np.testing.assert_allclose(denoiser(X[:3], 1.0), X[:3] / 2, rtol=1e-6)
 
 

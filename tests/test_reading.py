@@ -108,6 +108,9 @@ def two_sites(prior):
         numpyro.sample("unrelated", dist.Cauchy(0.0, 1.0), obs=Y[:, 0])
 
 
+UNIT = 0.5  # in which values with this scale are read
+
+
 def nonlinear(prior):
     with numpyro.plate("n", N):
         x = numpyro.sample("x", prior)
@@ -214,7 +217,7 @@ def test_masked_values_do_not_matter():
 
 def test_scale_divides_the_variance():
     noise = read(scaled, make_prior()).read(jnp.asarray(X))[1]
-    np.testing.assert_allclose(noise.diagonal(), 0.25 / 3, rtol=tolerance())
+    np.testing.assert_allclose(noise.diagonal(), UNIT**-2 * 0.25 / 3, rtol=tolerance())
 
 
 def test_a_mean_or_noise_that_bends_is_not_linear():
@@ -228,13 +231,15 @@ def test_a_mean_or_noise_that_bends_is_not_linear():
         v.reshape(N, D, 2)
         for v in (local.residual, local.matvec(jnp.ones((N, D))), local.noise.diagonal())
     )
+    unit = 2 ** np.floor(np.log2(scale))
     excess = (((Y - np.sin(X)) / scale) ** 2 - 1) / 2
     assert excess.max() < 4
-    np.testing.assert_allclose(residual[..., 0], Y - np.sin(X), rtol=1e-4, atol=tolerance())
+    expected = (Y - np.sin(X)) / unit
+    np.testing.assert_allclose(residual[..., 0], expected, rtol=1e-4, atol=tolerance())
     np.testing.assert_allclose(residual[..., 1], excess, rtol=1e-4, atol=tolerance())
-    np.testing.assert_allclose(moved[..., 0], np.cos(X), rtol=tolerance(1e-4))
+    np.testing.assert_allclose(moved[..., 0], np.cos(X) / unit, rtol=tolerance(1e-4))
     np.testing.assert_allclose(moved[..., 1], 2 * X / scale, rtol=tolerance(1e-4))
-    np.testing.assert_allclose(variance[..., 0], scale**2, rtol=tolerance(1e-4))
+    np.testing.assert_allclose(variance[..., 0], (scale / unit) ** 2, rtol=tolerance(1e-4))
     np.testing.assert_allclose(variance[..., 1], 0.5, rtol=tolerance(1e-4))
 
 
@@ -265,11 +270,11 @@ def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
     (part,) = found.reading.groups
     assert (part.group.batch_shape, part.group.plates) == ((2,), (Plate("n", -1, N),))
     likelihood = part.bind(found.data, {"n": index}).likelihood
-    np.testing.assert_allclose(likelihood.y, Y[index], rtol=tolerance())
+    np.testing.assert_allclose(likelihood.y, Y[index] / UNIT, rtol=tolerance())
     x = jnp.asarray(X[index])
     expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])
     np.testing.assert_allclose(likelihood.log_prob(x), expected, rtol=tolerance())
-    np.testing.assert_allclose(likelihood.read(x)[1].diagonal(), 0.25, rtol=tolerance())
+    np.testing.assert_allclose(likelihood.read(x)[1].diagonal(), 1.0, rtol=tolerance())
 
 
 def test_fix_plates_is_a_handler():
@@ -295,7 +300,7 @@ def test_nested_plates_and_repeated_observations():
     np.testing.assert_allclose(likelihood.log_prob(x), expected, rtol=tolerance(1e-4))
     local = likelihood.linearize(x)
     np.testing.assert_allclose(
-        local.residual.reshape(2, N, 4, D), np.moveaxis(y - x, 0, 2), atol=tolerance()
+        local.residual.reshape(2, N, 4, D), np.moveaxis(y - x, 0, 2) / UNIT, atol=tolerance()
     )
 
 

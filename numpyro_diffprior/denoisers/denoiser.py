@@ -7,8 +7,11 @@ is the prior: its score is :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / 
 
 Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It sets the location
 and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
-guidance; the elements of one event should share a unit. In float32 the squares of the prior's
-scale must be numbers too: keep it between 1e-6 and 1e9, and rescale data beyond.
+guidance; the elements of one event should share a unit.
+
+A denoiser works in a ``unit`` of its own, in which numbers are near one: the data are so many
+times what it sees, and its mean, covariance and noise levels are in that unit. In float32 the
+squares of 1e-26 are no numbers. `DiffusionPrior` is in the data's units, whatever the denoiser's.
 
 Exact denoisers are in `numpyro_diffprior.denoisers.exact`, learned ones in
 `numpyro_diffprior.denoisers.network`.
@@ -27,8 +30,21 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.covariances import Covariance, Dense
+from numpyro_diffprior.linalg.powers import near_exponent, scale_by_power
 
-__all__ = ["Denoiser", "align", "as_gaussian", "flatten_events", "register", "set_attributes"]
+__all__ = [
+    "Denoiser",
+    "align",
+    "as_covariance",
+    "as_floating",
+    "as_gaussian",
+    "as_unit",
+    "check_size",
+    "choose_unit",
+    "flatten_events",
+    "register",
+    "set_attributes",
+]
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -51,15 +67,18 @@ def register(cls: _Class) -> _Class:
 
 
 class Denoiser(ABC):
-    """A prior over events of shape ``event_shape``, given by its conditional mean.
+    r"""A prior over events of shape ``event_shape``, given by its conditional mean.
 
     Attributes:
         mean: The prior's mean (or the best guess at it), with shape ``event_shape``.
         cov: The prior's covariance, over flattened events.
+        unit: How large the denoiser's unit is in the data's units: :math:`x` in the data is
+            :math:`x / u` here. One, if not said otherwise.
     """
 
     mean: jax.Array
     cov: Covariance
+    unit: jax.Array | float = 1.0
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:
@@ -104,7 +123,7 @@ class Denoiser(ABC):
 
     @property
     def scale(self) -> jax.Array:
-        """The root-mean-square deviation of an element, in the data's units."""
+        """The root-mean-square deviation of an element."""
         return jnp.sqrt(self.cov.trace() / self.event_size)
 
     @property
@@ -135,6 +154,35 @@ class Denoiser(ABC):
         """
         return jnp.ones_like(jnp.asarray(sigma, self.dtype))
 
+    def to_data(self, x: jax.Array) -> jax.Array:
+        """Return values of the denoiser (events, noise levels) in the data's units."""
+        mantissa, exponent = self._split_unit(x)
+        return scale_by_power(mantissa * x, exponent)
+
+    def from_data(self, x: jax.Array) -> jax.Array:
+        """Undo `to_data`."""
+        mantissa, exponent = self._split_unit(x)
+        return scale_by_power(x, -exponent) / mantissa
+
+    def _split_unit(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the unit as a number near one and an exponent of two."""
+        unit = jnp.asarray(self.unit)
+        # Denoisers that come out of `jax.vmap` have units with leading axes, as their events.
+        unit = unit.reshape(*unit.shape, *(1,) * (x.ndim - unit.ndim))
+        exponent = near_exponent(unit)
+        return scale_by_power(unit, -exponent), exponent
+
+    def in_unit(self, unit: jax.Array) -> "Denoiser":
+        """Return the same prior with another unit.
+
+        Raises:
+            ValueError: If it is a denoiser whose unit cannot be changed.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: its mean and covariance are too small or too large for "
+            f"{self.dtype}; state it in a `unit` near its scale."
+        )
+
     def score(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         r"""Return :math:`\nabla_{x_t} \log p(x_t)` (Tweedie), shaped as ``x_t``."""
         sigma = jnp.asarray(sigma, self.dtype)
@@ -151,7 +199,7 @@ def align(sigma: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
     return sigma.reshape(*sigma.shape, *(1,) * len(event_shape))
 
 
-def _floating(x: ArrayLike) -> jax.Array:
+def as_floating(x: ArrayLike) -> jax.Array:
     """Return an array of floating type: its own, or the default for integers."""
     x = jnp.asarray(x)
     return x.astype(jnp.result_type(float, x))
@@ -200,25 +248,58 @@ def _check_matrix(name: str, matrix: np.ndarray) -> None:
 
 
 def as_gaussian(
-    denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike
+    denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike, unit: ArrayLike
 ) -> dict[str, Any]:
-    """Return ``mean`` and ``cov`` of a denoiser, of one floating type: that of the mean.
+    """Return mean, covariance and unit of a denoiser, of one floating type: that of the mean.
 
     Raises:
-        ValueError: If the sizes of mean and covariance differ, or the covariance is not valid.
+        ValueError: If the sizes of mean and covariance differ, the covariance is not valid, or
+            the unit is not a positive number.
     """
-    mean = _floating(mean)
+    mean = as_floating(mean)
     if mean.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"{type(denoiser).__name__}: expected a mean of type float32 or float64, got "
             f"{mean.dtype}; a network inside of it may be of half precision."
         )
     cov = as_covariance(type(denoiser).__name__, cov, mean.dtype)
-    _check_size(type(denoiser).__name__, mean.shape, cov)
-    return {"mean": mean, "cov": cov}
+    check_size(type(denoiser).__name__, mean.shape, cov)
+    return {"mean": mean, "cov": cov, "unit": as_unit(type(denoiser).__name__, unit, mean.dtype)}
 
 
-def _check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> None:
+def as_unit(name: str, unit: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """Return a unit as a scalar.
+
+    Raises:
+        ValueError: If it is not a positive number.
+    """
+    value = jnp.asarray(unit, dtype)
+    if value.ndim or (not isinstance(value, jax.core.Tracer) and not 0 < float(value) < np.inf):
+        raise ValueError(
+            f"{name}: expected a unit that is a positive number, within the range of {dtype}, got "
+            f"{unit!r}."
+        )
+    return value
+
+
+def choose_unit(scale: jax.Array, unit: jax.Array | float) -> jax.Array:
+    """Return a unit for events of some scale: the one they have, if it is within a thousand.
+
+    Args:
+        scale: A positive scalar: the size of the events' deviations in the data's units.
+        unit: The unit so far.
+
+    Returns:
+        The unit so far, or the power of two next to the scale.
+    """
+    exponent = jnp.round(jnp.log2(scale)).astype(int)
+    nearest = jnp.ldexp(jnp.ones_like(scale), exponent)
+    distance = jnp.abs(jnp.log2(scale) - jnp.log2(unit))
+    return jnp.where(jnp.isfinite(distance) & (distance > 10), nearest, unit)
+
+
+def check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> None:
+    """Refuse a covariance of another size than the events."""
     size = prod(event_shape)
     if cov.size != size:
         raise ValueError(

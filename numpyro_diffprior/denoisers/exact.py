@@ -9,10 +9,11 @@ from jax.typing import ArrayLike
 
 from numpyro_diffprior.denoisers.denoiser import (
     Denoiser,
-    _check_size,
-    _floating,
     as_covariance,
+    as_floating,
     as_gaussian,
+    as_unit,
+    check_size,
     flatten_events,
     register,
     set_attributes,
@@ -33,16 +34,26 @@ class GaussianDenoiser(Denoiser):
     Args:
         mean: The mean, with shape ``event_shape``.
         cov: A `Covariance` over flattened events, or a matrix.
+        unit: The unit of mean and covariance, in the data's: a flux near 1e-17 with a deviation
+            of 2e-18 has ``GaussianDenoiser(1.0, 0.04, unit=1e-17)``.
 
     Raises:
-        ValueError: If the sizes of mean and covariance differ.
+        ValueError: If the sizes of mean and covariance differ, or the covariance is not valid.
     """
 
     mean: jax.Array
     cov: Covariance
+    unit: jax.Array
 
-    def __init__(self, mean: ArrayLike, cov: Covariance | ArrayLike) -> None:
-        set_attributes(self, **as_gaussian(self, mean, cov))
+    def __init__(
+        self, mean: ArrayLike, cov: Covariance | ArrayLike, unit: ArrayLike = 1.0
+    ) -> None:
+        set_attributes(self, **as_gaussian(self, mean, cov, unit))
+
+    def in_unit(self, unit: jax.Array) -> "GaussianDenoiser":
+        """Return the same prior with another unit."""
+        ratio = self.unit / unit
+        return GaussianDenoiser(ratio * self.mean, self.cov.scale(ratio**2), unit)
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the conditional mean; see `Denoiser`."""
@@ -68,6 +79,7 @@ class MixtureDenoiser(Denoiser):
         means: Components' means, with shape ``(k, *event)``.
         covs: A `Covariance` whose parameters have a leading axis ``k`` (or none: one for all), or
             matrices of shape ``(k, d, d)``.
+        unit: The unit of means and covariances, in the data's.
 
     Raises:
         ValueError: If the sizes of weights, means and covariances differ.
@@ -78,9 +90,16 @@ class MixtureDenoiser(Denoiser):
     covs: Covariance
     mean: jax.Array = field(init=False)
     cov: Covariance = field(init=False)
+    unit: jax.Array
 
-    def __init__(self, weights: ArrayLike, means: ArrayLike, covs: Covariance | ArrayLike) -> None:
-        weights, means = _floating(weights), _floating(means)
+    def __init__(
+        self,
+        weights: ArrayLike,
+        means: ArrayLike,
+        covs: Covariance | ArrayLike,
+        unit: ArrayLike = 1.0,
+    ) -> None:
+        weights, means = as_floating(weights), as_floating(means)
         if weights.ndim != 1 or means.shape[:1] != weights.shape:
             raise ValueError(
                 "MixtureDenoiser: expected weights of shape (k,) and means of shape (k, *event), "
@@ -88,7 +107,7 @@ class MixtureDenoiser(Denoiser):
             )
         num, *event_shape = means.shape
         covs = as_covariance("MixtureDenoiser", covs, means.dtype)
-        _check_size("MixtureDenoiser", tuple(event_shape), covs)
+        check_size("MixtureDenoiser", tuple(event_shape), covs)
         batch_shape = jnp.shape(covs.trace())
         if batch_shape not in ((), (num,)):
             raise ValueError(
@@ -104,7 +123,13 @@ class MixtureDenoiser(Denoiser):
         cov = einsum("k,kij->ij", weights, within)
         cov = cov + einsum("k,ki,kj->ij", weights, between, between)
         summary = {"mean": mean, "cov": Dense.from_matrix(cov)}
-        set_attributes(self, weights=weights, means=means, covs=covs, **summary)
+        unit = as_unit("MixtureDenoiser", unit, means.dtype)
+        set_attributes(self, weights=weights, means=means, covs=covs, unit=unit, **summary)
+
+    def in_unit(self, unit: jax.Array) -> "MixtureDenoiser":
+        """Return the same prior with another unit."""
+        ratio = self.unit / unit
+        return MixtureDenoiser(self.weights, ratio * self.means, self.covs.scale(ratio**2), unit)
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the conditional mean; see `Denoiser`."""

@@ -33,11 +33,12 @@ class FunctionDenoiser(Denoiser):
 
     Args:
         function: The conditional mean :math:`D(x_t, \sigma)`: from noisy events, with shape
-            ``(*batch, *event)``, and noise levels, ``(*batch,)``, in the data's units, to an array
-            of the events' shape. It must be differentiable in ``x_t`` for guidance.
+            ``(*batch, *event)``, and noise levels, ``(*batch,)``, both in ``unit``, to an array of
+            the events' shape. It must be differentiable in ``x_t`` for guidance.
         mean: The prior's mean, with shape ``event_shape``; an estimate will do.
         cov: The prior's covariance over flattened events, a `Covariance` or a matrix; an estimate
             will do. It sets the range of noise levels, and the covariance of Gaussian guidance.
+        unit: The unit of the function, mean and covariance, in the data's.
 
     Raises:
         ValueError: If the function cannot be called with one event, or returns another shape.
@@ -54,19 +55,21 @@ class FunctionDenoiser(Denoiser):
     static: _Static
     mean: jax.Array
     cov: Covariance
+    unit: jax.Array
 
     def __init__(
         self,
         function: Callable[[jax.Array, jax.Array], jax.Array],
         mean: ArrayLike,
         cov: Covariance | ArrayLike,
+        unit: ArrayLike = 1.0,
     ) -> None:
         if not callable(function):
             raise ValueError(
                 f"FunctionDenoiser: expected a function of x_t and sigma, got {function!r}."
             )
         arrays, static = split_arguments(function)
-        summary = as_gaussian(self, mean, cov)
+        summary = as_gaussian(self, mean, cov, unit)
         set_attributes(self, arrays=arrays, static=_Static(static), **summary)
         self._check()
 

@@ -76,6 +76,7 @@ class NetworkDenoiser(Denoiser):
             trained network would change the prior.
         error_ratios: `error_ratio` at noise levels from `sigma_min` to `sigma_max`, equally spaced
             on the logarithmic axis (default: one); see `measure_error`.
+        unit: The unit of mean and covariance, in the data's; `EM` and `fit_denoiser` choose one.
 
     Raises:
         ValueError: If the shapes of network, mean, covariance and base differ.
@@ -86,6 +87,7 @@ class NetworkDenoiser(Denoiser):
     cov: Covariance
     base: GaussianDenoiser
     error_ratios: jax.Array
+    unit: jax.Array
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class NetworkDenoiser(Denoiser):
         cov: Covariance | ArrayLike | None = None,
         base: GaussianDenoiser | None = None,
         error_ratios: ArrayLike | None = None,
+        unit: ArrayLike = 1.0,
     ) -> None:
         net = as_network(net)
         shape = tuple(net.event_shape)
@@ -101,6 +104,7 @@ class NetworkDenoiser(Denoiser):
             self,
             jnp.zeros(shape) if mean is None else mean,
             Isotropic(1.0, prod(shape)) if cov is None else cov,
+            unit,
         )
         base = GaussianDenoiser(**summary) if base is None else base
         for name, found in (("mean", summary["mean"].shape), ("base", base.event_shape)):
@@ -140,7 +144,8 @@ class NetworkDenoiser(Denoiser):
         scale = self.base.scale
         c_in = jax.lax.rsqrt(scale**2 + level**2)
         net_in = (c_in * (x_t - self.base.mean)).reshape(-1, *self.event_shape)
-        noise = jnp.log(sigma / scale) / 4
+        # Below `sigma_min`, where it was not trained, the network sees that level.
+        noise = jnp.log(jnp.maximum(sigma, self.sigma_min) / scale) / 4
         if noise.ndim:
             noise = jnp.broadcast_to(noise, batch_shape)
         contexts = self._check_context(context)
@@ -165,10 +170,30 @@ class NetworkDenoiser(Denoiser):
         log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
         return jnp.interp(log_sigma, grid, self.error_ratios)
 
-    def with_gaussian(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
-        """Return this denoiser with its preconditioning and its summary at a new Gaussian."""
-        return NetworkDenoiser(self.net, mean, cov)
+    def in_unit(self, unit: jax.Array) -> "NetworkDenoiser":
+        """Return the same prior with another unit."""
+        ratio = self.unit / unit
+        return NetworkDenoiser(
+            self.net,
+            ratio * self.mean,
+            self.cov.scale(ratio**2),
+            self.base.in_unit(unit),
+            self.error_ratios,
+            unit,
+        )
+
+    def with_gaussian(
+        self, mean: jax.Array, cov: Covariance, unit: ArrayLike | None = None
+    ) -> "NetworkDenoiser":
+        """Return this denoiser with its preconditioning and its summary at a new Gaussian.
+
+        Args:
+            mean: The mean.
+            cov: The covariance.
+            unit: Their unit (default: the denoiser's).
+        """
+        return NetworkDenoiser(self.net, mean, cov, unit=self.unit if unit is None else unit)
 
     def with_summary(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
         """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
-        return NetworkDenoiser(self.net, mean, cov, self.base)
+        return NetworkDenoiser(self.net, mean, cov, self.base, unit=self.unit)

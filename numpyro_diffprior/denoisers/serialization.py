@@ -52,7 +52,7 @@ from numpyro_diffprior.nets import NETWORKS
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 
 _FORMAT = "numpyro_diffprior.denoiser"
-_VERSION = "3"
+_VERSION = "4"
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (

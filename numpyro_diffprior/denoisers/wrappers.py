@@ -44,6 +44,11 @@ class DenoiserWrapper(Denoiser):
         return self.part.cov
 
     @property
+    def unit(self) -> jax.Array | float:  # type: ignore[override]
+        """The unit of the denoiser inside."""
+        return self.part.unit
+
+    @property
     def context_shape(self) -> tuple[int, ...] | None:
         """The shape of a context that the denoiser expects, or None."""
         return self.part.context_shape
@@ -168,7 +173,7 @@ class ProductDenoiser(Denoiser):
     """The denoiser of independent events as one: the sources of a sum, say.
 
     Its events are vectors: those of the parts one after the other, flattened, each in units of its
-    own prior's scale, so that the parts share one sequence of noise levels whatever their units.
+    own prior's scale, so that the parts share one sequence of noise levels whatever their scales.
 
     Args:
         parts: The denoisers of the parts.
@@ -203,7 +208,7 @@ class ProductDenoiser(Denoiser):
         return self.join([part.location(batch_shape) for part in self.parts])
 
     def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Return the parts of events, each with shape ``(*batch, *event)`` and in its units."""
+        """Return the events of the parts, in their units, each ``(*batch, *event)``."""
         ends = np.cumsum([part.event_size for part in self.parts])[:-1]
         return tuple(
             part.scale * value.reshape(*x.shape[:-1], *part.event_shape)

@@ -78,7 +78,8 @@ class Sampler:
 
     Args:
         num_steps: The number of noise levels.
-        sigma_min: The last noise level, in the data's units (default: the denoiser's).
+        sigma_min: The last noise level, in the denoiser's unit (default: the denoiser's, and that
+            of a posterior follows the observations' noise).
         sigma_max: The first noise level (default: the denoiser's).
         schedule: The spacing of the levels between them.
 

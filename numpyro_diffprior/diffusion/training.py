@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import check_batch_size, replicate, spread
-from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
@@ -93,8 +93,8 @@ def denoising_loss(
 
     Args:
         denoiser: Any denoiser.
-        x: Clean events, with shape ``(*batch, *event_shape)``.
-        sigma: Noise levels, broadcastable to ``(*batch,)``.
+        x: Clean events, with shape ``(*batch, *event_shape)``, in the denoiser's unit.
+        sigma: Noise levels, broadcastable to ``(*batch,)``, likewise.
         rng_key: A key, of the noise.
         rngs: Random streams of the dropout of a network, to train; without them there
             is no dropout.
@@ -181,7 +181,7 @@ def train(
             `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` is
             not a multiple of the number of devices.
     """
-    x = _check_events(x, state.denoiser)
+    x = state.denoiser.from_data(_check_events(x, state.denoiser))
     num_steps = check_count("train", "num_steps", num_steps)
     batch_size = check_count("train", "batch_size", batch_size)
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
@@ -216,7 +216,7 @@ def measure_error(
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite.
     """
-    x = _check_events(x, denoiser)
+    x = denoiser.from_data(_check_events(x, denoiser))
     context = _check_context(context, x, denoiser)
     batch_size = check_count("measure_error", "batch_size", batch_size)
     return _measure_error(rng_key, denoiser, x, context, batch_size)
@@ -262,6 +262,8 @@ def fit_denoiser(
 ) -> FitResult:
     """Fit a denoiser to clean events: its mean and covariance at once, then its network.
 
+    Where the denoiser's unit is far from the events' scale, it gets another one.
+
     Args:
         rng_key: A key.
         denoiser: A denoiser with a new network. (To go on with a trained one, whose
@@ -284,8 +286,9 @@ def fit_denoiser(
     """
     x = _check_events(x, denoiser)
     x, context = replicate((x, context), mesh)
-    mean, cov = empirical_gaussian(x.reshape(x.shape[0], -1), rank=rank)
-    denoiser = denoiser.with_gaussian(mean.reshape(denoiser.event_shape), cov)
+    unit = choose_unit(_deviation(x), denoiser.unit)
+    mean, cov = empirical_gaussian((x / unit).reshape(x.shape[0], -1), rank=rank)
+    denoiser = denoiser.with_gaussian(mean.reshape(denoiser.event_shape), cov, unit)
     key_train, key_measure = jax.random.split(rng_key)
     state, losses = train(
         key_train,
@@ -301,6 +304,12 @@ def fit_denoiser(
     )
     _warn_of_divergence(losses)
     return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
+
+
+def _deviation(x: jax.Array) -> jax.Array:
+    """Return the largest deviation of an element, by squares of numbers near one."""
+    size = jnp.abs(x).max()
+    return size * jnp.std(x / size, axis=0).max()
 
 
 def _warn_of_divergence(losses: jax.Array) -> None:

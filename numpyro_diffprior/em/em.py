@@ -40,6 +40,7 @@ from numpyro_diffprior.diffusion.training import init_training
 from numpyro_diffprior.em.e_step import EStep, draw_events
 from numpyro_diffprior.em.initial import (
     GaussianStart,
+    choose_units,
     fit_by_sampling,
     fit_in_closed_form,
     has_closed_form,
@@ -141,9 +142,11 @@ class EM:
                     "`numpyro.plate`."
                 )
         sites = read_sites(prior, found.reading)
-        check_data(found, self.e_step.sampler or found.reading.sampler)
         params, params_opt_state = init_params(found, self.m_step.params.optimizer)
         found = found.with_params(params)
+        priors = choose_units(found, priors, sites)
+        found = found.with_first_argument(sites.as_passed(priors))
+        check_data(found, self.e_step.sampler or found.reading.sampler)
         rng_key, key_fit = jax.random.split(rng_key)
         if has_closed_form(found):
             gaussians = {key: fit_in_closed_form(found, self.start) for key in learned(priors)}

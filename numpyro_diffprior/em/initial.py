@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, set_numbers
+from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.e_step import EStep, draw_events
@@ -22,11 +24,17 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import Read
+from numpyro_diffprior.reading.model import GroupReading, ModelData, ModelReading, Read
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
-__all__ = ["GaussianStart", "fit_by_sampling", "fit_in_closed_form", "has_closed_form"]
+__all__ = [
+    "GaussianStart",
+    "choose_units",
+    "fit_by_sampling",
+    "fit_in_closed_form",
+    "has_closed_form",
+]
 
 
 @jax.tree_util.register_static
@@ -84,6 +92,65 @@ def fit_in_closed_form(model: Read, start: GaussianStart) -> Gaussian:
     return fit.mean, fit.cov
 
 
+def choose_units(model: Read, priors: Priors, sites: Sites) -> Priors:
+    """Return the priors with units near the scale of their events, where that is found.
+
+    It is found in linear models: the scale of events which, without noise, would be observed as
+    the values are.
+    """
+    chosen, scales = dict(priors), _scales(model.data, model.reading)
+    for site, key in sites.keys:
+        if site in scales and key in learned(priors):
+            denoiser: Any = priors[key].denoiser
+            unit = choose_unit(scales[site].astype(denoiser.dtype), denoiser.unit)
+            if unit != denoiser.unit:
+                own = denoiser.with_gaussian(denoiser.mean, denoiser.cov, unit)
+                chosen[key] = priors[key].replace_denoiser(own)
+    return chosen
+
+
+@partial(jax.jit, static_argnums=1)
+def _scales(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
+    """Return the scales of the events of linear models, by site, in the data's units."""
+    scales: dict[str, jax.Array] = {}
+    for found in reading.groups:
+        if not found.linear:
+            continue
+
+        def sizes(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
+            block, group = found.bind(data, indices), found.group
+            zero = jnp.zeros_like(block.mean)
+            local = block.likelihood.linearize(zero)
+            deviation = jnp.sqrt(local.noise.diagonal())
+            events = group.split(block.denoiser, zero)
+            gains = {
+                name: local.matvec(group.join(block.denoiser, events | {name: _signs(x)}))
+                for name, x in events.items()
+            }
+            return {"y": _log_size(local.residual / deviation)} | {
+                name: _log_size(gain / deviation) for name, gain in gains.items()
+            }
+
+        means = {
+            name: total.sum() / count.sum()
+            for name, (total, count) in found.over_blocks(sizes).items()
+        }
+        # In logarithms, which have no squares.
+        scales |= {name: jnp.exp(means["y"] - means[name]) for name in found.group.names}
+    return scales
+
+
+def _signs(x: jax.Array) -> jax.Array:
+    return jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
+
+
+def _log_size(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the sum of the logarithms of the values that are not zero, and how many there are."""
+    size = jnp.abs(values)
+    seen = size > 0
+    return jnp.where(seen, jnp.log(jnp.where(seen, size, 1)), 0).sum(-1), seen.sum(-1)
+
+
 def fit_by_sampling(
     rng_key: jax.Array,
     model: Model,
@@ -138,7 +205,9 @@ def fit_by_sampling(
             found = found.with_first_argument(passed)
         draws, _ = mend(draw_events(key, found, e_step, mesh).samples, {}, current, sites)
         fitted = {
-            name: summarize(pool(draws, sites, name, prior.event_shape), start.rank)
+            name: summarize(
+                prior.denoiser.from_data(pool(draws, sites, name, prior.event_shape)), start.rank
+            )
             for name, prior in learned(priors).items()
         }
     return fitted
@@ -149,7 +218,8 @@ def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
 
     def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
         net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
-        return prior.replace_denoiser(NetworkDenoiser(net, mean, cov))
+        unit = prior.denoiser.unit
+        return prior.replace_denoiser(NetworkDenoiser(net, mean, cov, unit=unit))
 
     return {
         key: gaussian(prior, *fitted[key]) if key in fitted else prior

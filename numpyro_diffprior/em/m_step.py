@@ -118,7 +118,7 @@ def fit_prior(
         mesh: Devices to spread minibatches over.
     """
     key_train, key_measure = jax.random.split(rng_key)
-    mean, cov = summarize(x, rank)
+    mean, cov = summarize(training.denoiser.from_data(x), rank)
     start = _restart(training, initial, optimizer, m_step)
     start = start._replace(
         denoiser=start.denoiser.with_summary(mean, cov),

@@ -341,5 +341,7 @@ def _distance_ranks(samples: jax.Array, truth: jax.Array, event_dim: int) -> jax
     """Count the draws closer than the truth to the truth of the next simulation."""
     point = jnp.roll(truth, 1, axis=0)
     axes = tuple(range(-event_dim, 0))
-    distances = jnp.square(samples - point[:, None]).sum(axes)
-    return sbc_ranks(distances, jnp.square(truth - point).sum(axes))
+    size = jnp.abs(truth).max()
+    unit = jnp.where(size > 0, size, 1)  # squares of small units are no numbers
+    distances = jnp.square((samples - point[:, None]) / unit).sum(axes)
+    return sbc_ranks(distances, jnp.square((truth - point) / unit).sum(axes))

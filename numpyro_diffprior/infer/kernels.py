@@ -244,7 +244,7 @@ class MMPSKernel(_DiffusionKernel):
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
-            values = [_mean(block) for _, block in blocks]
+            values = [block.mean for _, block in blocks]
         info = _merge([_no_info(block, settings) for _, block in blocks])
         return MMPSState(_split(blocks, values), rng_key, info)
 
@@ -315,7 +315,12 @@ class ParticleGibbs(_DiffusionKernel):
                 for key, (_, block) in zip(_keys(key_draw, blocks), blocks, strict=True)
             ]
         path = tuple(
-            diffuse_path(key, block.denoiser, settings.sampler, value)
+            diffuse_path(
+                key,
+                settings.guidance.condition(block.denoiser, block.likelihood),
+                settings.sampler,
+                value,
+            )
             for key, (_, block), value in zip(_keys(key_path, blocks), blocks, values, strict=True)
         )
         info = _merge([_no_info(block, settings) for _, block in blocks])
@@ -350,12 +355,6 @@ class ParticleGibbs(_DiffusionKernel):
             updated=merge_stats([{"updated": update.updated} for update in updates])["updated"],
             info=_merge([update.draws.info for update in updates]),
         )
-
-
-def _mean(block: Block) -> jax.Array:
-    likelihood = block.likelihood
-    shape = (*likelihood.batch_shape, *likelihood.event_shape)
-    return jnp.broadcast_to(block.denoiser.mean, shape)
 
 
 def _no_info(block: Block, settings: Settings) -> ParticleInfo:

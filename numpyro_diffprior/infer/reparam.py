@@ -73,7 +73,8 @@ class DiffusionReparam(Reparam):
         z = numpyro.sample(f"{name}_base", noise)
         x_t = self.sampler.start(prior.denoiser, z)
         # No noise enters on the way, so that the key is never looked at.
-        return None, self.sampler.run(jax.random.key(0), prior.denoiser, x_t)
+        x = self.sampler.run(jax.random.key(0), prior.denoiser, x_t)
+        return None, prior.denoiser.to_data(x)
 
     def invert(self, prior: DiffusionPrior, x: jax.Array) -> jax.Array:
         """Return the noise that leads to events: values of ``{name}_base`` to start from.
@@ -87,4 +88,4 @@ class DiffusionReparam(Reparam):
         Returns:
             Noise with the shape of ``x``; NaN where the flow could not be solved.
         """
-        return flow_noise(prior.denoiser, x)
+        return flow_noise(prior.denoiser, prior.denoiser.from_data(x))

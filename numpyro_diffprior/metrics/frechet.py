@@ -7,7 +7,7 @@ References:
 import jax
 import jax.numpy as jnp
 
-__all__ = ["frechet_distance"]
+__all__ = ["check_squares", "frechet_distance"]
 
 
 def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
@@ -40,12 +40,26 @@ def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
             "expected features with shapes (n, k) and (m, k), n and m at least 2, got "
             f"{shapes[0]} and {shapes[1]}"
         )
+    check_squares("frechet_distance", features_x, features_y)
     mean_x, root_x = _mean_and_root(features_x)
     mean_y, root_y = _mean_and_root(features_y)
     product = jnp.matmul(root_x, root_y.T, precision="highest")
     overlap = jnp.sum(jnp.linalg.svd(product, compute_uv=False))
     traces = jnp.sum(root_x**2) + jnp.sum(root_y**2)
     return jnp.sum((mean_x - mean_y) ** 2) + traces - 2 * overlap
+
+
+def check_squares(name: str, x: jax.Array, y: jax.Array) -> None:
+    """Refuse clouds whose squares leave the range of their floating type, where it can be seen."""
+    size = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
+    limits = jnp.finfo(jnp.result_type(float, x, y))
+    if isinstance(size, jax.core.Tracer) or not jnp.isfinite(size):
+        return
+    if not (size == 0 or limits.tiny**0.5 < 1e-3 * float(size) < 1e-6 * limits.max**0.5):
+        raise ValueError(
+            f"{name}: squares of numbers as large as {float(size):.3g} are not in the range of "
+            f"{limits.dtype}; divide both clouds by their unit."
+        )
 
 
 def _mean_and_root(features: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_diffprior._compile.checks import check_count, check_number
+from numpyro_diffprior.metrics.frechet import check_squares
 
 __all__ = [
     "TransportResult",
@@ -79,10 +80,10 @@ def sliced_wasserstein(
     Raises:
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y = _clouds(x, y)
+    x, y, unit = _in_unit(*_clouds(x, y))
     p = _check_order(p)
     directions = _random_directions(rng_key, num_projections, x)
-    return jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
+    return unit * jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
 
 
 def max_sliced_wasserstein(
@@ -118,7 +119,7 @@ def max_sliced_wasserstein(
     Raises:
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y = _clouds(x, y)
+    x, y, unit = _in_unit(*_clouds(x, y))
     p = _check_order(p)
     num_refined = check_count("max_sliced_wasserstein", "num_refined", num_refined)
     num_steps = check_count("max_sliced_wasserstein", "num_steps", num_steps, least=0)
@@ -143,7 +144,7 @@ def max_sliced_wasserstein(
         return (directions, best), None
 
     (_, best), _ = jax.lax.scan(refine, (directions[order], values[0]), length=num_steps)
-    return best ** (1 / p)
+    return unit * best ** (1 / p)
 
 
 def entropic_transport(
@@ -180,6 +181,7 @@ def entropic_transport(
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
     x, y = _clouds(x, y)
+    check_squares("entropic_transport", x, y)
     _check_transport(regularization, tolerance, max_steps)
     return _transport(x, y, regularization, tolerance, max_steps, symmetric=False)
 
@@ -306,6 +308,7 @@ def sinkhorn_divergence(
         ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
     """
     x, y = _clouds(x, y)
+    check_squares("sinkhorn_divergence", x, y)
     _check_transport(regularization, tolerance, max_steps)
     options = (regularization, tolerance, max_steps)
     cross = _transport(x, y, *options, symmetric=False)
@@ -325,6 +328,13 @@ def _clouds(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
     dtype = jnp.result_type(x, y, jnp.float32)
     return x.reshape(len(x), -1).astype(dtype), y.reshape(len(y), -1).astype(dtype)
+
+
+def _in_unit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Divide clouds by a power of two, so that their distances have powers."""
+    size = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
+    unit = jnp.where(size > 0, jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1]), 1)
+    return x / unit, y / unit, unit
 
 
 def _check_order(p: float) -> float:

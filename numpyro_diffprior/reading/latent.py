@@ -117,20 +117,32 @@ class LatentGroup:
         return parts[0] if len(parts) == 1 else ProductDenoiser(tuple(parts))
 
     def split(self, denoiser: Denoiser, x: jax.Array) -> dict[str, jax.Array]:
-        """Return events by site; ``x`` may have further axes in front."""
-        if len(self.names) == 1:
-            return {self.names[0]: x}
-        return dict(zip(self.names, cast(ProductDenoiser, denoiser).split(x), strict=True))
+        """Return events by site, in the data's units.
+
+        Args:
+            denoiser: The denoiser of all sites together.
+            x: What it sees of them; it may have further axes in front.
+        """
+        parts = _parts(denoiser)
+        values = [x] if len(parts) == 1 else cast(ProductDenoiser, denoiser).split(x)
+        return {
+            name: part.to_data(value)
+            for name, part, value in zip(self.names, parts, values, strict=True)
+        }
 
     def join(self, denoiser: Denoiser, values: Mapping[str, jax.Array]) -> jax.Array:
         """Undo `split`."""
-        if len(self.names) == 1:
-            return values[self.names[0]]
-        return cast(ProductDenoiser, denoiser).join([values[name] for name in self.names])
+        parts = _parts(denoiser)
+        own = [part.from_data(values[name]) for name, part in zip(self.names, parts, strict=True)]
+        return own[0] if len(own) == 1 else cast(ProductDenoiser, denoiser).join(own)
 
     def __str__(self) -> str:
         """Return the names, for messages."""
         return " and ".join(f"'{name}'" for name in self.names)
+
+
+def _parts(denoiser: Denoiser) -> tuple[Denoiser, ...]:
+    return denoiser.parts if isinstance(denoiser, ProductDenoiser) else (denoiser,)
 
 
 def read_latent_site(

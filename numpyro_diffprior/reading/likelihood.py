@@ -146,7 +146,7 @@ class LikelihoodReader:
             if observed.is_residual:
                 mean, value = mean - value, jnp.zeros_like(value)
         else:
-            fn, value = merge_arguments(found["fn"], read.fn), found["value"]
+            fn, value = merge_arguments(found["fn"], read.fn), found["quotient"]
             own = unwrap(fn)
             mean, value, cov, directions = pseudo_observe(
                 own.fn, own.batch_shape, value, observed.depends

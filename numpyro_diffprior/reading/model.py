@@ -85,14 +85,18 @@ class Block(NamedTuple):
     """A group of latent sites on some elements of its plates, in compiled code.
 
     Attributes:
-        parts: The denoisers of the sites' priors.
         denoiser: The denoiser of all sites together.
         likelihood: What the observed sites say of them.
     """
 
-    parts: tuple[Denoiser, ...]
     denoiser: Denoiser
     likelihood: Likelihood
+
+    @property
+    def mean(self) -> jax.Array:
+        """A batch of events at the prior's mean."""
+        shape = (*self.likelihood.batch_shape, *self.likelihood.event_shape)
+        return jnp.broadcast_to(self.denoiser.mean, shape)
 
 
 class Source(NamedTuple):
@@ -308,7 +312,7 @@ class GroupReading:
         denoiser, template = self._template(inputs)
         evaluate = self._evaluate(denoiser, inputs)
         likelihood = self.reader.likelihood(evaluate, template, linear=self.linear)
-        return Block(self._parts(inputs), denoiser, likelihood)
+        return Block(denoiser, likelihood)
 
     def parts(
         self, data: ModelData, indices: Mapping[str, jax.Array] | None = None

@@ -16,10 +16,10 @@ import numpyro.distributions as dist
 
 from numpyro_diffprior._compile.arguments import StaticArguments, split_arguments
 from numpyro_diffprior.reading.moments import Moments, gaussian_moments
+from numpyro_diffprior.reading.units import standardize, standardized_log_density
 from numpyro_diffprior.reading.unwrap import (
     elementwise_transforms,
     is_complex,
-    log_density,
     peel,
     to_pairs,
     unwrap,
@@ -115,7 +115,8 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
 
     Returns:
         Its form, and its arrays: the log-density, of which hidden values are zero; the scale; and
-        for every form the distribution, its leaves unwrapped, the values, and the moments.
+        for every form the leaves of the distribution, unwrapped, and the values; and what is read
+        of it, in units of the noise: distribution, values, and moments.
 
     Raises:
         ValueError: If the values have another shape than the distribution.
@@ -145,7 +146,7 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
     family = type(unwrap(fn).fn).__name__
     form = SiteForm(name, family, tuple(fn.batch_shape), plates, forms)
     return form, {
-        "log_prob": log_density(fn, safe),
+        "log_prob": standardized_log_density(fn, safe),
         "scale": jnp.ones(()) if site["scale"] is None else jnp.asarray(site["scale"]),
         "transforms": [jnp.asarray(leaf) for leaf in jax.tree.leaves(transforms)],
         "forms": list(arrays),
@@ -154,21 +155,23 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
 
 def _describe_form(fn: dist.Distribution, value: jax.Array) -> tuple[Form, dict[str, Any]]:
     moments, error = None, None
+    divided, quotient, _ = standardize(fn, value)
     try:
-        moments = gaussian_moments(fn)
+        moments = gaussian_moments(divided)
     except ValueError as reason:
         error = str(reason)
-    own = unwrap(fn).fn
-    leaves, static = split_arguments(fn)
-    form = Form(static, _rule(own, moments), moments is not None and moments.full, error)
+    leaves, static = split_arguments(divided)
+    rule = _rule(unwrap(divided).fn, moments)
+    form = Form(static, rule, moments is not None and moments.full, error)
     arrays: dict[str, Any] = {
-        "fn": leaves,
-        "own": [jnp.asarray(leaf) for leaf in jax.tree.leaves(own)],
+        "own": [jnp.asarray(leaf) for leaf in jax.tree.leaves(unwrap(fn).fn)],
         "value": value,
+        "fn": leaves,
+        "quotient": quotient,
         "moments": {},
     }
     if moments is not None:
-        transformed = value if moments.transform is None else moments.transform(value)
+        transformed = quotient if moments.transform is None else moments.transform(quotient)
         arrays["moments"] = {
             "mean": moments.mean,
             "cov": moments.cov,

@@ -50,6 +50,7 @@ def read(
     block_size: Callable[[LatentGroup], int] | None = None,
     mesh: Mesh | None = None,
     params: Mapping[str, jax.Array] | None = None,
+    purpose: str = "",
 ) -> Read:
     """Read a model.
 
@@ -61,6 +62,8 @@ def read(
             that is fewer than all (default: plates are whole).
         mesh: Devices to copy the arrays to.
         params: The values of ``numpyro.param`` sites, by name (default: their first values).
+        purpose: Whose block size it is: how plates were divided the last time is remembered for
+            each purpose.
 
     Raises:
         ValueError: If the model has no diffusion site, or latent sites that have no sampler; if
@@ -69,7 +72,8 @@ def read(
     """
     arrays, static = split_arguments((tuple(args), dict(kwargs)))
     specs = [_spec(array) for array in arrays]
-    signature = _name(model), static.treedef, tuple((s.shape, str(s.dtype)) for s in specs)
+    shapes = tuple((spec.shape, str(spec.dtype)) for spec in specs)
+    signature = purpose, _name(model), static.treedef, shapes
     blocks = _PLANS.get(signature, {}) if block_size is not None else {}
     traced = None
     if blocks:
@@ -191,10 +195,11 @@ def _execute(
                 latents[name.name] = after + i
     sources += [(latents[site.name], Source()) for site in form.latents]
     # An array of a prior that is an argument, unchanged, is the very variable.
-    variables = {var: i for i, var in enumerate(traced.program.jaxpr.invars[len(traced.data) :])}
+    variables = {id(v): i for i, v in enumerate(traced.program.jaxpr.invars[len(traced.data) :])}
     outvars = jax.tree.unflatten(traced.treedef, traced.program.jaxpr.outvars)
     origins = tuple(
-        tuple(variables.get(var) for var in outvars["priors"][site.name]) for site in form.latents
+        tuple(variables.get(id(var)) for var in outvars["priors"][site.name])
+        for site in form.latents
     )
     form = form._replace(origins=origins)
     program = traced.program.reorder([position for position, _ in sources])

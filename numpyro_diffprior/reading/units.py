@@ -1,0 +1,185 @@
+r"""Observed values in units of their own noise.
+
+Guidance asks for variances, and in float32 the square of a deviation of 1e-26 is no number. So
+distributions that have a scale are read of :math:`y / u`, with :math:`u` the power of two next to
+the scale, which rounds nothing. So is their log-density, :math:`\log p_u(y / u) - \log u`:
+derivatives by a scale divide by its square.
+"""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.linalg.powers import near_exponent, scale_by_power
+from numpyro_diffprior.reading.unwrap import log_density, unwrap
+
+__all__ = ["Standardized", "standardize", "standardized_log_density"]
+
+
+class Standardized(NamedTuple):
+    """Observed values in units of their noise.
+
+    Attributes:
+        fn: Their distribution.
+        value: The values.
+        exponent: The exponent of two that they were multiplied by, broadcastable to them.
+    """
+
+    fn: dist.Distribution
+    value: jax.Array
+    exponent: jax.Array
+
+
+def standardize(fn: dist.Distribution, value: jax.Array) -> Standardized:
+    """Divide observed values by a unit near the scale of their distribution.
+
+    Args:
+        fn: The distribution.
+        value: The values.
+
+    Returns:
+        The divided values and their distribution, of the same structure. The exponent is zero if
+        the distribution has no scale, or is of a type whose scale is not known here.
+    """
+    scale = _scale(fn)
+    if scale is not None:
+        exponent = -_exponent(scale)
+        divided: Any = _shift(fn, exponent)
+        before: Any = jax.tree.structure(fn)
+        # NumPyro may keep the parameters in another form.
+        if jax.tree.structure(divided) == before:
+            return Standardized(divided, scale_by_power(value, exponent), exponent)
+    return Standardized(fn, value, jnp.zeros((), int))
+
+
+def standardized_log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
+    """Return the log-density of values by that of the divided ones; see `log_density`."""
+    divided = standardize(fn, value)
+    own, batch_shape, mask = unwrap(fn)
+    log_factor = divided.exponent * jnp.log(jnp.asarray(2.0))
+    volume = jnp.broadcast_to(log_factor, (*batch_shape, *own.event_shape))
+    volume = volume.sum(tuple(range(len(batch_shape), volume.ndim)))
+    if isinstance(own, dist.LeftCensoredDistribution | dist.RightCensoredDistribution):
+        mask = jnp.logical_and(mask, jnp.logical_not(own.censored))  # others have probabilities
+    volume = jnp.where(mask, volume, 0).sum(tuple(range(len(fn.batch_shape), len(batch_shape))))
+    return log_density(divided.fn, divided.value) + volume
+
+
+def _exponent(scale: ArrayLike) -> jax.Array:
+    """Return the exponent of the power of two next below a scale, zero if that is no number."""
+    scale = jnp.asarray(scale, jnp.result_type(float, scale))
+    limits, exponent = jnp.finfo(scale.dtype), near_exponent(scale)
+    valid = (scale > 0) & (exponent > limits.minexp) & (exponent < limits.maxexp - 1)
+    return jnp.where(valid, exponent, 0)
+
+
+_LOCATION_SCALE = (
+    dist.Cauchy,
+    dist.Gumbel,
+    dist.Laplace,
+    dist.Logistic,
+    dist.Normal,
+    dist.SoftLaplace,
+)
+_SCALE = (dist.HalfCauchy, dist.HalfNormal)
+_MATRIX = (dist.MultivariateNormal, dist.MultivariateStudentT)
+_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+_BOUNDED = (
+    dist.LeftCensoredDistribution,
+    dist.LeftTruncatedDistribution,
+    dist.RightCensoredDistribution,
+    dist.RightTruncatedDistribution,
+    dist.TwoSidedTruncatedDistribution,
+)
+
+
+def _scale(fn: Any) -> jax.Array | float | None:
+    """Return the scale of a distribution, broadcastable to its values; None if it has none."""
+    if isinstance(fn, _WRAPPERS + _BOUNDED):
+        return _scale(fn.base_dist)
+    kind = type(fn)
+    if kind in (*_LOCATION_SCALE, *_SCALE, dist.StudentT, dist.Weibull):
+        return fn.scale
+    if kind in (dist.Exponential, dist.Gamma):
+        return 1 / fn.rate
+    if kind is dist.Uniform:
+        return fn.high - fn.low
+    if kind in _MATRIX:
+        diagonal = jnp.diagonal(fn.scale_tril, axis1=-2, axis2=-1)
+        return diagonal.max(-1, keepdims=True)
+    if kind is dist.GaussianRandomWalk:
+        return jnp.asarray(fn.scale)[..., None]
+    if isinstance(fn, dist.MixtureSameFamily) and not fn.event_shape:
+        scale = _scale(fn.component_distribution)
+        if scale is None:
+            return None
+        return jnp.broadcast_to(scale, fn.component_distribution.batch_shape).max(-1)
+    if isinstance(fn, dist.MixtureGeneral) and not fn.event_shape:
+        scales = [_scale(part) for part in fn.component_distributions]
+        known = [scale for scale in scales if scale is not None]
+        return reduce(jnp.maximum, known) if len(known) == len(scales) else None
+    return None
+
+
+def _shift(fn: Any, exponent: jax.Array) -> dist.Distribution:
+    """Return the distribution of values times a power of two."""
+    kind = type(fn)
+    match fn:
+        case dist.Independent():
+            return _shift(fn.base_dist, exponent).to_event(fn.reinterpreted_batch_ndims)
+        case dist.ExpandedDistribution():
+            return _shift(fn.base_dist, exponent).expand(fn.batch_shape)
+        case dist.MaskedDistribution():
+            return _shift(fn.base_dist, exponent).mask(fn._mask)
+        case dist.LeftTruncatedDistribution():
+            return kind(_shift(fn.base_dist, exponent), scale_by_power(fn.low, exponent))
+        case dist.RightTruncatedDistribution():
+            return kind(_shift(fn.base_dist, exponent), scale_by_power(fn.high, exponent))
+        case dist.TwoSidedTruncatedDistribution():
+            return kind(
+                _shift(fn.base_dist, exponent),
+                scale_by_power(fn.low, exponent),
+                scale_by_power(fn.high, exponent),
+            )
+        case dist.LeftCensoredDistribution() | dist.RightCensoredDistribution():
+            return kind(_shift(fn.base_dist, exponent), fn.censored)
+        case dist.StudentT():
+            return dist.StudentT(
+                fn.df, scale_by_power(fn.loc, exponent), scale_by_power(fn.scale, exponent)
+            )
+        case dist.Weibull():
+            return dist.Weibull(scale_by_power(fn.scale, exponent), fn.concentration)
+        case dist.Exponential():
+            return dist.Exponential(scale_by_power(fn.rate, -exponent))
+        case dist.Gamma():
+            return dist.Gamma(fn.concentration, scale_by_power(fn.rate, -exponent))
+        case dist.Uniform():
+            return dist.Uniform(
+                scale_by_power(fn.low, exponent), scale_by_power(fn.high, exponent)
+            )
+        case dist.MultivariateNormal():
+            return kind(
+                scale_by_power(fn.loc, exponent),
+                scale_tril=scale_by_power(fn.scale_tril, exponent[..., None]),
+            )
+        case dist.MultivariateStudentT():
+            return kind(
+                fn.df,
+                scale_by_power(fn.loc, exponent),
+                scale_by_power(fn.scale_tril, exponent[..., None]),
+            )
+        case dist.GaussianRandomWalk():
+            return kind(scale_by_power(fn.scale, exponent[..., 0]), fn.num_steps)
+        case dist.MixtureSameFamily():
+            components = _shift(fn.component_distribution, exponent[..., None])
+            return kind(fn.mixing_distribution, components)
+        case dist.MixtureGeneral():
+            components = [_shift(part, exponent) for part in fn.component_distributions]
+            return kind(fn.mixing_distribution, components)
+        case _ if kind in _SCALE:
+            return kind(scale_by_power(fn.scale, exponent))
+    return kind(scale_by_power(fn.loc, exponent), scale_by_power(fn.scale, exponent))
