@@ -12,7 +12,7 @@ also the *twist* of the particle samplers.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.wrappers import DenoiserWrapper
 from numpyro_diffprior.guidance.likelihood import Likelihood
 
-__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead"]
+__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead", "finest"]
 
 
 class Guided(NamedTuple):
@@ -78,9 +78,26 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
     Args:
         part: The prior.
         likelihood: The likelihood of the observed batch.
+        precision: The largest precision of the likelihood, or None: what `sigma_min` follows.
     """
 
     likelihood: Likelihood
+    precision: jax.Array | None = field(default=None, kw_only=True)
+
+    @property
+    def sigma_min(self) -> jax.Array:
+        """The noise level at which sampling stops: the prior's, or one that resolves the data.
+
+        That is a tenth of the deviation that observations alone leave of the direction that they
+        know best, if rounding allows it (`finest`).
+        """
+        low = self.part.sigma_min
+        if self.precision is None:
+            return low
+        known = self.precision > 0
+        deviation = jax.lax.rsqrt(jnp.where(known, self.precision, 1))
+        wanted = jnp.where(known, 0.1 * deviation, low)
+        return jnp.minimum(low, jnp.maximum(wanted, finest(self.part)))
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the posterior's conditional mean; see `Denoiser`."""
@@ -109,6 +126,11 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 
+def finest(denoiser: Denoiser) -> jax.Array:
+    """Return the lowest noise level at which events of the prior's scale are told from noise."""
+    return 10 * jnp.finfo(denoiser.dtype).eps * denoiser.scale
+
+
 class Guidance(ABC):
     """An approximation of the posterior's denoiser.
 
@@ -127,7 +149,9 @@ class Guidance(ABC):
                 f"guidance: the prior's events have shape {denoiser.event_shape}, "
                 f"the likelihood's {likelihood.event_shape}."
             )
-        return self.bind(denoiser, likelihood)
+        shape = (*likelihood.batch_shape, *likelihood.event_shape)
+        precision = likelihood.largest_precision(jnp.broadcast_to(denoiser.mean, shape))
+        return replace(self.bind(denoiser, likelihood), precision=precision)
 
     @abstractmethod
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:

@@ -179,6 +179,30 @@ class Likelihood:
 
         return local._replace(gradient=gradient.reshape(flat_shape), curvature=curvature)
 
+    def largest_precision(self, x: jax.Array) -> jax.Array:
+        r"""Return the precision of the direction that observations know best, a scalar.
+
+        The largest eigenvalue of :math:`A^T \Sigma_y^{-1} A + H` over all events at ``x``, by a
+        few power iterations: a lower bound.
+
+        Args:
+            x: A batch of events, with shape ``(*batch, *event)``.
+        """
+        local = self.linearize(x)
+        shape = (*self.batch_shape, prod(self.event_shape))
+
+        def largest(v: jax.Array) -> jax.Array:
+            return jnp.abs(v).max(-1, keepdims=True)  # not the length, which has squares
+
+        def step(_: int, v: jax.Array) -> jax.Array:
+            w = local.precision(v)
+            size = largest(w)
+            return w / jnp.where(size > 0, size, 1)
+
+        start = jax.random.normal(jax.random.key(0), shape, x.dtype)
+        v = jax.lax.fori_loop(0, 4, step, start / largest(start))
+        return jnp.nanmax(largest(local.precision(v)))
+
     def operator(self, x: jax.Array) -> jax.Array:
         """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""
         local = self.linearize(x)

@@ -69,7 +69,7 @@ def diffuse_path(
 
     Args:
         rng_key: A random key.
-        denoiser: The prior.
+        denoiser: The denoiser of prior or posterior, for the last noise level.
         sampler: The sampler whose noise levels the path has.
         x: Events, with shape ``(*batch, *event)``.
     """
@@ -102,8 +102,8 @@ def update_path(
     batch_shape = likelihood.batch_shape
     free = sampler.initial(key_init, denoiser, (num_particles - 1, *batch_shape))
     x_t = jnp.concatenate([path[:1], free])
-    levels = sampler.levels(denoiser)
-    sigmas = sampler.sigmas(denoiser)
+    levels = sampler.levels(posterior)
+    sigmas = sampler.sigmas(posterior)
     x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path, sigmas))
     # Behind the last level there is no transition: whatever stands there is not looked at.
     ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)

@@ -76,7 +76,7 @@ def draw_posterior(
     if sampler.is_single:
         return _guided_walk(key_run, posterior, sampler, x_t)
     x = sampler.run(key_run, posterior, x_t)
-    last = posterior.guide(x, sampler.sigmas(denoiser)[-1])
+    last = posterior.guide(x, sampler.sigmas(posterior)[-1])
     return _single_draws(posterior, sampler, x, last.residual, last.num_truncated)
 
 
@@ -111,7 +111,7 @@ def _guided_walk(
         num_truncated = jnp.maximum(num_truncated, guided.num_truncated)
         return (x_s, guided.x_hat_y, residual, num_truncated), None
 
-    levels = sampler.levels(posterior.part)
+    levels = sampler.levels(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps - 1)
     first = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
     (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, first, (keys, levels))
@@ -159,7 +159,7 @@ def _twisted_smc(
         system, moved = advance(key, posterior, sampler, system, levels, resample)
         return system, moved.ess
 
-    levels = sampler.levels(posterior.part)
+    levels = sampler.levels(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps)
     first = start(x_t, len(posterior.event_shape))
     system, ess = jax.lax.scan(body, first, (keys[1:], levels))

@@ -1,5 +1,6 @@
 """Checks of a model's data, block by block: what no shape can tell."""
 
+import warnings
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Sampler
+from numpyro_diffprior.guidance.guidance import finest
 from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read
 
 __all__ = ["check_data"]
@@ -21,6 +23,7 @@ class _Found(NamedTuple):
         noisy: Whether all variances are positive.
         apart: Whether no event depends on another one.
         levels: Whether the sampler's noise levels are positive and decrease.
+        resolved: Whether the observations' noise is larger than what rounding makes of events.
         num_visible: The number of visible values of every event, with the batch's shape.
     """
 
@@ -28,6 +31,7 @@ class _Found(NamedTuple):
     noisy: jax.Array
     apart: jax.Array
     levels: jax.Array
+    resolved: jax.Array
     num_visible: jax.Array
 
 
@@ -65,6 +69,13 @@ def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
                 f"expected noise levels that are positive and decrease, got others from {sampler} "
                 f"for the prior of {found.group}; look at its schedule and limits."
             )
+        if _is_false(result.resolved):
+            warnings.warn(
+                f"the noise of {names} is too small against the prior's scale for "
+                f"{model.reading.dtype}: draws and evidence of {found.group} are rounded. Set the "
+                "environment variable JAX_ENABLE_X64=1.",
+                stacklevel=4,
+            )
         if _is_false(result.apart):
             plates = [plate.name for plate in found.group.plates]
             raise ValueError(
@@ -87,9 +98,8 @@ def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sam
     def inspect(indices: dict[str, jax.Array]) -> _Found:
         block = found.bind(data, indices)
         likelihood = block.likelihood
-        shape = (*likelihood.batch_shape, *likelihood.event_shape)
-        template = jnp.broadcast_to(block.denoiser.mean, shape)
-        _, noise, y = likelihood.read(template)
+        _, noise, y = likelihood.read(block.mean)
+        precision = likelihood.largest_precision(block.mean)
 
         def every(flag: jax.Array) -> jax.Array:
             return jnp.broadcast_to(flag.all(), likelihood.batch_shape)
@@ -97,8 +107,9 @@ def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sam
         return _Found(
             finite=every(jnp.isfinite(y)),
             noisy=every(noise.diagonal() > 0),
-            apart=every(_are_apart(block, template)),
+            apart=every(_are_apart(block)),
             levels=every(sampler.are_levels_valid(block.denoiser)),
+            resolved=every(~(precision * (4 * finest(block.denoiser)) ** 2 > 1)),
             num_visible=likelihood.num_visible,
         )
 
@@ -108,16 +119,17 @@ def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sam
         noisy=results.noisy.all(),
         apart=results.apart.all(),
         levels=results.levels.all(),
+        resolved=results.resolved.all(),
         num_visible=results.num_visible,
     )
 
 
-def _are_apart(block: Block, template: jax.Array) -> jax.Array:
+def _are_apart(block: Block) -> jax.Array:
     """Whether events do not look at each other.
 
     Half of the events move; the log-density of the others must not.
     """
-    likelihood = block.likelihood
+    likelihood, template = block.likelihood, block.mean
     batch_shape, event_ndim = likelihood.batch_shape, len(likelihood.event_shape)
     num = prod(batch_shape)
     if num == 1:
