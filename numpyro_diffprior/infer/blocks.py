@@ -14,7 +14,13 @@ from numpyro_diffprior.particles.system import Draws, Settings
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read, join_blocks
 
-__all__ = ["PosteriorSamples", "block_size", "merge_stats", "sample_blocks"]
+__all__ = [
+    "PosteriorSamples",
+    "block_size",
+    "merge_stats",
+    "sample_blocks",
+    "sample_first_block",
+]
 
 
 class PosteriorSamples(NamedTuple):
@@ -95,6 +101,36 @@ def sample_blocks(
     ]
     samples = {name: x for part in found for name, x in part.samples.items()}
     return PosteriorSamples(samples, merge_stats([part.stats for part in found], num_axes=1))
+
+
+def sample_first_block(
+    rng_key: jax.Array, model: Read, settings: Settings, *, num_draws: int
+) -> dict[str, jax.Array]:
+    """Draw for the first elements of the latents' plates, one block, compiled.
+
+    Args:
+        rng_key: A random key.
+        model: A model, read.
+        settings: How the draws are made.
+        num_draws: The number of draws per event, all of them in memory at once.
+
+    Returns:
+        Draws by site, with shape ``(num_draws, *batch, *event)``.
+    """
+    return _first_block(rng_key, model.data, model.reading, settings, num_draws)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _first_block(
+    rng_key: jax.Array, data: ModelData, reading: ModelReading, settings: Settings, num_draws: int
+) -> dict[str, jax.Array]:
+    samples: dict[str, jax.Array] = {}
+    keys = jax.random.split(rng_key, len(reading.groups))
+    for key, found in zip(keys, reading.groups, strict=True):
+        block = found.bind(data)
+        draws = draw_posterior(key, block.denoiser, block.likelihood, settings, num_draws)
+        samples |= found.group.split(block.denoiser, draws.x)
+    return samples
 
 
 def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:

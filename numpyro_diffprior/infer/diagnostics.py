@@ -1,0 +1,140 @@
+r"""Are draws of one particle good enough? A few particles on a few events say so.
+
+Guidance is exact where prior and observations are Gaussian. Elsewhere its draws are compared with
+those of particle systems for the same events: with mean :math:`m` and deviation :math:`s` of the
+latter, the mean square of :math:`(x - m) / s` over elements and events is that of one more draw of
+theirs, unless one particle is biased or draws at another width.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.guidance.covariances import GaussianCovariance
+from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.infer.blocks import sample_first_block
+from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.reading.model import ModelData, Read
+from numpyro_diffprior.reading.reader import read
+from numpyro_diffprior.reading.tracing import Model
+
+__all__ = ["warn_of_bias"]
+
+_NUM_PARTICLES, _NUM_DRAWS, _MAX_EVENTS = 8, 16, 4
+_LARGE_RATIO, _LARGE_Z = 1.2, 4.0
+_MAX_SEEN = 256
+
+
+class _Comparison(NamedTuple):
+    """How far one particle's draws are from those of particle systems.
+
+    Attributes:
+        ratio: The root-mean-square distance from the systems' mean, over that of their own draws.
+        z: How significant it is that their squares differ.
+    """
+
+    ratio: jax.Array
+    z: jax.Array
+
+
+# What was looked at already: a model and the settings of its draws.
+_seen: dict[Any, None] = {}
+
+
+def warn_of_bias(
+    rng_key: jax.Array,
+    model: Model,
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+    found: Read,
+    settings: Settings,
+    samples: dict[str, jax.Array],
+    mesh: Mesh | None = None,
+) -> None:
+    """Warn where particles draw other events than one particle did; once for a model.
+
+    Particle systems draw no more often than the call itself did, so that nothing is said of few
+    draws.
+
+    Args:
+        rng_key: A random key.
+        model: The model.
+        arguments: Its arguments, and its keyword arguments.
+        found: The model, read.
+        settings: How its draws were made, with one particle.
+        samples: Its draws by site, with shape ``(num_samples, *batch, *event)``.
+        mesh: See `read`.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, found.data))):
+        return
+    if (found.reading, settings) in _seen or _is_exact(found):
+        return
+    num_samples = len(next(iter(samples.values())))
+    num_events = max(part.group.num_events for part in found.reading.groups)
+    affordable = num_samples * num_events // (_NUM_PARTICLES * _NUM_DRAWS)
+    most = min(_MAX_EVENTS, num_events, affordable)
+    if most < 1:
+        return
+    _seen[found.reading, settings] = None
+    while len(_seen) > _MAX_SEEN:
+        _seen.pop(next(iter(_seen)))
+    args, kwargs = arguments
+    few = read(model, args, kwargs, block_size=lambda _: most, mesh=mesh, purpose="diagnostics")
+    sampler = settings.sampler
+    if not (sampler.eta > 0 and sampler.is_single):
+        sampler = MultistepSDE(sampler.num_steps)
+    guidance = MMPS(GaussianCovariance(), look_ahead=True)
+    drawn = sample_first_block(
+        rng_key, few, Settings(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
+    )
+    for name, particles in drawn.items():
+        ratio, z = _compare(samples[name], particles)
+        if ratio > _LARGE_RATIO and z > _LARGE_Z:
+            warnings.warn(
+                f"draws of one particle are biased for site '{name}': of {most} of its events "
+                f"they lie {float(ratio):.2g} times as far from the posterior's mean as draws of "
+                f"{_NUM_PARTICLES} particles. Pass num_particles={2 * _NUM_PARTICLES}, or more.",
+                stacklevel=3,
+            )
+
+
+def _is_exact(found: Read) -> bool:
+    """Whether guidance has nothing to approximate: a linear mean and Gaussian priors."""
+
+    def parts(data: ModelData) -> Any:
+        return [part.parts(data) for part in found.reading.groups]
+
+    shapes = jax.eval_shape(parts, found.data)
+    priors = [prior for group in shapes for prior in group]
+    return all(part.linear for part in found.reading.groups) and all(
+        isinstance(prior, GaussianDenoiser) for prior in priors
+    )
+
+
+@jax.jit
+def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
+    """Compare draws with those of particle systems for the first events, draws first."""
+    sizes = particles.shape[1:]
+    samples = samples[(slice(None), *(slice(size) for size in sizes))]
+    x, reference = (draws.reshape(len(draws), -1) for draws in (samples, particles))
+    unit = jnp.abs(reference).max(0)  # squares of small units are no numbers
+    x, reference = (draws / jnp.where(unit > 0, unit, 1) for draws in (x, reference))
+
+    def distance(x: jax.Array, mean: jax.Array, variance: jax.Array, count: int) -> jax.Array:
+        known = variance > 0
+        square = (x - mean) ** 2 / (jnp.where(known, variance, 1) * (1 + 1 / count))
+        return jnp.where(known, square, 0).sum(-1) / jnp.maximum(known.sum(-1), 1)
+
+    num = len(reference)
+    found = distance(x, reference.mean(0), reference.var(0, ddof=1), num)
+    # Of each of the reference's draws to the others.
+    others = jnp.stack([jnp.delete(reference, i, axis=0) for i in range(num)])
+    expected = distance(reference, others.mean(1), others.var(1, ddof=1), num - 1)
+    error = expected.std(ddof=1) * jnp.sqrt(1 / num + 1 / len(x))
+    difference = found.mean() - expected.mean()
+    return _Comparison(jnp.sqrt(found.mean() / expected.mean()), difference / error)
