@@ -181,7 +181,7 @@ class TestSinkhorn:
         x = jnp.zeros((3, 2))
         with pytest.raises(ValueError, match=r"\(3, 2\) and \(3, 4\)"):
             sinkhorn_divergence(x, jnp.zeros((3, 4)))
-        with pytest.raises(ValueError, match="positive regularization"):
+        with pytest.raises(ValueError, match="expected regularization > 0"):
             entropic_transport(x, x, regularization=0.0)
         with pytest.raises(ValueError, match="other_truth of one shape"):
             excess_transport_cost(x, x, x[:2])

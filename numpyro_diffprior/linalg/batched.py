@@ -97,9 +97,9 @@ def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
     the batch.
 
     Args:
-        f: function of one matrix, of shape ``(rows, columns)``, and of further arrays; it closes
+        f: Function of one matrix, of shape ``(rows, columns)``, and of further arrays; it closes
             over no traced ones.
-        operands: the matrices and the further arrays, all with the batch shape of the first.
+        operands: The matrices and the further arrays, all with the batch shape of the first.
     """
     # What is differentiated goes without: reverse mode does not take a batching rule of its own.
     chunked = jax.custom_jvp(partial(_joining_batches, f))

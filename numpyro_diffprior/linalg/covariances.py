@@ -106,7 +106,7 @@ class Covariance(ABC):
         """Return the sum, structured where the structures allow it and :class:`Dense` otherwise.
 
         Raises:
-            ValueError: if the sizes differ.
+            ValueError: If the sizes differ.
         """
         if self.size != other.size:
             raise ValueError(
@@ -271,7 +271,7 @@ class Dense(Covariance):
         """Decompose the symmetric part of ``matrix``; negative eigenvalues are set to zero.
 
         Raises:
-            ValueError: if ``matrix`` is not square in its last two axes.
+            ValueError: If ``matrix`` is not square in its last two axes.
         """
         shape = jnp.shape(matrix)
         if len(shape) < 2 or shape[-1] != shape[-2]:

@@ -26,15 +26,15 @@ def empirical_gaussian(
     variances those of the draws.
 
     Args:
-        x: draws with shape ``(n, d)``.
-        rank: number of factors beyond ``max_dense`` dimensions (default 32).
-        max_dense: largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+        x: Draws with shape ``(n, d)``.
+        rank: Number of factors beyond ``max_dense`` dimensions (default 32).
+        max_dense: Largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
 
     Returns:
         The mean, with shape ``(d,)``, and the covariance.
 
     Raises:
-        ValueError: if ``x`` is not ``(n, d)`` with ``n > 1``, or ``rank`` is not positive.
+        ValueError: If ``x`` is not ``(n, d)`` with ``n > 1``, or ``rank`` is not positive.
     """
     if x.ndim != 2 or x.shape[0] < 2:
         raise ValueError(

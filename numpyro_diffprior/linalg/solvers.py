@@ -173,12 +173,12 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     .. math:: x = L^{-T} \sum_{\lambda_i > 0} u_i \frac{u_i^T L^{-1} r}{1 + \lambda_i}.
 
     Args:
-        gain: with shape ``(*batch, m, m)``.
-        noise: regular covariance of size ``m``.
-        residual: with shape ``(*batch, m)``.
+        gain: With shape ``(*batch, m, m)``.
+        noise: Regular covariance of size ``m``.
+        residual: With shape ``(*batch, m)``.
 
     Raises:
-        ValueError: if the shapes do not agree.
+        ValueError: If the shapes do not agree.
     """
     m = noise.size
     if gain.shape[-2:] != (m, m) or residual.shape[-1] != m:
@@ -220,9 +220,9 @@ def factored_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> F
     nothing rests on the digits lost: its diagonal then gets the least that rounding asks for.
 
     Args:
-        gain: with shape ``(*batch, m, m)``.
-        noise: regular covariance of size ``m``.
-        residual: with shape ``(*extra, *batch, m)``; leading axes share a factor.
+        gain: With shape ``(*batch, m, m)``.
+        noise: Regular covariance of size ``m``.
+        residual: With shape ``(*extra, *batch, m)``; leading axes share a factor.
     """
 
     def solve(gain: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,34 +31,34 @@ def coverage(
     level above ``(draws - 1) / (draws + 1)`` needs more draws. A draw that is NaN makes a miss.
 
     Args:
-        samples: posterior draws with shape ``(draws, *shape)``.
-        truth: what they should cover, with shape ``shape``.
-        levels: probabilities of the intervals, between 0 and 1.
-        where: elements that count, boolean, broadcastable to ``shape``; by default all.
+        samples: Posterior draws with shape ``(draws, *shape)``.
+        truth: What they should cover, with shape ``shape``.
+        levels: Probabilities of the intervals, between 0 and 1.
+        where: Elements that count, boolean, broadcastable to ``shape``; by default all.
             NaN results if there are none.
 
     Returns:
         The empirical coverage per level, with shape ``(len(levels),)``.
 
     Raises:
-        ValueError: if the shapes do not fit, or a level is outside (0, 1) or too high for so few
+        ValueError: If the shapes do not fit, or a level is outside (0, 1) or too high for so few
             draws.
     """
     samples, truth = jnp.asarray(samples), jnp.asarray(truth)
     if samples.ndim == 0 or samples.shape[1:] != truth.shape:
         raise ValueError(
-            "expected samples with shape (draws, *shape) and truth with shape shape, got "
-            f"{samples.shape} and {truth.shape}"
+            "coverage: expected samples with shape (draws, *shape) and truth with shape shape, "
+            f"got {samples.shape} and {truth.shape}."
         )
     if not all(0 < level < 1 for level in levels):
-        raise ValueError(f"expected levels between 0 and 1, got {tuple(levels)}")
+        raise ValueError(f"coverage: expected levels between 0 and 1, got {tuple(levels)}.")
     num_draws = samples.shape[0]
     highest = (num_draws - 1) / (num_draws + 1)
     # the slack is for levels such as 0.9 with 19 draws, which are equal up to rounding
     if any(level > highest + 1e-9 for level in levels):
         raise ValueError(
-            f"expected levels up to {highest:.4g} with {num_draws} draws, got {tuple(levels)}: "
-            "take more draws or lower levels"
+            f"coverage: expected levels up to {highest:.4g} with {num_draws} draws, got "
+            f"{tuple(levels)}; take more draws or lower levels."
         )
     dtype = jnp.result_type(samples, float)
     level = np.asarray(levels, dtype=np.float64)
@@ -87,21 +87,21 @@ def sbc_ranks(
     them as below: so that ranks of discrete or constant elements are uniform too.
 
     Args:
-        samples: posterior draws with shape ``(simulations, draws, *shape)``.
-        truth: what generated the data, with shape ``(simulations, *shape)``.
-        rng_key: a random key, to break ties with.
+        samples: Posterior draws with shape ``(simulations, draws, *shape)``.
+        truth: What generated the data, with shape ``(simulations, *shape)``.
+        rng_key: A random key, to break ties with.
 
     Returns:
         The numbers of draws below the truth, integers with shape ``(simulations, *shape)``.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: If the shapes do not fit.
     """
     samples, truth = jnp.asarray(samples), jnp.asarray(truth)
     if samples.ndim < 2 or samples.shape[:1] + samples.shape[2:] != truth.shape:
         raise ValueError(
-            "expected samples with shape (simulations, draws, *shape) and truth with shape "
-            f"(simulations, *shape), got {samples.shape} and {truth.shape}"
+            "sbc_ranks: expected samples with shape (simulations, draws, *shape) and truth with "
+            f"shape (simulations, *shape), got {samples.shape} and {truth.shape}."
         )
     ranks = jnp.sum(samples < truth[:, None], axis=1, dtype=jnp.int32)
     if rng_key is None:
@@ -119,29 +119,32 @@ def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 1
     The approximation wants five or more simulations per bin.
 
     Args:
-        ranks: integers from 0 to ``num_draws`` with shape ``(simulations, *shape)``, see
+        ranks: Integers from 0 to ``num_draws`` with shape ``(simulations, *shape)``, see
             `sbc_ranks`.
-        num_draws: number of draws among which the ranks were taken.
-        num_bins: number of bins, from 2 to ``num_draws + 1``.
+        num_draws: Number of draws among which the ranks were taken.
+        num_bins: Number of bins, from 2 to ``num_draws + 1``.
 
     Returns:
         The p-values, with shape ``shape``.
 
     Raises:
-        ValueError: if the number of bins is out of range, or ranks are not integers or (where
+        ValueError: If the number of bins is out of range, or ranks are not integers or (where
             that can be seen, not under ``jit``) out of range.
     """
     ranks = jnp.asarray(ranks)
     if ranks.ndim == 0 or not jnp.issubdtype(ranks.dtype, jnp.integer):
         raise ValueError(
-            "expected integer ranks with shape (simulations, *shape), got "
-            f"{ranks.dtype} with shape {ranks.shape}"
+            "sbc_uniformity_pvalue: expected integer ranks with shape (simulations, *shape), got "
+            f"{ranks.dtype} with shape {ranks.shape}."
         )
     if not 2 <= num_bins <= num_draws + 1:
-        raise ValueError(f"expected num_bins from 2 to {num_draws + 1}, got {num_bins}")
+        raise ValueError(
+            f"sbc_uniformity_pvalue: expected num_bins from 2 to {num_draws + 1}, got {num_bins}."
+        )
     if not isinstance(ranks, jax.core.Tracer) and bool(jnp.any((ranks < 0) | (ranks > num_draws))):
         raise ValueError(
-            f"expected ranks from 0 to num_draws = {num_draws}, got {ranks.min()} to {ranks.max()}"
+            f"sbc_uniformity_pvalue: expected ranks from 0 to num_draws = {num_draws}, got "
+            f"{ranks.min()} to {ranks.max()}."
         )
     bin_of_rank = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
     num_simulations = ranks.shape[0]

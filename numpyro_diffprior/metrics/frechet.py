@@ -24,21 +24,21 @@ def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
     not.
 
     Args:
-        features_x: features with shape ``(n, k)``, ``n >= 2``.
-        features_y: features with shape ``(m, k)``, ``m >= 2``.
+        features_x: Features with shape ``(n, k)``, ``n >= 2``.
+        features_y: Features with shape ``(m, k)``, ``m >= 2``.
 
     Returns:
         The squared distance, scalar.
 
     Raises:
-        ValueError: if the features are not matrices of one width with two rows or more.
+        ValueError: If the features are not matrices of one width with two rows or more.
     """
     features_x, features_y = jnp.asarray(features_x), jnp.asarray(features_y)
     shapes = features_x.shape, features_y.shape
     if any(len(s) != 2 or s[0] < 2 for s in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            "expected features with shapes (n, k) and (m, k), n and m at least 2, got "
-            f"{shapes[0]} and {shapes[1]}"
+            "frechet_distance: expected features with shapes (n, k) and (m, k), n and m at least "
+            f"2, got {shapes[0]} and {shapes[1]}."
         )
     check_squares("frechet_distance", features_x, features_y)
     mean_x, root_x = _mean_and_root(features_x)

@@ -43,10 +43,10 @@ class TransportResult(NamedTuple):
     """Solution of one entropic transport problem between two clouds.
 
     Attributes:
-        cost: transport cost of the regularized plan, without its entropy, scalar.
-        regularized_cost: the objective, cost plus the plan's weighted relative entropy, scalar.
+        cost: Transport cost of the regularized plan, without its entropy, scalar.
+        regularized_cost: The objective, cost plus the plan's weighted relative entropy, scalar.
         num_steps: Sinkhorn iterations made, scalar integer.
-        converged: whether the plan's marginals are within the tolerance, scalar boolean.
+        converged: Whether the plan's marginals are within the tolerance, scalar boolean.
     """
 
     cost: jax.Array
@@ -68,21 +68,22 @@ def sliced_wasserstein(
     quantile functions are step functions and are compared on the union of their steps.
 
     Args:
-        rng_key: key of the random directions.
-        x: cloud with shape ``(n, *event_shape)``.
-        y: cloud with shape ``(m, *event_shape)``.
-        num_projections: number of directions ``K``.
-        p: order of the distance, at least 1.
+        rng_key: Key of the random directions.
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        num_projections: Number of directions ``K``.
+        p: Order of the distance, at least 1.
 
     Returns:
         The distance, in the events' units, scalar.
 
     Raises:
-        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y, unit = _in_unit(*_clouds(x, y))
-    p = _check_order(p)
-    directions = _random_directions(rng_key, num_projections, x)
+    name = "sliced_wasserstein"
+    x, y, unit = _in_unit(*_clouds(name, x, y))
+    p = _check_order(name, p)
+    directions = _random_directions(name, rng_key, num_projections, x)
     return unit * jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
 
 
@@ -105,25 +106,26 @@ def max_sliced_wasserstein(
     the true maximum. ``num_steps=0`` gives the maximum over the random directions.
 
     Args:
-        rng_key: key of the random directions.
-        x: cloud with shape ``(n, *event_shape)``.
-        y: cloud with shape ``(m, *event_shape)``.
-        num_projections: number of random directions.
-        num_refined: number of directions that are refined.
-        num_steps: number of refinements of each.
-        p: order of the distance, at least 1.
+        rng_key: Key of the random directions.
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        num_projections: Number of random directions.
+        num_refined: Number of directions that are refined.
+        num_steps: Number of refinements of each.
+        p: Order of the distance, at least 1.
 
     Returns:
         The distance, in the events' units, scalar.
 
     Raises:
-        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y, unit = _in_unit(*_clouds(x, y))
-    p = _check_order(p)
-    num_refined = check_count("max_sliced_wasserstein", "num_refined", num_refined)
-    num_steps = check_count("max_sliced_wasserstein", "num_steps", num_steps, least=0)
-    directions = _random_directions(rng_key, num_projections, x)
+    name = "max_sliced_wasserstein"
+    x, y, unit = _in_unit(*_clouds(name, x, y))
+    p = _check_order(name, p)
+    num_refined = check_count(name, "num_refined", num_refined)
+    num_steps = check_count(name, "num_steps", num_steps, least=0)
+    directions = _random_directions(name, rng_key, num_projections, x)
     values, order = jax.lax.top_k(
         _projected_distances(directions, x, y, p), min(num_refined, num_projections)
     )
@@ -167,23 +169,23 @@ def entropic_transport(
     Memory and the time of an iteration grow with ``n * m``.
 
     Args:
-        x: cloud with shape ``(n, *event_shape)``.
-        y: cloud with shape ``(m, *event_shape)``.
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
         regularization: :math:`\varepsilon`.
-        tolerance: largest total violation (the sum of absolute values) of the marginals.
-        max_steps: largest number of iterations.
+        tolerance: Largest total violation (the sum of absolute values) of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The costs, and whether and when the iterations converged.
 
     Raises:
-        ImportError: if ott-jax is missing.
-        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+        ImportError: If ott-jax is missing.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y = _clouds(x, y)
+    options = _check_transport("entropic_transport", regularization, tolerance, max_steps)
+    x, y = _clouds("entropic_transport", x, y)
     check_squares("entropic_transport", x, y)
-    _check_transport(regularization, tolerance, max_steps)
-    return _transport(x, y, regularization, tolerance, max_steps, symmetric=False)
+    return _transport(x, y, *options, symmetric=False)
 
 
 def entropic_transport_cost(
@@ -201,18 +203,18 @@ def entropic_transport_cost(
     Warns if the iterations did not converge; under ``jit`` it can not, see `entropic_transport`.
 
     Args:
-        x: cloud with shape ``(n, *event_shape)``.
-        y: cloud with shape ``(m, *event_shape)``.
-        regularization: see `entropic_transport`, as the options that follow.
-        tolerance: largest total violation of the marginals.
-        max_steps: largest number of iterations.
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        regularization: See `entropic_transport`, as the options that follow.
+        tolerance: Largest total violation of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The cost, in squared units of the events, scalar.
 
     Raises:
-        ImportError: if ott-jax is missing.
-        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+        ImportError: If ott-jax is missing.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
     result = entropic_transport(
         x,
@@ -246,26 +248,26 @@ def excess_transport_cost(
     samples that stay closer to the truth's points than fresh truth does cost less.
 
     Args:
-        samples: cloud :math:`\hat x` with shape ``(n, *event_shape)``.
-        truth: cloud :math:`x` with shape ``(m, *event_shape)``.
-        other_truth: cloud :math:`x'`, independent of ``truth``, with shape ``(n, *event_shape)``:
+        samples: Cloud :math:`\hat x` with shape ``(n, *event_shape)``.
+        truth: Cloud :math:`x` with shape ``(m, *event_shape)``.
+        other_truth: Cloud :math:`x'`, independent of ``truth``, with shape ``(n, *event_shape)``:
             the same size as ``samples``, for the costs depend on the clouds' sizes.
-        regularization: see `entropic_transport`, as the options that follow.
-        tolerance: largest total violation of the marginals.
-        max_steps: largest number of iterations.
+        regularization: See `entropic_transport`, as the options that follow.
+        tolerance: Largest total violation of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The difference, in squared units of the events, scalar.
 
     Raises:
-        ImportError: if ott-jax is missing.
-        ValueError: if the samples and the other truth differ in shape, a cloud is empty or an
+        ImportError: If ott-jax is missing.
+        ValueError: If the samples and the other truth differ in shape, a cloud is empty or an
             option is out of range.
     """
     if jnp.shape(samples) != jnp.shape(other_truth):
         raise ValueError(
-            "expected samples and other_truth of one shape, got "
-            f"{jnp.shape(samples)} and {jnp.shape(other_truth)}: their costs depend on their sizes"
+            "excess_transport_cost: expected samples and other_truth of one shape, for costs "
+            f"depend on it, got {jnp.shape(samples)} and {jnp.shape(other_truth)}."
         )
     cost = functools.partial(
         entropic_transport_cost,
@@ -294,23 +296,22 @@ def sinkhorn_divergence(
     Warns if the iterations did not converge; under ``jit`` it can not.
 
     Args:
-        x: cloud with shape ``(n, *event_shape)``.
-        y: cloud with shape ``(m, *event_shape)``.
-        regularization: see `entropic_transport`, as the options that follow.
-        tolerance: largest total violation of the marginals.
-        max_steps: largest number of iterations.
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        regularization: See `entropic_transport`, as the options that follow.
+        tolerance: Largest total violation of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The divergence, in squared units of the events, scalar.
 
     Raises:
-        ImportError: if ott-jax is missing.
-        ValueError: if the events' shapes differ, a cloud is empty or an option is out of range.
+        ImportError: If ott-jax is missing.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
-    x, y = _clouds(x, y)
+    options = _check_transport("sinkhorn_divergence", regularization, tolerance, max_steps)
+    x, y = _clouds("sinkhorn_divergence", x, y)
     check_squares("sinkhorn_divergence", x, y)
-    _check_transport(regularization, tolerance, max_steps)
-    options = (regularization, tolerance, max_steps)
     cross = _transport(x, y, *options, symmetric=False)
     within_x = _transport(x, x, *options, symmetric=True)
     within_y = _transport(y, y, *options, symmetric=True)
@@ -319,12 +320,12 @@ def sinkhorn_divergence(
     return cross.regularized_cost - bias
 
 
-def _clouds(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _clouds(name: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y = jnp.asarray(x), jnp.asarray(y)
     if 0 in (x.ndim, y.ndim) or x.shape[1:] != y.shape[1:] or 0 in (x.size, y.size):
         raise ValueError(
-            "expected non-empty clouds with shapes (n, *event_shape) and (m, *event_shape), got "
-            f"{x.shape} and {y.shape}"
+            f"{name}: expected non-empty clouds with shapes (n, *event_shape) and "
+            f"(m, *event_shape), got {x.shape} and {y.shape}."
         )
     dtype = jnp.result_type(x, y, jnp.float32)
     return x.reshape(len(x), -1).astype(dtype), y.reshape(len(y), -1).astype(dtype)
@@ -337,12 +338,14 @@ def _in_unit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
     return x / unit, y / unit, unit
 
 
-def _check_order(p: float) -> float:
-    return check_number("sliced_wasserstein", "p", p, 1.0, inclusive=True)
+def _check_order(name: str, p: float) -> float:
+    return check_number(name, "p", p, 1.0, inclusive=True)
 
 
-def _random_directions(rng_key: jax.Array, num_projections: int, like: jax.Array) -> jax.Array:
-    num_projections = check_count("sliced_wasserstein", "num_projections", num_projections)
+def _random_directions(
+    name: str, rng_key: jax.Array, num_projections: int, like: jax.Array
+) -> jax.Array:
+    num_projections = check_count(name, "num_projections", num_projections)
     z = jax.random.normal(rng_key, (num_projections, like.shape[1]), dtype=like.dtype)
     return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
@@ -363,16 +366,18 @@ def _common_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
 
 
-def _check_transport(regularization: float, tolerance: float, max_steps: int) -> None:
+def _check_transport(
+    name: str, regularization: float, tolerance: float, max_steps: int
+) -> tuple[float, float, int]:
     if importlib.util.find_spec("ott") is None:
         raise ImportError(
-            "entropic transport needs ott-jax: pip install 'numpyro_diffprior[metrics]'"
+            f"{name}: entropic transport needs ott-jax: pip install 'numpyro_diffprior[metrics]'"
         )
-    if not (regularization > 0 and tolerance > 0 and max_steps > 0):
-        raise ValueError(
-            "expected positive regularization, tolerance and max_steps, got "
-            f"{regularization}, {tolerance} and {max_steps}"
-        )
+    return (
+        check_number(name, "regularization", regularization),
+        check_number(name, "tolerance", tolerance),
+        check_count(name, "max_steps", max_steps),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("tolerance", "max_steps", "symmetric"))
@@ -418,8 +423,8 @@ def _warn_unless_converged(*results: TransportResult) -> None:
     for result in results:
         if not isinstance(result.converged, jax.core.Tracer) and not result.converged:
             warnings.warn(
-                f"Sinkhorn iterations did not converge in {result.num_steps} steps: raise "
-                "max_steps, tolerance or regularization, or use double precision",
+                f"Sinkhorn iterations did not converge in {result.num_steps} steps; raise "
+                "max_steps, tolerance or regularization, or use double precision.",
                 RuntimeWarning,
                 stacklevel=3,
             )
