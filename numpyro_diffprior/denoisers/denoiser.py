@@ -9,9 +9,10 @@ Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It
 and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
 guidance; the elements of one event should share a unit.
 
-A denoiser works in a ``unit`` of its own, in which numbers are near one: the data are so many
-times what it sees, and its mean, covariance and noise levels are in that unit. In float32 the
-squares of 1e-26 are no numbers. `DiffusionPrior` is in the data's units, whatever the denoiser's.
+A denoiser works in a ``unit`` :math:`u` of its own: it sees an event :math:`x` of the data as
+:math:`x / u`, and its mean, covariance and noise levels are in that unit. A unit near the scale of
+the events keeps squares within the range of the floating type; in float32 the square of 1e-26
+underflows. `DiffusionPrior` is in the data's units, whatever the denoiser's.
 
 Exact denoisers are in `numpyro_diffprior.denoisers.exact`, learned ones in
 `numpyro_diffprior.denoisers.network`.
@@ -72,8 +73,7 @@ class Denoiser(ABC):
     Attributes:
         mean: The prior's mean (or the best guess at it), with shape ``event_shape``.
         cov: The prior's covariance, over flattened events.
-        unit: How large the denoiser's unit is in the data's units: :math:`x` in the data is
-            :math:`x / u` here. One, if not said otherwise.
+        unit: The denoiser's unit, in the data's: a positive scalar (default: one).
     """
 
     mean: jax.Array

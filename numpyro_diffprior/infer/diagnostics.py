@@ -1,9 +1,10 @@
-r"""Are draws of one particle good enough? A few particles on a few events say so.
+r"""A check of draws of one particle against those of particle systems.
 
-Guidance is exact where prior and observations are Gaussian. Elsewhere its draws are compared with
-those of particle systems for the same events: with mean :math:`m` and deviation :math:`s` of the
-latter, the mean square of :math:`(x - m) / s` over elements and events is that of one more draw of
-theirs, unless one particle is biased or draws at another width.
+Guidance is exact where prior and observations are Gaussian. Elsewhere, draws :math:`x` of one
+particle are compared with draws of particle systems for the same events, which have the mean
+:math:`m` and the deviation :math:`s`. If one particle is good enough, the mean square of
+:math:`(x - m) / s` over elements and events is that of a further draw of the particle systems.
+It is larger if one particle is biased, or if its draws are too wide.
 """
 
 import warnings

@@ -1,10 +1,10 @@
 r"""Products with powers of two, which XLA must not move.
 
-XLA collects constants: of :math:`(a c) (b c)` it makes :math:`a b c^2`, which is no number where
-:math:`c` is 1e26. Here numbers are multiplied in their exponents, as a primitive of JAX that is
-linear: its derivatives are of the same kind, and do not depend on where they are taken.
-(`jax.lax.optimization_barrier` would keep constants apart as well, but loops with it give other
-numbers on CPUs, as of jaxlib 0.10.2.)
+XLA collects constants: it turns :math:`(a c) (b c)` into :math:`a b c^2`, which overflows in
+float32 where :math:`c` is 1e26. `scale_by_power` adds to the exponents of numbers instead. It is a
+linear primitive of JAX: its derivatives are products of the same kind, and do not depend on the
+point at which they are taken. (`jax.lax.optimization_barrier` also keeps constants apart, but
+compiled loops that contain it gave wrong numbers on CPUs with jaxlib 0.10.2.)
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 r"""Observed values in units of their own noise.
 
-Guidance asks for variances, and in float32 the square of a deviation of 1e-26 is no number. So
-distributions that have a scale are read of :math:`y / u`, with :math:`u` the power of two next to
-the scale, which rounds nothing. So is their log-density, :math:`\log p_u(y / u) - \log u`:
-derivatives by a scale divide by its square.
+Guidance needs variances, and in float32 the square of a deviation of 1e-26 underflows. So a
+distribution that has a scale is read as that of :math:`y / u`, where :math:`u` is the power of two
+next below the scale: dividing by it rounds nothing. The log-density is evaluated in the same way,
+as :math:`\log p_u(y / u) - \log u`, since its derivatives divide by the square of the scale.
 """
 
 from functools import reduce
