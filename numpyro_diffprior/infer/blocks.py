@@ -12,7 +12,15 @@ from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, Settings
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read, join_blocks
+from numpyro_diffprior.reading.model import (
+    Block,
+    GroupReading,
+    ModelData,
+    ModelReading,
+    Read,
+    join_blocks,
+)
+from numpyro_diffprior.reading.parts import join_parts, split_into_parts
 
 __all__ = [
     "PosteriorSamples",
@@ -96,7 +104,7 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     found = [
-        _sweep(key, model.data, model.reading, i, settings, num_draws, batch_size, mesh)
+        _sample_group(key, model, _Plan(model.reading, i, settings, num_draws, batch_size, mesh))
         for i, key in enumerate(keys)
     ]
     samples = {name: x for part in found for name, x in part.samples.items()}
@@ -117,19 +125,16 @@ def sample_first_block(
     Returns:
         Draws by site, with shape ``(num_draws, *batch, *event)``.
     """
-    return _first_block(rng_key, model.data, model.reading, settings, num_draws)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _first_block(
-    rng_key: jax.Array, data: ModelData, reading: ModelReading, settings: Settings, num_draws: int
-) -> dict[str, jax.Array]:
     samples: dict[str, jax.Array] = {}
-    keys = jax.random.split(rng_key, len(reading.groups))
-    for key, found in zip(keys, reading.groups, strict=True):
-        block = found.bind(data)
-        draws = draw_posterior(key, block.denoiser, block.likelihood, settings, num_draws)
-        samples |= found.group.split(block.denoiser, draws.x)
+    keys = jax.random.split(rng_key, len(model.reading.groups))
+    for i, (key, found) in enumerate(zip(keys, model.reading.groups, strict=True)):
+        batch_size = num_draws * settings.num_particles * found.group.num_events
+        plan = _Plan(model.reading, i, settings, num_draws, batch_size, None)
+        part = next(split_into_parts(model, i))
+        if part.indices is None:
+            samples |= _draw_whole(key, part.data, plan).samples
+        else:
+            samples |= _draw_part(key[None], part.indices[:1], part.data, plan).samples
     return samples
 
 
@@ -153,52 +158,77 @@ def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dic
     }
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
-def _sweep(
-    rng_key: jax.Array,
-    data: ModelData,
-    reading: ModelReading,
-    position: int,
-    settings: Settings,
-    num_draws: int,
-    batch_size: int,
-    mesh: Mesh | None,
+class _Plan(NamedTuple):
+    """How a group of latent sites is drawn; static."""
+
+    reading: ModelReading
+    position: int
+    settings: Settings
+    num_draws: int
+    batch_size: int
+    mesh: Mesh | None
+
+    @property
+    def found(self) -> GroupReading:
+        """The group."""
+        return self.reading.groups[self.position]
+
+    @property
+    def num_systems(self) -> int:
+        """How many particle systems are in memory at once."""
+        return max(1, self.batch_size // self.settings.num_particles)
+
+    def split(self, draws: Draws, data: ModelData) -> PosteriorSamples:
+        """Return draws by site, in the data's units."""
+        samples = self.found.group.split(self.found.denoiser(data), draws.x)
+        return PosteriorSamples(samples, draws.info._asdict())
+
+
+def _sample_group(rng_key: jax.Array, model: Read, plan: _Plan) -> PosteriorSamples:
+    if plan.found.divided is None:
+        return _draw_whole(rng_key, model.data, plan)
+    plate, size = plan.found.divided
+    keys = jax.random.split(rng_key, -(-plate.size // size))
+    parts = split_into_parts(model, plan.position, plan.mesh)
+    drawn = (_draw_part(keys[part.blocks], part.indices, part.data, plan) for part in parts)
+    return join_parts(drawn, 1 + len(plan.found.group.batch_shape) + plate.dim, plate.size)
+
+
+@partial(jax.jit, static_argnums=2)
+def _draw_whole(rng_key: jax.Array, data: ModelData, plan: _Plan) -> PosteriorSamples:
+    """Draw for whole plates."""
+    found, settings, num_draws = plan.found, plan.settings, plan.num_draws
+    max_draws = plan.num_systems // found.group.num_events
+    keys, chunk_size = _chunk(rng_key, num_draws, max_draws, settings, plan.mesh)
+
+    def draw(data: ModelData, keys: jax.Array) -> Draws:
+        return _draw_chunks(keys, found.bind(data), settings, chunk_size)
+
+    draws = on_devices(draw, data, keys, plan.mesh)
+    return plan.split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
+
+
+@partial(jax.jit, static_argnums=3)
+def _draw_part(
+    rng_keys: jax.Array, indices: jax.Array, data: ModelData, plan: _Plan
 ) -> PosteriorSamples:
-    found = reading.groups[position]
-    group, num_systems = found.group, max(1, batch_size // settings.num_particles)
-    plate = group.largest_plate
-    size = None if plate is None else reading.blocks.get(plate.name)
-
-    def split(draws: Draws, data: ModelData) -> PosteriorSamples:
-        denoiser = found.denoiser(data)
-        return PosteriorSamples(group.split(denoiser, draws.x), draws.info._asdict())
-
-    if plate is None or size is None:
-        max_draws = num_systems // group.num_events
-        keys, chunk_size = _chunk(rng_key, num_draws, max_draws, settings, mesh)
-
-        def draw(data: ModelData, keys: jax.Array) -> Draws:
-            return _draw_chunks(keys, found.bind(data), settings, chunk_size)
-
-        draws = on_devices(draw, data, keys, mesh)
-        return split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
-    num_blocks = round_up(-(-plate.size // size), mesh)
-    indices = jnp.arange(num_blocks * size).reshape(num_blocks, size) % plate.size
+    """Draw for some blocks of a plate, each with its own key; see `Part`."""
+    found, settings, num_draws = plan.found, plan.settings, plan.num_draws
+    assert found.divided is not None
+    plate, size = found.divided
 
     def draw_blocks(data: ModelData, blocks: tuple[jax.Array, jax.Array]) -> Draws:
         def draw(block: tuple[jax.Array, jax.Array]) -> Draws:
             key, index = block
-            keys, chunk_size = _chunk(key, num_draws, num_systems // size, settings)
+            keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, settings)
             draws = _draw_chunks(keys, found.bind(data, {plate.name: index}), settings, chunk_size)
             return jax.tree.map(lambda leaf: leaf[:num_draws], draws)
 
         return jax.lax.map(draw, blocks)
 
-    blocks = jax.random.split(rng_key, num_blocks), indices
-    draws = on_devices(draw_blocks, data, blocks, mesh)
-    axis = 1 + len(group.batch_shape) + plate.dim  # of the plate, behind the draws
-
-    return split(join_blocks(draws, axis, plate.size), data)
+    draws = on_devices(draw_blocks, data, (rng_keys, indices), plan.mesh)
+    axis = 1 + len(found.group.batch_shape) + plate.dim  # of the plate, behind the draws
+    return plan.split(join_blocks(draws, axis, min(indices.size, plate.size)), data)
 
 
 def _chunk(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest
 from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read
+from numpyro_diffprior.reading.parts import join_parts, split_into_parts
 
 __all__ = ["check_data"]
 
@@ -52,7 +53,7 @@ def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
     """
     counts = []
     for position, found in enumerate(model.reading.groups):
-        result = _inspect(model.data, model.reading, position, sampler)
+        result = _inspect(model, position, sampler)
         counts.append(result.num_visible)
         names = found.reader.names
         if _is_false(result.finite):
@@ -91,8 +92,36 @@ def _is_false(flag: jax.Array) -> bool:
     return not isinstance(flag, jax.core.Tracer) and not flag
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sampler) -> _Found:
+def _inspect(model: Read, position: int, sampler: Sampler) -> _Found:
+    """Inspect the data of a group, part by part."""
+    found = model.reading.groups[position]
+    parts = split_into_parts(model, position)
+    inspected = (
+        _inspect_part(part.indices, part.data, model.reading, position, sampler) for part in parts
+    )
+    axis, size = 0, 0
+    if found.divided is not None:
+        plate, _ = found.divided
+        axis, size = len(found.group.batch_shape) + plate.dim, plate.size
+    return _conclude(join_parts(inspected, axis, size))
+
+
+@jax.jit
+def _conclude(found: _Found) -> _Found:
+    """Return whether all flags are true."""
+    flags = jax.tree.map(jnp.all, found)
+    return flags._replace(num_visible=found.num_visible)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _inspect_part(
+    indices: jax.Array | None,
+    data: ModelData,
+    reading: ModelReading,
+    position: int,
+    sampler: Sampler,
+) -> _Found:
+    """Inspect some blocks; what is found has the batch's shape."""
     found = reading.groups[position]
 
     def inspect(indices: dict[str, jax.Array]) -> _Found:
@@ -113,15 +142,7 @@ def _inspect(data: ModelData, reading: ModelReading, position: int, sampler: Sam
             num_visible=likelihood.num_visible,
         )
 
-    results = found.over_blocks(inspect)
-    return _Found(
-        finite=results.finite.all(),
-        noisy=results.noisy.all(),
-        apart=results.apart.all(),
-        levels=results.levels.all(),
-        resolved=results.resolved.all(),
-        num_visible=results.num_visible,
-    )
+    return found.over_blocks(inspect, indices)
 
 
 def _are_apart(block: Block) -> jax.Array:

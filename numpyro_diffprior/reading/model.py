@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_diffprior._compile.arguments import (
     StaticArguments,
@@ -24,6 +25,7 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
     LatentSite,
+    Plate,
     group_sites,
 )
 from numpyro_diffprior.reading.likelihood import LikelihoodReader
@@ -37,6 +39,7 @@ __all__ = [
     "ModelReading",
     "Read",
     "Source",
+    "block_indices",
     "join_blocks",
 ]
 
@@ -48,10 +51,13 @@ class ModelData(NamedTuple):
         arrays: Its arguments, and what arrays it encloses.
         params: The values of its ``numpyro.param`` sites, by name; those that are missing have
             their first values.
+        starts: Where an array holds only some elements of a divided plate, the first of these, by
+            the array's position and the plate's name.
     """
 
     arrays: list[jax.Array]
     params: dict[str, jax.Array]
+    starts: dict[tuple[int, str], jax.Array] = {}
 
 
 class Read(NamedTuple):
@@ -202,7 +208,8 @@ class ModelReading:
                 return None if source.param is None else data.params.get(source.param)
             array = jnp.asarray(data.arrays[source.position])
             for axis, plate in source.axes:
-                array = jnp.take(array, elements(plate), axis)
+                start = data.starts.get((source.position, plate), 0)
+                array = jnp.take(array, elements(plate) - start, axis)
             return array
 
         found = [make(source) for source in self.sources]
@@ -326,25 +333,36 @@ class GroupReading:
         """Return the denoiser of all sites together; see `bind`."""
         return self.group.denoiser(self.parts(data, indices))
 
-    def over_blocks(self, f: Callable[[dict[str, jax.Array]], Any]) -> Any:
-        """Map a function of the elements of a block over all events of the plates; traceable.
+    @property
+    def divided(self) -> tuple[Plate, int] | None:
+        """The plate that is divided into blocks, and a block's size; None if plates are whole."""
+        plate = self.group.largest_plate
+        if plate is None or plate.name not in self.reading.blocks:
+            return None
+        return plate, self.reading.blocks[plate.name]
+
+    def over_blocks(
+        self, f: Callable[[dict[str, jax.Array]], Any], indices: jax.Array | None = None
+    ) -> Any:
+        """Map a function of the elements of a block over events of the plates; traceable.
 
         Args:
             f: Maps elements of divided plates, by name, to arrays whose first axes are the
                 batch's.
+            indices: The elements of each block, as those of `Part` (default: of all blocks).
 
         Returns:
-            The results, with the shape of the whole batch in these axes.
+            The results, with the shape of the batch in these axes: of as many events as there are
+            indices, or of all events.
         """
-        plate = self.group.largest_plate
-        size = None if plate is None else self.reading.blocks.get(plate.name)
-        if plate is None or size is None:
+        if self.divided is None:
             return f({})
-        num_blocks = -(-plate.size // size)
-        indices = jnp.arange(num_blocks * size).reshape(num_blocks, size) % plate.size
+        plate, size = self.divided
+        if indices is None:
+            indices = jnp.asarray(block_indices(plate.size, size))
         results = jax.lax.map(lambda index: f({plate.name: index}), indices)
         axis = len(self.group.batch_shape) + plate.dim
-        return join_blocks(results, axis, plate.size)
+        return join_blocks(results, axis, min(indices.size, plate.size))
 
     def _parts(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
         reading = self.reading
@@ -373,6 +391,19 @@ class GroupReading:
             return staged(*(values[name] for name in self.group.names))
 
         return evaluate
+
+
+def block_indices(size: int, block_size: int, num_blocks: int | None = None) -> np.ndarray:
+    """Return the elements of each block of a plate, with shape ``(num_blocks, block_size)``.
+
+    Args:
+        size: The number of elements of the plate. The last one is repeated in what is left over.
+        block_size: The number of elements of a block.
+        num_blocks: How many blocks (default: as few as hold all elements).
+    """
+    num_blocks = -(-size // block_size) if num_blocks is None else num_blocks
+    elements = np.arange(num_blocks * block_size, dtype=np.int32).reshape(num_blocks, block_size)
+    return np.minimum(elements, size - 1)
 
 
 def join_blocks(results: Any, axis: int, size: int) -> Any:

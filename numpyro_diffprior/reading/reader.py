@@ -92,7 +92,9 @@ def read(
             _PLANS.pop(next(iter(_PLANS)))
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
     positions = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
-    return Read(traced.reading, ModelData(replicate(data, mesh), dict(params or {})), positions)
+    # Those that are mapped into memory are read part by part.
+    data = [x if isinstance(x, np.memmap) else replicate(x, mesh) for x in data]
+    return Read(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
 # How plates were divided the last time, so that a model is executed once. Only a guess.

@@ -1,0 +1,143 @@
+"""Parts of a group's events, so that arrays in files need not be read whole.
+
+Arrays that are mapped into memory (`numpy.memmap`) are read a few blocks at a time.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from numpyro_diffprior._compile.devices import replicate, round_up
+from numpyro_diffprior.reading.model import ModelData, ModelReading, Read, block_indices
+
+__all__ = ["Part", "join_parts", "split_into_parts"]
+
+_MAX_BLOCKS = 8
+
+
+class Part(NamedTuple):
+    """Some blocks of a group's events.
+
+    Attributes:
+        data: The arrays of the model; some may hold the elements of these blocks alone.
+        blocks: The positions of the blocks, with shape ``(num_blocks,)``.
+        indices: The elements of the divided plate in each block, with shape
+            ``(num_blocks, block_size)``; None if plates are whole.
+    """
+
+    data: ModelData
+    blocks: np.ndarray
+    indices: np.ndarray | None
+
+
+def split_into_parts(model: Read, position: int, mesh: Mesh | None = None) -> Iterator[Part]:
+    """Yield the blocks of a group with the data that they need, in parts of equal shape.
+
+    All blocks are in one part, unless arrays are mapped into memory. The last block is repeated
+    where blocks are left over.
+
+    Args:
+        model: A model.
+        position: The position of a group of latent sites.
+        mesh: Devices to copy arrays to, among which the blocks of a part can be divided.
+    """
+    divided = model.reading.groups[position].divided
+    if divided is None:
+        yield Part(model.data, np.zeros(1, np.int32), None)
+        return
+    plate, size = divided
+    arrays = model.data.arrays
+    axes = {
+        i: axis for i, axis in _axes_of(plate.name, model.reading).items() if _on_host(arrays[i])
+    }
+    num_blocks = -(-plate.size // size)
+    if not any(isinstance(arrays[i], np.memmap) for i in axes):
+        count = round_up(num_blocks, mesh)
+        blocks = np.minimum(np.arange(count), num_blocks - 1)
+        yield Part(model.data, blocks, block_indices(plate.size, size, count))
+        return
+    num_parts = -(-num_blocks // _MAX_BLOCKS)
+    count = round_up(-(-num_blocks // num_parts), mesh)
+    indices = block_indices(plate.size, size, num_parts * count).reshape(num_parts, count, size)
+    others = {i: jnp.asarray(array) for i, array in enumerate(arrays) if i not in axes}
+    for part in range(num_parts):
+        blocks = np.minimum(np.arange(part * count, (part + 1) * count), num_blocks - 1)
+        start = max(0, min(part * count * size, plate.size - count * size))
+        taken = slice(start, start + count * size)
+        own = {
+            i: replicate(jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), mesh)
+            for i, axis in axes.items()
+        }
+        data = model.data._replace(
+            arrays=[(own | others)[i] for i in range(len(arrays))],
+            starts={(i, plate.name): jnp.asarray(start) for i in axes},
+        )
+        yield Part(data, blocks, indices[part])
+
+
+def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
+    """Join the results of parts along the axis of their elements.
+
+    Args:
+        results: The results of one part after the other, trees of arrays. Several are collected in
+            the memory of the host, and the next is asked for when the last one is there.
+        axis: The axis of the divided plate in all arrays.
+        size: The size of the plate.
+    """
+    remaining = iter(results)
+    first = next(remaining)
+    second = next(remaining, None)
+    if second is None:
+        return first
+    results = chain([first, second], remaining)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((first, second))):
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *results)
+        return jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, size, axis=axis), joined)
+
+    def allocate(leaf: jax.Array) -> np.ndarray:
+        return np.empty((*leaf.shape[:axis], size, *leaf.shape[axis + 1 :]), leaf.dtype)
+
+    whole = jax.tree.map(allocate, first)
+    start = 0
+    for result in results:
+        stop = start + jax.tree.leaves(first)[0].shape[axis]
+
+        def put(target: np.ndarray, part: jax.Array, start: int = start, stop: int = stop) -> None:
+            to = target[(slice(None),) * axis + (slice(start, stop),)]
+            to[...] = part[(slice(None),) * axis + (slice(0, to.shape[axis]),)]
+
+        jax.tree.map(put, whole, result)
+        start = stop
+    return jax.tree.map(jnp.asarray, whole)
+
+
+def _on_host(array: Any) -> bool:
+    return isinstance(array, np.ndarray)
+
+
+def _axes_of(plate: str, reading: ModelReading) -> dict[int, int]:
+    """Return the axes of a plate in arrays of which only slices along it are used.
+
+    Args:
+        plate: The name of the plate.
+        reading: A model.
+
+    Returns:
+        The axes, by the arrays' positions in the data.
+    """
+    axes: dict[int, set[int | None]] = {}
+    for source in reading.sources:
+        if source.position is not None:
+            axis = next((axis for axis, name in source.axes if name == plate), None)
+            axes.setdefault(source.position, set()).add(axis)
+    return {
+        i: axis
+        for i, found in axes.items()
+        for axis in found
+        if axis is not None and len(found) == 1
+    }
