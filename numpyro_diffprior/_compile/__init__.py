@@ -1,1 +1,1 @@
-"""What compiled code needs to know: arguments, devices, and which results depend on which."""
+"""Tools for compiled code: static arguments, tracing, dependence analysis and devices."""

@@ -1,4 +1,4 @@
-r"""Arguments of a model: arrays are data, the rest is static when compiled."""
+r"""Split the arguments of a model into arrays, which are traced, and static values."""
 
 from typing import Any, NamedTuple
 
@@ -9,16 +9,16 @@ __all__ = ["StaticArguments", "merge_arguments", "split_arguments"]
 
 
 class StaticArguments(NamedTuple):
-    """The part of a model's arguments that is not arrays; hashable."""
+    """A pytree of arguments without its arrays; hashable if its leaves are."""
 
     treedef: Any
     leaves: tuple[Any, ...]
 
 
 def split_arguments(arguments: Any) -> tuple[list[jax.Array], StaticArguments]:
-    """Split a tree into its arrays and the rest, which is static when compiled.
+    """Split a pytree into its arrays and its static leaves.
 
-    Numbers of Python are static, and so are integers and booleans of NumPy: they are sizes and
+    Python numbers are static, and so are integer and boolean NumPy scalars: they are sizes and
     flags.
     """
     leaves, treedef = jax.tree.flatten(arguments)

@@ -1,4 +1,4 @@
-"""Checks of numbers that users pass: each returns a number of Python, or raises a `ValueError`."""
+"""Validation of numeric options: return a Python number or raise a `ValueError`."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ __all__ = ["check_count", "check_number", "set_numbers"]
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 1) -> int:
-    """Return an integer, of Python or NumPy, that is not below ``least``.
+    """Return ``value`` as an ``int``, or raise if it is not an integer of at least ``least``.
 
     Args:
-        owner: The function or class that takes the number.
-        name: The number's name.
-        value: The number.
-        least: The smallest that is allowed.
+        owner: The name of the function or class that takes the option.
+        name: The name of the option.
+        value: A Python or NumPy integer.
+        least: The smallest allowed value.
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise ValueError(f"{owner}: expected {name} to be an integer, got {value!r}.")
@@ -34,15 +34,15 @@ def check_number(
     *,
     inclusive: bool = False,
 ) -> float:
-    """Return a finite real number between two limits; scalars of NumPy and JAX are welcome.
+    """Return ``value`` as a ``float``, or raise if it is not finite and within the limits.
 
     Args:
-        owner: The function or class that takes the number.
-        name: The number's name.
-        value: The number.
+        owner: The name of the function or class that takes the option.
+        name: The name of the option.
+        value: A Python, NumPy or JAX scalar.
         low: The lower limit.
-        high: The upper limit, itself allowed.
-        inclusive: Whether the lower limit is allowed.
+        high: The upper limit, inclusive.
+        inclusive: Whether the lower limit is inclusive.
     """
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
         value = value.item() if value.ndim == 0 else value
@@ -59,6 +59,6 @@ def check_number(
 
 
 def set_numbers(instance: Any, **numbers: Any) -> None:
-    """Set checked numbers of a frozen dataclass, in its ``__post_init__``."""
+    """Set fields of a frozen dataclass, in its ``__post_init__``."""
     for name, value in numbers.items():
         object.__setattr__(instance, name, value)

@@ -1,4 +1,4 @@
-"""Which results of a function may depend on its arguments, found from its jaxpr."""
+"""Dependence analysis: which outputs of a function may depend on which arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ __all__ = ["depends", "propagate"]
 
 
 def depends(f: Callable[..., Any], *args: Any, on: Sequence[int] | None = None) -> Any:
-    """Return a tree like that of the results of ``f``: whether each may depend on the arguments.
+    """Return a pytree of bools: whether each output of ``f`` may depend on the arguments.
 
     Args:
-        f: A function of trees of arrays.
+        f: A function of pytrees of arrays.
         *args: Its arguments.
-        on: The positions of the arguments that count (default: all).
+        on: The positions of the arguments to consider (default: all).
     """
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     marks = [
@@ -39,10 +39,10 @@ _CALLS = {
 
 
 def propagate(jaxpr: Jaxpr, inputs: Sequence[bool]) -> set[Var]:
-    """Return the variables of a jaxpr that may depend on the inputs that are marked.
+    """Return the variables of a jaxpr that may depend on the marked inputs.
 
-    Calls and scans are looked into; of another equation with a marked input all results may
-    depend on it.
+    The analysis enters calls and scans. If any other equation has a marked input, all of its
+    outputs are marked.
     """
     marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
     for eqn in jaxpr.eqns:
@@ -65,7 +65,7 @@ def _outputs(jaxpr: Jaxpr, marked: set[Var]) -> list[bool]:
 
 
 def _carry(params: dict[str, Any]) -> slice:
-    """Return which inputs of a scan are its carry."""
+    """Return the positions of the carry among the inputs of a scan."""
     if "num_carry" in params:  # JAX before 0.11
         start, size = params["num_consts"], params["num_carry"]
     else:

@@ -1,7 +1,7 @@
-"""Spread independent work over the devices of a mesh.
+"""Data-parallel computation over the devices of a mesh.
 
-Data are copied to every device, and each does its part of the work. Without a mesh, computation
-stays on the device of the data. All axes of a mesh are treated as one.
+Arrays are replicated on every device, and each device computes its share of a batch. Without a
+mesh, computation stays on the device of the data. All axes of a mesh are treated as one.
 """
 
 from collections.abc import Callable
@@ -18,22 +18,22 @@ T = TypeVar("T")
 
 
 def num_devices(mesh: Mesh | None) -> int:
-    """Return the number of devices, one without a mesh."""
+    """Return the number of devices of a mesh, or one without a mesh."""
     return 1 if mesh is None else int(mesh.size)
 
 
 def round_up(count: int, mesh: Mesh | None) -> int:
-    """Return the least multiple of the number of devices that is not below a count."""
+    """Round ``count`` up to a multiple of the number of devices."""
     size = num_devices(mesh)
     return -(-count // size) * size
 
 
 def check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
-    """Raise a `ValueError` unless every device gets as many events of a minibatch."""
+    """Raise a `ValueError` unless the batch size is a multiple of the number of devices."""
     if batch_size != round_up(batch_size, mesh):
         raise ValueError(
             f"batch_size must be a multiple of the {num_devices(mesh)} devices of the mesh, got "
-            f"{batch_size}; take {round_up(batch_size, mesh)}, say."
+            f"{batch_size}; take {round_up(batch_size, mesh)}, for example."
         )
 
 
@@ -45,9 +45,9 @@ def replicate(tree: T, mesh: Mesh | None) -> T:
 
 
 def spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Ask that the leading axis of a traced array be spread over the devices.
+    """Constrain a traced array to be sharded over the devices along its leading axis.
 
-    What is computed from it along that axis is then computed there.
+    The compiler then shards computations along that axis in the same way.
     """
     if mesh is None:
         return x
@@ -56,20 +56,20 @@ def spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def on_devices(f: Callable[[S, P], T], shared: S, parts: P, mesh: Mesh | None) -> T:
-    """Call a function on every device with what is shared and the device's own part of the rest.
+    """Call a function on every device, with the shared arrays and the device's shard of the rest.
 
     Args:
-        f: A traceable function. Its results have leading axes of the same kind as those of the
-            parts, along which they are put together.
-        shared: A tree of arrays.
-        parts: A tree of arrays whose leading axes are divided among the devices, of whose number
-            their length is a multiple.
-        mesh: The devices; without them there is one call.
+        f: A traceable function of ``(shared, parts)``. Its outputs are concatenated over devices
+            along their leading axes.
+        shared: A pytree of arrays, which every device gets as a whole.
+        parts: A pytree of arrays that are sharded along their leading axes, whose length must be
+            a multiple of the number of devices.
+        mesh: The devices; without a mesh, ``f`` is called once.
     """
     if mesh is None:
         return f(shared, parts)
     own = _leading(mesh)
-    # Nothing goes from device to device, which is what the check would look after.
+    # The check concerns communication between devices, and there is none.
     spread_f = jax.shard_map(
         f,
         mesh=_automatic(mesh),
@@ -85,5 +85,5 @@ def _leading(mesh: Mesh) -> PartitionSpec:
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The same devices, with the layout of what is computed left to the compiler."""
+    """Return a mesh of the same devices whose shardings the compiler chooses."""
     return Mesh(mesh.devices, mesh.axis_names)

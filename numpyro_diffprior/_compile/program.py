@@ -1,10 +1,10 @@
-"""Programs: traced functions without their data, equal where they compute the same.
+"""Programs: traced functions that are hashed and compared by content.
 
-``jax.jit`` compiles a function for its identity, and freezes what the function takes from anywhere
-but its arguments: a global, an attribute of a configuration, an array in a closure. A `Program` is
-what a function does, its jaxpr. It is hashable and compared by content, so that code compiled for
-a program (as a static argument) serves every function that does the same, and no other. Arrays
-that the function encloses are no part of it, but leading inputs.
+``jax.jit`` caches compiled code by the identity of a function, and freezes all that the function
+reads besides its arguments: globals, attributes, arrays in its closure. A `Program` holds the
+jaxpr of a function, and is hashed and compared by its content. Code compiled with a program as
+static argument therefore serves every function with an equal jaxpr, and no other. Arrays in the
+closure of the function are not part of the program: they are its leading inputs.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ __all__ = ["Program", "Traced", "call", "freeze", "name_input", "run", "trace"]
 
 
 class Program:
-    """A traced function of flat inputs, hashable.
+    """A traced function of flat inputs, hashed and compared by content.
 
     Args:
-        jaxpr: Its jaxpr, without constants.
+        jaxpr: The jaxpr of the function, without constants.
     """
 
     def __init__(self, jaxpr: Jaxpr) -> None:
@@ -48,32 +48,32 @@ class Program:
         return _evaluate(self.jaxpr, inputs)
 
     def depends_on(self, inputs: Sequence[int]) -> list[bool]:
-        """Return which outputs may depend on some of the inputs, by position."""
+        """Return, for each output, whether it may depend on the inputs at these positions."""
         return list(_depends_on(self, frozenset(inputs)))
 
     def used(self) -> list[bool]:
-        """Return which inputs the outputs need at all."""
+        """Return, for each input, whether any output needs it."""
         needed, _ = _needed(self.jaxpr, self.jaxpr.outvars)
         return [var in needed for var in self.jaxpr.invars]
 
     def reorder(self, order: Sequence[int]) -> "Program":
-        """Return the program with its inputs in another order."""
+        """Return the program with reordered inputs: its ``i``-th is this one's ``order[i]``-th."""
         invars = [self.jaxpr.invars[i] for i in order]
         return Program(self.jaxpr.replace(invars=invars))
 
     def stage(
         self, inputs: Sequence[Any], outputs: Sequence[int], late: Sequence[int]
     ) -> Callable[..., list[jax.Array]]:
-        """Evaluate what does not depend on the late inputs; return a function of these.
+        """Evaluate the part that is independent of the late inputs; return the rest.
 
         Args:
-            inputs: The inputs; those at the positions ``late`` are not looked at.
-            outputs: The positions of the outputs that are asked for; only what they need is
+            inputs: The inputs; those at the positions ``late`` are ignored.
+            outputs: The positions of the requested outputs; only equations that they need are
                 evaluated.
-            late: The positions of the inputs that come later.
+            late: The positions of the inputs that are given later.
 
         Returns:
-            A function of the late inputs that returns the outputs.
+            A function of the late inputs that returns the requested outputs.
         """
         early, early_jaxpr, late_jaxpr = _stages(self, tuple(outputs), tuple(late))
         known = _evaluate(early_jaxpr, [inputs[i] for i in early])
@@ -85,14 +85,14 @@ class Program:
 
 
 class Traced(NamedTuple):
-    """A function that was traced.
+    """The result of `trace`.
 
     Attributes:
         program: The program. Its inputs are the data, then the leaves of the arguments, then the
             named inputs.
-        data: The arrays that the function encloses.
-        treedef: The structure of its results.
-        names: The names of its named inputs, in order.
+        data: The arrays in the closure of the function.
+        treedef: The tree structure of the function's output.
+        names: The names of the named inputs, in order; see `name_input`.
     """
 
     program: Program
@@ -102,8 +102,8 @@ class Traced(NamedTuple):
 
 
 def trace(f: Callable[..., Any], *args: Any) -> Traced:
-    """Trace a function of trees of arrays (or of their shapes)."""
-    # A function of its own: JAX remembers jaxprs by the identity of functions.
+    """Trace a function of pytrees of arrays (or of `jax.ShapeDtypeStruct`)."""
+    # A new lambda, because JAX caches jaxprs by the identity of functions.
     closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
     jaxpr = closed.jaxpr
     named = [eqn for eqn in jaxpr.eqns if eqn.primitive is _input_p]
@@ -115,11 +115,11 @@ def trace(f: Callable[..., Any], *args: Any) -> Traced:
 
 
 def name_input(value: jax.Array, name: Any) -> jax.Array:
-    """Make a value inside of a traced function an input of its program.
+    """Turn a value inside a traced function into a named input of its program.
 
     Args:
-        value: A value of the input's shape and type, which is not looked at.
-        name: A name, hashable; see `Traced.names`.
+        value: An array with the shape and dtype of the input; its elements are ignored.
+        name: A hashable name; see `Traced.names`.
     """
     return _input_p.bind(value, name=name)
 
@@ -130,12 +130,12 @@ _input_p.def_abstract_eval(lambda aval, *, name: aval)
 
 @partial(jax.jit, static_argnums=0)
 def run(program: Program, *inputs: Any) -> list[jax.Array]:
-    """Evaluate a program, compiled once for all programs that are equal."""
+    """Evaluate a program, compiled; equal programs share compiled code."""
     return program(*inputs)
 
 
 def call(f: Callable[..., Any], *args: Any) -> Any:
-    """Call a function compiled, whatever it encloses: ``jax.jit`` by content."""
+    """Call a function through ``jax.jit``, with compiled code cached by the function's content."""
     traced = trace(f, *args)
     results = run(traced.program, *traced.data, *jax.tree.leaves(args))
     return jax.tree.unflatten(traced.treedef, results)
@@ -145,7 +145,7 @@ def _evaluate(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, []))(*inputs)
 
 
-# What is remembered of a program holds of all that equal it: positions, no variables.
+# Equal programs share the entries of these caches: they hold positions or whole jaxprs.
 
 
 @lru_cache(maxsize=256)
@@ -160,11 +160,11 @@ def _marked(jaxpr: Jaxpr, inputs: frozenset[int]) -> set[Var]:
 
 @lru_cache(maxsize=256)
 def _stages(program: Program, outputs: tuple[int, ...], late: tuple[int, ...]) -> Any:
-    """Cut a program into what comes before the late inputs, and the rest."""
+    """Split a program: positions of the early inputs, the early jaxpr, the late jaxpr."""
     jaxpr = program.jaxpr
     outvars = [jaxpr.outvars[i] for i in outputs]
     needed, eqns = _needed(jaxpr, outvars)
-    # An equation comes later as a whole, although some of its results may be known before.
+    # An equation is late as a whole, even if some of its outputs do not depend on late inputs.
     made_late = set(_marked(jaxpr, frozenset(late)))
     before: list[Any] = []
     after: list[Any] = []
@@ -187,7 +187,7 @@ def _stages(program: Program, outputs: tuple[int, ...], late: tuple[int, ...]) -
 
 
 def _needed(jaxpr: Jaxpr, outvars: Sequence[Any]) -> tuple[set[Var], list[Any]]:
-    """Return the variables and equations that some outputs need."""
+    """Return the variables and the equations on which the given outputs depend."""
     needed = {var for var in outvars if isinstance(var, Var)}
     eqns = []
     for eqn in reversed(jaxpr.eqns):
@@ -197,16 +197,16 @@ def _needed(jaxpr: Jaxpr, outvars: Sequence[Any]) -> tuple[set[Var], list[Any]]:
     return needed, eqns[::-1]
 
 
-# The content of a jaxpr: a tree of tuples, in which variables are numbered.
+# The content of a jaxpr: nested tuples, with variables numbered in order of appearance.
 
 _CONTENTS: WeakKeyDictionary[Jaxpr, Any] = WeakKeyDictionary()
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
-# Names are for people, rules are traced: see `_rule`.
+# Names do not affect results; `_rule` traces the derivative rules instead.
 _IGNORED = {"name", "debug_info", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"}
 
 
 def _content(jaxpr: Jaxpr, with_rules: bool = True) -> Any:
-    """Return what a jaxpr computes, hashable; with the rules of its custom derivatives."""
+    """Return the content of a jaxpr, hashable, with or without its custom derivative rules."""
     if with_rules and jaxpr in _CONTENTS:
         return _CONTENTS[jaxpr]
     numbers: dict[Var, int] = {}
@@ -240,7 +240,7 @@ def _content(jaxpr: Jaxpr, with_rules: bool = True) -> Any:
 
 
 def _rule(jaxpr: Jaxpr, eqn: Any) -> Any:
-    """Return the content of a custom derivative, of the first order."""
+    """Return the content of the first derivative of an equation with a custom rule."""
     variables = list(dict.fromkeys(var for var in eqn.invars if isinstance(var, Var)))
     outvars = [var for var in eqn.outvars if type(var) is Var]
     alone = jaxpr.replace(constvars=[], invars=variables, outvars=outvars, eqns=[eqn])
@@ -266,7 +266,7 @@ def _rule(jaxpr: Jaxpr, eqn: Any) -> Any:
 
 
 def _type(aval: Any) -> Any:
-    """Return the type of a variable."""
+    """Return the shape, dtype and weak type of a variable."""
     try:
         return tuple(aval.shape), str(aval.dtype), bool(aval.weak_type)
     except AttributeError:  # a token or a reference
@@ -274,7 +274,7 @@ def _type(aval: Any) -> Any:
 
 
 def freeze(value: Any, with_rules: bool = True) -> Any:
-    """Return the content of a static value, hashable; of what cannot be compared, its identity."""
+    """Return the content of a static value, hashable; unhashable objects compare by identity."""
     match value:
         case ClosedJaxpr():
             consts = tuple(freeze(const) for const in value.consts)
@@ -303,7 +303,7 @@ def freeze(value: Any, with_rules: bool = True) -> Any:
 
 
 class _Identity:
-    """An object that is compared by identity, kept so that the identity stays its own."""
+    """An object that is compared by identity; the reference keeps its id from being reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
