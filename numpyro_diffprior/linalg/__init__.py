@@ -1,4 +1,4 @@
-"""Structured covariances, batched dense matrices, and solvers in the space of observations."""
+"""Structured covariances, batched dense matrices, and solvers for Gaussian updates."""
 
 from numpyro_diffprior.linalg.covariances import (
     Blocks,

@@ -1,8 +1,8 @@
 """Batches of small dense matrices: products in full precision, LAPACK in chunks.
 
 Matrices have shape ``(*batch, rows, columns)`` and vectors ``(*batch, size)``; leading axes
-broadcast. Products are in full precision: accelerators round the factors of a float32 product
-unless told otherwise.
+broadcast. Products use full precision, because accelerators round the factors of float32 products
+by default.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Factor:
-    r"""The Cholesky factor :math:`L` of matrices and its inverse, each ``(*batch, size, size)``.
+    r"""The Cholesky factor :math:`L` of :math:`\Sigma` and its inverse, ``(*batch, size, size)``.
 
-    Vectors may have leading axes in front of ``batch``, which share a factor.
+    Vectors have shape ``(*extra, *batch, size)``: the axes ``extra`` share a factor.
     """
 
     lower: jax.Array
@@ -40,7 +40,7 @@ class Factor:
 
     @classmethod
     def of(cls, matrix: jax.Array) -> "Factor":
-        """Factor positive definite matrices."""
+        """Factor positive definite matrices, with shape ``(*batch, size, size)``."""
         factor = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
         lower = by_matrix(factor, matrix)
         return cls(lower, inverse_lower(lower))
@@ -50,7 +50,7 @@ class Factor:
         return apply_transpose(self.inverse, apply(self.inverse, v))
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        r"""Return :math:`L z`, with covariance :math:`\Sigma` for standard normal ``z``."""
+        r"""Return :math:`L z`, which has covariance :math:`\Sigma` for standard normal ``z``."""
         return apply(self.lower, z)
 
     def logdet(self) -> jax.Array:
@@ -59,29 +59,29 @@ class Factor:
 
 
 def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """Return a sum of products of any arrays; the notation is `jax.numpy.einsum`'s."""
+    """`jax.numpy.einsum` in full precision."""
     return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the product of two matrices."""
+    """`jax.numpy.matmul` in full precision."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    """Return the product with a vector."""
+    """Return the matrix-vector product, with shape ``(*batch, rows)``."""
     return einsum("...ij,...j->...i", matrix, v)
 
 
 def apply_transpose(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    """Return the product of the transpose with a vector."""
+    """Return the product of the transpose with a vector, with shape ``(*batch, columns)``."""
     return einsum("...ji,...j->...i", matrix, v)
 
 
 def inverse_lower(chol: jax.Array) -> jax.Array:
     """Return the inverse of a lower triangular matrix.
 
-    Unlike a triangular solve, its product broadcasts against any batch.
+    Unlike a triangular solve, a product with the inverse broadcasts over batch axes.
     """
     identity = np.eye(chol.shape[-1], dtype=chol.dtype)
     invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
@@ -91,24 +91,24 @@ def inverse_lower(chol: jax.Array) -> jax.Array:
 def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
     """Apply ``f``, which calls LAPACK for one matrix, to each matrix of a batch.
 
-    On CPUs jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
-    others have done the work: two batches at once on two cores never end. Here a batch goes there
-    in chunks that are too small to be spread, which takes no longer; an axis of `jax.vmap` joins
-    the batch.
+    On CPU, jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
+    others are done, so that two simultaneous batches deadlock on two cores. This function passes
+    the batch in chunks that are too small to be spread, which takes no longer. An axis of
+    `jax.vmap` becomes a batch axis.
 
     Args:
-        f: Function of one matrix, of shape ``(rows, columns)``, and of further arrays; it closes
-            over no traced ones.
+        f: A function of one matrix, with shape ``(rows, columns)``, and of further arrays. It must
+            not close over traced arrays.
         operands: The matrices and the further arrays, all with the batch shape of the first.
     """
-    # What is differentiated goes without: reverse mode does not take a batching rule of its own.
+    # Derivatives bypass the custom batching rule, which reverse mode does not support.
     chunked = jax.custom_jvp(partial(_joining_batches, f))
     chunked.defjvp(lambda primals, tangents: jax.jvp(partial(_in_chunks, f), primals, tangents))
     return chunked(*operands)
 
 
 def _joining_batches(f: Callable[..., Any], *operands: jax.Array) -> Any:
-    """Apply a function in chunks; `jax.vmap` adds to the batch, not to the chunks."""
+    """Apply a function in chunks; an axis of `jax.vmap` becomes a batch axis."""
     call = jax.custom_batching.custom_vmap(partial(_in_chunks, f))
 
     @call.def_vmap
@@ -128,7 +128,7 @@ def _in_chunks(f: Callable[..., Any], *operands: jax.Array) -> Any:
     if not batch_shape:
         return f(*operands)
 
-    # jaxlib spreads from 2e5 operations on, and counts at most 10 per entry and shorter side.
+    # jaxlib spreads 2e5 operations or more; a matrix counts for at most 10 times this product.
     chunk = max(1, 20_000 // max(1, rows * columns * min(rows, columns)))
     num = prod(batch_shape)
     flat = [x.reshape(num, *x.shape[len(batch_shape) :]) for x in operands]
@@ -141,7 +141,7 @@ def _in_chunks(f: Callable[..., Any], *operands: jax.Array) -> Any:
 
 
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues (in no order) and eigenvectors of many small symmetric matrices."""
+    """Return eigenvalues (unsorted) and eigenvectors (columns) of small symmetric matrices."""
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
     if matrix.shape[-1] == 2:
@@ -151,7 +151,7 @@ def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _eigh_of_two(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Diagonalize matrices of two rows by one rotation."""
+    """Diagonalize symmetric 2 x 2 matrices by one rotation."""
     a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
     angle = jnp.arctan2(2 * b, a - c) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -1,15 +1,15 @@
 r"""Structured covariances.
 
-A :class:`Covariance` acts on the last axis of its vectors: one event each, all leading axes are
-batch. Its parameters may have leading axes of their own, which broadcast against those of the
-vectors; so may the scalar arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``.
-What a noise level asks for stays within the class, at any level and for many levels at once:
+A :class:`Covariance` acts on the last axis of its vectors, which have shape ``(*batch, size)``.
+Its parameters may have leading axes, which broadcast against ``batch``; so may the scalar
+arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``. Each class is closed under
+the two operations that involve a noise variance :math:`v`:
 
 .. math:: \mathrm{noisy}: \Sigma + v I, \qquad
     \mathrm{denoised}: (\Sigma^{-1} + I / v)^{-1}.
 
-A singular covariance has no ``solve`` and no ``logdet`` (infinities or NaN come back); ``noisy``,
-``denoised`` and ``sqrt_matvec`` take it.
+For a singular covariance, ``solve`` and ``logdet`` return infinities or NaN; ``noisy``,
+``denoised`` and ``sqrt_matvec`` remain valid.
 """
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
@@ -46,7 +46,7 @@ __all__ = [
 class Covariance(ABC):
     r"""A symmetric positive semi-definite matrix :math:`\Sigma`."""
 
-    if TYPE_CHECKING:  # read-only: a field in one class, a property of the shapes in the others
+    if TYPE_CHECKING:  # read-only: a field of `Isotropic`, a property of the other classes
 
         @property
         def size(self) -> int:
@@ -82,11 +82,11 @@ class Covariance(ABC):
 
     @abstractmethod
     def noisy(self, variance: ArrayLike) -> Self:
-        r"""Return :math:`\Sigma + v I`."""
+        r"""Return :math:`\Sigma + v I`, the covariance of :math:`x_t` at noise variance v."""
 
     @abstractmethod
     def denoised(self, variance: ArrayLike) -> Self:
-        r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, what noise of variance v leaves."""
+        r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, the covariance of x given :math:`x_t`."""
 
     def trace(self) -> jax.Array:
         """Return the total variance, with shape ``(*batch,)``."""
@@ -218,7 +218,7 @@ class DiagonalPlusLowRank(Covariance):
         return (v - apply(self.factor, inner)) / self.diag
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        # G divides by D, which is kept above sqrt(eps) of the variance: C would lose its digits.
+        # G divides by D: a floor of D relative to the variance keeps C from losing its digits.
         info = jnp.finfo(self.factor.dtype)
         smallest = info.eps**0.5 * jnp.square(self.factor).sum(-1) + info.tiny
         diag = jnp.maximum(self.diag, smallest)
@@ -236,7 +236,7 @@ class DiagonalPlusLowRank(Covariance):
         return self.diag + jnp.square(self.factor).sum(-1)
 
     def max_eigenvalue(self) -> jax.Array:
-        """Return the sum of the two parts' largest eigenvalues: exact if ``diag`` is constant."""
+        """Return max D plus the largest eigenvalue of F^T F: exact if ``diag`` is constant."""
         gram = matmul(self.factor.mT, self.factor)
         return self.diag.max(-1) + by_matrix(jnp.linalg.eigvalsh, gram).max(-1)
 
@@ -258,9 +258,9 @@ class DiagonalPlusLowRank(Covariance):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Dense(Covariance):
-    r""":math:`Q \Lambda Q^T`, with ``eigenvalues`` ``(*batch, size)`` and orthonormal columns.
+    r""":math:`Q \Lambda Q^T`: ``eigenvalues`` ``(*batch, size)``, ``eigenvectors`` in columns.
 
-    In its eigenbasis the matrix is shifted, inverted and rooted without any factorization.
+    The methods work in the eigenbasis, so that no noise level needs another factorization.
     """
 
     eigenvalues: jax.Array
@@ -294,7 +294,7 @@ class Dense(Covariance):
         return apply(self.eigenvectors, jnp.sqrt(self.eigenvalues) * z)
 
     def sandwich(self, matrix: jax.Array) -> jax.Array:
-        # In a loop over noise levels the first product is the same for all, and made once.
+        # The first product is the same at all noise levels: a loop over levels computes it once.
         rotated = matmul(matrix, self.eigenvectors)
         return matmul(rotated * self.eigenvalues[..., None, :], rotated.mT)
 
@@ -320,7 +320,7 @@ class Dense(Covariance):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Blocks(Covariance):
-    """Block diagonal: independent groups of coordinates, one per observed site, say."""
+    """Block diagonal: independent groups of coordinates, such as one per observed site."""
 
     blocks: tuple[Covariance, ...]
 
@@ -364,10 +364,10 @@ class Blocks(Covariance):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Repeated(Covariance):
-    """Block diagonal with blocks of one size: the elements of a plate, say.
+    """Block diagonal with ``num`` blocks of one size, such as the elements of a plate.
 
-    The last leading axis of the block's parameters is that of the blocks (of length ``num``, or
-    one); a block without leading axes is the same everywhere.
+    The parameters of ``block`` have leading axes ``(*batch, num)``; blocks that are all equal
+    have ``(*batch, 1)`` or no leading axes.
     """
 
     block: Covariance
@@ -412,7 +412,7 @@ class Repeated(Covariance):
         return parts.reshape(*parts.shape[:-2], self.size)
 
     def _spread(self, parameter: jax.Array) -> jax.Array:
-        """Give a parameter its axis of blocks."""
+        """Broadcast a parameter over the axis of the blocks."""
         lead = parameter.shape[:-2]
         return jnp.broadcast_to(parameter, (*lead, self.num, parameter.shape[-1]))
 
@@ -443,7 +443,7 @@ def _add(a: Covariance, b: Covariance) -> Covariance:
 
 
 def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
-    # Variances are squares of what may be large or small: a product of two may not be a number.
+    # a b / (a + b), without the product of two variances, which may overflow or underflow.
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     return low / (1 + low / high)
 

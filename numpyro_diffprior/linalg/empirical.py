@@ -1,4 +1,4 @@
-r"""The Gaussian summary of draws: their mean, and a structured covariance.
+r"""Gaussian fits to draws, with a structured covariance.
 
 References:
     Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
@@ -22,13 +22,13 @@ def empirical_gaussian(
 
     Up to ``max_dense`` dimensions the covariance is :class:`Dense`. Beyond, it is
     :class:`DiagonalPlusLowRank`: the Nyström approximation of :math:`S` on its leading subspace,
-    found by subspace iteration without forming :math:`S`, plus the diagonal that makes the
-    variances those of the draws.
+    found by subspace iteration without forming :math:`S`, plus a diagonal that matches the
+    variances of the draws.
 
     Args:
         x: Draws with shape ``(n, d)``.
-        rank: Number of factors beyond ``max_dense`` dimensions (default 32).
-        max_dense: Largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+        rank: Rank of the low-rank part, beyond ``max_dense`` dimensions (default: 32).
+        max_dense: Largest ``d`` that gets a dense covariance; 0 selects the low-rank form.
 
     Returns:
         The mean, with shape ``(d,)``, and the covariance.
@@ -50,7 +50,7 @@ def empirical_gaussian(
     def improve(_: int, basis: jax.Array) -> jax.Array:
         return jnp.linalg.qr(matmul(centered.T, matmul(centered, basis)))[0]
 
-    # The start only has to be in general position, so a constant key will do.
+    # The start only has to be in general position, so a constant key suffices.
     start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
     basis = jax.lax.fori_loop(0, 6, improve, start)
     scores = matmul(centered, basis)
@@ -61,7 +61,7 @@ def empirical_gaussian(
     roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
     factor = matmul(centered.T, matmul(scores, rotation * roots))
 
-    # No row is left to the factors alone: that would make the solves ill-conditioned.
+    # Every diagonal entry stays positive: without one, the solves would be ill-conditioned.
     variances, explained = jnp.square(centered).sum(0), jnp.square(factor).sum(-1)
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))

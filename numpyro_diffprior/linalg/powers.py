@@ -1,10 +1,10 @@
-r"""Products with powers of two, which XLA must not move.
+r"""Multiplication by powers of two that XLA does not reorder.
 
-XLA collects constants: it turns :math:`(a c) (b c)` into :math:`a b c^2`, which overflows in
-float32 where :math:`c` is 1e26. `scale_by_power` adds to the exponents of numbers instead. It is a
-linear primitive of JAX: its derivatives are products of the same kind, and do not depend on the
-point at which they are taken. (`jax.lax.optimization_barrier` also keeps constants apart, but
-compiled loops that contain it gave wrong numbers on CPUs with jaxlib 0.10.2.)
+XLA combines constants: it turns :math:`(a c) (b c)` into :math:`a b c^2`, which overflows in
+float32 for :math:`c` = 1e26. `scale_by_power` adds to the exponents of numbers instead. It is a
+linear JAX primitive, whose derivatives are products of the same kind.
+(`jax.lax.optimization_barrier` also keeps constants apart, but compiled loops that contain it gave
+wrong numbers on CPU with jaxlib 0.10.2.)
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ __all__ = ["near_exponent", "scale_by_power"]
 
 
 def near_exponent(x: jax.Array) -> jax.Array:
-    """Return the exponent of the power of two next below a positive number, an integer."""
-    # Whatever moves the number, its exponent is a constant.
+    """Return the integer ``floor(log2(x))`` of positive numbers."""
+    # Derivatives treat the exponent as a constant.
     return jnp.frexp(jax.lax.stop_gradient(x))[1] - 1
 
 
 def scale_by_power(x: ArrayLike, exponent: ArrayLike) -> jax.Array:
-    """Return ``x`` times two to the power of an integer, which rounds nothing.
+    """Return ``x * 2**exponent``, without rounding.
 
     Args:
         x: Numbers.
-        exponent: Integers; the shapes are broadcast.
+        exponent: Integers, broadcast against ``x``.
     """
     x = jnp.asarray(x, jnp.result_type(float, x))
     x, exponent = jnp.broadcast_arrays(x, jnp.asarray(exponent, jnp.int32))

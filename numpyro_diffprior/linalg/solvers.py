@@ -1,7 +1,7 @@
-r"""Solvers of Gaussian updates, which report how well they did.
+r"""Solvers for Gaussian updates, which return their residuals or truncations with the solution.
 
-For each event alone: as matrices, :math:`(N + A V A^T) x = r`, where a learned :math:`V` may have
-to be truncated and a closed form is factored; or matrix-free, by conjugate gradients.
+Each event has its own system :math:`(N + A V A^T) x = r`: dense, by a Cholesky factor or, for a
+learned :math:`V`, a truncated eigendecomposition; or matrix-free, by conjugate gradients.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -40,11 +40,11 @@ class UpdateResult(NamedTuple):
     r"""The result of `preconditioned_conjugate_gradient`, per event.
 
     Attributes:
-        b: :math:`b`, with shape ``(*batch, size)``.
-        shift: :math:`V b`, likewise.
-        residual: ``|s - (I + L V) b| / |s|``, with shape ``(*batch,)``; 0 for ``s = 0``. It takes
-            one more product with the precision, which ``jit`` drops where it is not used.
-        num_steps: The steps taken, with shape ``(*batch,)``.
+        b: The solution :math:`b`, with shape ``(*batch, size)``.
+        shift: The update :math:`\delta = V b`, with shape ``(*batch, size)``.
+        residual: :math:`|s - (I + \Lambda V) b| / |s|`, with shape ``(*batch,)``; 0 if s is zero.
+            It costs one more product with the precision, which ``jit`` removes if it is unused.
+        num_steps: The number of steps taken, with shape ``(*batch,)``.
     """
 
     b: jax.Array
@@ -61,7 +61,7 @@ class _State(NamedTuple):
     residual: jax.Array
     direction: jax.Array
     covered: jax.Array  # V times the direction
-    square: jax.Array  # of the last residual, in the norm of V
+    square: jax.Array  # squared V-norm of the last residual
     active: jax.Array
     num_steps: jax.Array
     step: jax.Array
@@ -75,31 +75,31 @@ def preconditioned_conjugate_gradient(
     rtol: float = 1e-5,
     max_steps: int | None = None,
 ) -> UpdateResult:
-    r"""Update a Gaussian by a score and a precision, by conjugate gradients for every event.
+    r"""Solve for the Gaussian update of each event by preconditioned conjugate gradients.
 
-    It solves :math:`(V^{-1} + \Lambda) \, \delta = s` with the preconditioner :math:`V`, and
-    returns :math:`\delta = V b` and :math:`b`, which has :math:`(I + \Lambda V) b = s`. One step
-    takes one product with :math:`V`, and one with :math:`\Lambda`; neither is ever inverted.
+    The system is :math:`(V^{-1} + \Lambda) \, \delta = s`, with :math:`V` as preconditioner. Its
+    solution is :math:`\delta = V b`, where :math:`(I + \Lambda V) b = s`. One step takes one
+    product with :math:`V` and one with :math:`\Lambda`; neither is inverted.
 
-    Each event has its own step lengths and stops on its own: it gets what it would get alone. It
-    stops when the (recursive) residual falls to ``rtol`` times the norm of ``score``, after
-    ``max_steps`` steps, or before a direction of negative curvature, by more than rounding: one in
-    which a learned :math:`V` has a negative variance or a log-density is not concave. If that is
-    the first direction, and :math:`V` is positive along it, the step is :math:`b = s`, that of no
-    curvature; a line search should follow. Where the map :math:`V` is not symmetric, as a learned
-    one may be, steps can lead away without bound: an event also stops before one that would raise
-    the energy :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta`, as none does
-    for a symmetric map. Not differentiable in reverse mode.
+    Each event has its own step lengths and stops on its own, so that its result does not depend on
+    the other events. It stops when the (recursive) residual falls to ``rtol`` times the norm of
+    ``score``, after ``max_steps`` steps, or before a direction along which :math:`V` or
+    :math:`\Lambda` is negative (beyond rounding), because a learned :math:`V` is indefinite or a
+    log-density is not concave. If only :math:`\Lambda` is negative along the first direction, the
+    step ignores it, :math:`b = s`; a line search should follow. If :math:`V` is not symmetric, as
+    a learned one may be, the steps can diverge: an event also stops before a step that would raise
+    the energy :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta`, which no step
+    does if :math:`V` is symmetric. Not differentiable in reverse mode.
 
     Args:
-        precision: The map :math:`\Lambda` of ``(*batch, size)``, acting on each event alone.
-        covariance: The map :math:`V`, likewise.
+        precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``.
+        covariance: The product with :math:`V`, for each event of ``(*batch, size)``.
         score: :math:`s`, with shape ``(*batch, size)``.
-        rtol: The relative residual at which an event is done.
-        max_steps: The budget per event, ``2 * size`` by default.
+        rtol: The relative residual at which an event stops.
+        max_steps: The maximum number of steps (default: ``2 * size``).
     """
     max_steps = 2 * score.shape[-1] if max_steps is None else max_steps
-    # In units in which every squared norm is a number, whatever those of the data.
+    # The score is normalized, so that squared norms neither overflow nor underflow.
     norm = _norm(score)
     s = score / jnp.where(norm == 0, 1, norm)[..., None]
     eps = jnp.finfo(s.dtype).eps
@@ -118,10 +118,10 @@ def preconditioned_conjugate_gradient(
         moved = p + precision(v_p)
         variance, curvature = _dot(p, v_p), _dot(v_p, moved)
         has_variance = active & (variance > 0) & (square_next > 0)
-        # The part of the likelihood may be rounded, but not negative.
+        # The likelihood's part of the curvature may be negative by rounding only.
         is_curved = curvature > variance * (1 - 8 * eps)
-        # Zero for a symmetric map, but for rounding; the step changes the energy by its length
-        # times (skew - square / 2).
+        # Zero up to rounding for a symmetric map. The step changes the energy by its length
+        # times (skew - square_next / 2).
         skew = (_dot(shift, moved) - _dot(s - r, v_p)) / 2
         rounding = 8 * eps * _norm(shift) * _norm(moved)
         goes = has_variance & (is_curved | first) & (skew < square_next / 2 + rounding)
@@ -152,11 +152,12 @@ def preconditioned_conjugate_gradient(
 
 
 class DenseSolveResult(NamedTuple):
-    """What :func:`truncated_solve` found, per event.
+    """The result of `truncated_solve`, per event.
 
-    - **solution** - with shape ``(*batch, m)``.
-    - **logdet** - of the noise plus the positive part of the gain, with shape ``(*batch,)``.
-    - **num_truncated** - number of directions with negative gain, with shape ``(*batch,)``.
+    Attributes:
+        solution: The solution :math:`x`, with shape ``(*batch, m)``.
+        logdet: Log-determinant of noise plus positive part of the gain, with shape ``(*batch,)``.
+        num_truncated: Number of directions with negative gain, with shape ``(*batch,)``.
     """
 
     solution: jax.Array
@@ -165,17 +166,17 @@ class DenseSolveResult(NamedTuple):
 
 
 def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> DenseSolveResult:
-    r"""Solve :math:`(N + G) x = r` where positive, for a learned gain :math:`G = A V A^T`.
+    r"""Solve :math:`(N + G) x = r` in directions of positive gain :math:`G = A V A^T`.
 
     The symmetric part of :math:`L^{-1} G L^{-T}`, with :math:`N = L L^T`, has eigenvectors
-    :math:`u_i` with eigenvalues :math:`\lambda_i`. Those that are not positive get no correction:
+    :math:`u_i` with eigenvalues :math:`\lambda_i`; those with :math:`\lambda_i \le 0` are dropped:
 
     .. math:: x = L^{-T} \sum_{\lambda_i > 0} u_i \frac{u_i^T L^{-1} r}{1 + \lambda_i}.
 
     Args:
-        gain: With shape ``(*batch, m, m)``.
-        noise: Regular covariance of size ``m``.
-        residual: With shape ``(*batch, m)``.
+        gain: :math:`G`, with shape ``(*batch, m, m)``.
+        noise: :math:`N`, a nonsingular covariance of size ``m``.
+        residual: :math:`r`, with shape ``(*batch, m)``.
 
     Raises:
         ValueError: If the shapes do not agree.
@@ -195,17 +196,18 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     coefficients = jnp.where(keep, coefficients / (1 + gains), 0)
     solution = apply_transpose(whiten, apply(eigenvectors, coefficients))
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
-    # A hidden value has a gain of zero: nothing is lost with it, and so it does not count.
+    # The gain of a masked value is zero up to rounding, which does not count as truncated.
     rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
     return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 
 class FactoredSolveResult(NamedTuple):
-    """What :func:`factored_solve` found, per event.
+    """The result of `factored_solve`, per event.
 
-    - **solution** - with shape ``(*extra, *batch, m)``.
-    - **logdet** - of noise plus gain, with shape ``(*extra, *batch)``.
-    - **residual** - relative, likewise: what a diagonal that had to be raised has left.
+    Attributes:
+        solution: The solution :math:`x`, with shape ``(*extra, *batch, m)``.
+        logdet: Log-determinant of noise plus gain, with shape ``(*extra, *batch)``.
+        residual: Relative residual due to a raised diagonal, with shape ``(*extra, *batch)``.
     """
 
     solution: jax.Array
@@ -214,15 +216,15 @@ class FactoredSolveResult(NamedTuple):
 
 
 def factored_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> FactoredSolveResult:
-    r"""Solve :math:`(N + G) x = r` by one Cholesky factor for each matrix.
+    r"""Solve :math:`(N + G) x = r` by one Cholesky factorization of each matrix.
 
-    With little noise a smooth prior's matrix is singular to rounding at high noise levels, where
-    nothing rests on the digits lost: its diagonal then gets the least that rounding asks for.
+    With precise observations, the matrix of a smooth prior is singular to rounding at high noise
+    levels. Its diagonal is then raised by machine epsilon times its trace.
 
     Args:
-        gain: With shape ``(*batch, m, m)``.
-        noise: Regular covariance of size ``m``.
-        residual: With shape ``(*extra, *batch, m)``; leading axes share a factor.
+        gain: :math:`G`, with shape ``(*batch, m, m)``.
+        noise: :math:`N`, a nonsingular covariance of size ``m``.
+        residual: :math:`r`, with shape ``(*extra, *batch, m)``; the axes ``extra`` share a factor.
     """
 
     def solve(gain: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -233,27 +235,27 @@ def factored_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> F
     trace = jnp.trace(gain, axis1=-2, axis2=-1) + noise.trace()
     jitter = jnp.where(failed, jnp.finfo(gain.dtype).eps * trace, 0)
     identity = jnp.eye(gain.shape[-1], dtype=gain.dtype)
-    # The condition is on solutions: where it returned the factors, it would copy them.
+    # `cond` returns solutions: it would copy the factors if it returned them.
     solution, logdet = jax.lax.cond(
         failed.any(),
         lambda: solve(gain + jitter[..., None, None] * identity),
         lambda: (solution, logdet),
     )
-    # What the jitter leaves is all there is, but for rounding.
+    # Up to rounding, the residual is the jitter times the solution.
     norm, error = (jnp.linalg.norm(v, axis=-1) for v in (residual, solution))
     left = jitter * error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
     return FactoredSolveResult(solution, jnp.broadcast_to(logdet, left.shape), left)
 
 
 def sandwich(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V A^T, without matrix products where A is diagonal: a mask, say."""
+    """Return A V A^T, elementwise if A is diagonal, as a mask is."""
     if operator.shape[-2] != operator.shape[-1]:
         return cov.sandwich(operator)
     return _where_diagonal(operator, cov.dense(), lambda: cov.sandwich(operator))
 
 
 def sandwich_square(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V V A^T, without products for each matrix where A is diagonal."""
+    """Return A V V A^T, elementwise in V V if A is diagonal."""
 
     def product() -> jax.Array:
         rows = jax.vmap(cov.matvec, in_axes=-2, out_axes=-2)(operator)
@@ -282,7 +284,7 @@ def _gram(rows: jax.Array) -> jax.Array:
 
 
 def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Solve, and return the log-determinant; leading axes that only ``b`` has share a factor."""
+    """Return solution and log-determinant; leading axes that only ``b`` has share a factor."""
 
     def solve(matrix: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
@@ -305,7 +307,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _norm(v: jax.Array) -> jax.Array:
-    """Return the norm, also where its square is too large or too small for a number."""
+    """Return the norm, without overflow or underflow of its square."""
     largest = jnp.abs(v).max(-1)
     scaled = v / jnp.where(largest == 0, 1, largest)[..., None]
     return largest * jnp.sqrt(_dot(scaled, scaled))
