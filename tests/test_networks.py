@@ -226,7 +226,7 @@ def test_what_cannot_work_is_refused():
         def __call__(self, x, noise, *, rngs=None):
             return x
 
-    with pytest.raises(ValueError, match="network Plain is no pytree.*FunctionNetwork"):
+    with pytest.raises(ValueError, match="network Plain is not a pytree.*FunctionNetwork"):
         ndp.NetworkDenoiser(Plain())
     with pytest.raises(ValueError, match="expected a function of x_t and sigma, got 3"):
         ndp.FunctionDenoiser(3, jnp.zeros(D), jnp.eye(D))

@@ -4,14 +4,14 @@ A network maps noisy events and their noise levels to arrays of the events' shap
 
 .. math:: F : (x, c) \mapsto F(x, c), \qquad c = \log(\sigma / s) / 4,
 
-for a batch of events: ``x`` has shape ``(batch, *event_shape)``, ``c`` has shape ``(batch,)``, or
-``(1,)`` for a level that all share, as on a sampler's path: what depends on it is computed once.
-The output layer starts at zero, so that a denoiser preconditioned by a Gaussian starts as the
-Gaussian's. A module is a pytree whose leaves are its weights; all else about it is static and
-hashable, so that networks of one architecture share compiled functions. Called with `rngs`, a
-network trains (dropout, from the stream ``"dropout"``); without, it is deterministic. With a
-`context_shape`, it is called with a context as well, a label or a redshift of each event, which
-enters beside the noise level.
+with the data's scale :math:`s`. ``x`` has shape ``(batch, *event_shape)``; ``c`` has shape
+``(batch,)``, or ``(1,)`` if all events share a noise level, whose embedding is then computed once.
+The output layer is initialized to zero, so that an untrained `NetworkDenoiser` is the denoiser of
+its Gaussian. A module is a pytree whose leaves are its weights; everything else is static and
+hashable, so that networks of one architecture share compiled functions. With `rngs`, a network
+runs in training mode (dropout, from the stream ``"dropout"``); without, it is deterministic. A
+network with a `context_shape` also takes one context per event, such as a label or a redshift,
+which is embedded together with the noise level.
 
 References:
     Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
@@ -27,4 +27,4 @@ from numpyro_diffprior.nets.unet import UNet
 __all__ = ["MLP", "NETWORKS", "UNet"]
 
 NETWORKS: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
-"""Networks that a file can name: ``NETWORKS[name](**net.config, rngs=rngs)``."""
+"""Networks that `load_denoiser` can build, as ``NETWORKS[name](**config, rngs=rngs)``."""

@@ -1,7 +1,7 @@
-"""Networks of other kinds: plain functions with parameters, modules of other libraries.
+"""Adapters for other networks: functions with parameters, and modules of other libraries.
 
-A network is a pytree of arrays that is called with ``(x, noise, *contexts, rngs=None)``. What else
-a network holds (activation functions, sizes) is static.
+A network is a pytree of arrays that is called with ``(x, noise, *contexts, rngs=None)``. Leaves
+that are not arrays (activation functions, sizes) become static.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ class FunctionNetwork:
     """A function and its parameters as a network.
 
     Args:
-        function: A function of ``(params, x, noise)``, or of ``(params, x, noise, context)``: from
-            noisy events, with shape ``(batch, *event)``, and a quarter of the logarithm of their
-            noise levels in units of the data's scale, ``(batch,)`` or ``(1,)``, to an array of the
-            shape of ``x``. Static when compiled: it is known by its identity.
-        params: A pytree of arrays, all of which are trained.
+        function: ``function(params, x, noise)``, or ``function(params, x, noise, context)``, for
+            scaled noisy events ``x`` with shape ``(batch, *event)`` and ``noise = log(sigma / s) /
+            4`` with shape ``(batch,)`` or ``(1,)``, where ``s`` is the data's scale. It returns an
+            array with the shape of ``x``. Static under ``jit``, and compared by identity.
+        params: A pytree of arrays; all floating arrays are trained.
         event_shape: The shape of one event.
         context_shape: The shape of one context, or None.
 
@@ -64,7 +64,7 @@ class FunctionNetwork:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class _Partitioned:
-    """A callable pytree with leaves that are no arrays, which are kept apart."""
+    """A callable pytree whose leaves that are not arrays are static."""
 
     arrays: list[jax.Array]
     static: StaticArguments = field(metadata={"static": True})
@@ -76,10 +76,10 @@ class _Partitioned:
 
 
 def as_network(net: Any) -> Any:
-    """Return a network whose leaves are arrays, checked.
+    """Check a network, and make its leaves that are not arrays static.
 
     Raises:
-        ValueError: If it is not callable, has no ``event_shape``, or is no pytree.
+        ValueError: If it is not callable, has no ``event_shape``, or is not a pytree.
     """
     name = type(net).__name__
     if not callable(net):
@@ -94,14 +94,14 @@ def as_network(net: Any) -> Any:
     leaves = jax.tree.leaves(net)
     if any(leaf is net for leaf in leaves):
         raise ValueError(
-            f"the network {name} is no pytree, so that its weights cannot be seen; make it a flax "
+            f"the network {name} is not a pytree, so JAX cannot find its weights; make it a flax "
             "nnx module, register it with `jax.tree_util.register_dataclass`, or wrap it: "
             "FunctionNetwork(function, params, event_shape)."
         )
     arrays, static = split_arguments(net)
     if len(arrays) == len(leaves):
         return net
-    # A module without a context need not say so.
+    # The attribute is optional.
     shape = getattr(net, "context_shape", None)
     return _Partitioned(arrays, static, event_shape, None if shape is None else tuple(shape))
 
@@ -111,13 +111,13 @@ Rebuild = Callable[[Arrays, Arrays], Any]
 
 
 def split_network(net: Any) -> tuple[Arrays, Arrays, Rebuild]:
-    """Part a network into what is trained and what is not, by name.
+    """Split a network into trained and untrained arrays, by name.
 
-    Of a flax nnx module, its ``nnx.Param`` are trained; other variables (batch statistics, fixed
-    frequencies, random streams) are not. Of another pytree, all floating arrays are trained.
+    In a flax nnx module, each ``nnx.Param`` is trained; other variables (batch statistics, fixed
+    frequencies, random streams) are not. In any other pytree, all floating arrays are trained.
 
     Returns:
-        The trained arrays, the others, and a function that rebuilds the network from both.
+        The trained arrays, the untrained ones, and a function that rebuilds the network from both.
     """
     if isinstance(net, nnx.Module):
         graph, state = nnx.split(net)
@@ -154,7 +154,7 @@ def split_network(net: Any) -> tuple[Arrays, Arrays, Rebuild]:
 
 
 def untrained(net: Any) -> Arrays:
-    """Return what is not trained of a network, as it is after a call; see `split_network`."""
+    """Return the untrained arrays of a network, which a call may update; see `split_network`."""
     return split_network(net)[1]
 
 

@@ -1,7 +1,7 @@
 """Layers of noise-conditional networks, as flax nnx modules.
 
 Features are modulated by an embedding of the noise level; images have shape
-``(batch, height, width, channels)``. Layers whose output is to start at zero say so.
+``(batch, height, width, channels)``. Layers with ``zero=True`` are initialized to zero.
 
 References:
     Dhariwal, Nichol, *Diffusion models beat GANs on image synthesis*, 2021, arXiv 2105.05233
@@ -33,7 +33,7 @@ _MAX_FREQUENCY = 64.0
 
 
 class Embedding(nnx.Module):
-    """Sines and cosines of the noise level, and the context, through two layers."""
+    """A two-layer embedding of the noise level (its sines and cosines) and the context."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Embedding(nnx.Module):
             self.context = linear(math.prod(context_shape), features, **options)
 
     def __call__(self, noise: jax.Array, context: jax.Array | None) -> jax.Array:
-        # The noise levels of a prior span a few units (a factor of e is 1/4): from less than one
-        # period over the whole range to several per unit.
+        # `noise` is log(sigma / s) / 4, which spans a few units. The slowest sine has less than
+        # one period over this range, the fastest has several per unit.
         frequencies = jnp.geomspace(0.5, _MAX_FREQUENCY, self.features // 2, dtype=noise.dtype)
         angles = noise[:, None] * frequencies
         h = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
@@ -91,7 +91,7 @@ class Modulated(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """A residual block of two convolutions, and self-attention where `num_heads` is positive."""
+    """A residual block of two convolutions, then self-attention if `num_heads` is positive."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class ResidualBlock(nnx.Module):
         self.first = conv(size, width, **options)
         self.modulated = Modulated(group_norm(width, **options), width, embedding, **options)
         self.drop = nnx.Dropout(dropout)
-        # Residual branches start at zero: the deeper the network, the more it helps.
+        # Residual branches are initialized to zero, which helps deep networks most.
         self.second = conv(width, width, zero=True, **options)
         self.shortcut = None if size == width else linear(size, width, **options)
         self.attend = _Attention(width, num_heads, **options) if num_heads else None
@@ -138,14 +138,14 @@ class _Attention(nnx.Module):
         batch, height, width, features = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, height * width, 3, self.num_heads, -1)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # By hand, for `jax.nn.dot_product_attention` rounds float64 to float32.
+        # Written out, because `jax.nn.dot_product_attention` rounds float64 to float32.
         logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / math.sqrt(query.shape[-1])
         h = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits, axis=-1), value)
         return x + self.out(h.reshape(batch, height, width, features))
 
 
 def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A normalization without scale and shift, for these come from the noise level."""
+    """A layer normalization without scale and shift, which `Modulated` adds."""
     return nnx.LayerNorm(
         width, use_bias=False, use_scale=False, param_dtype=param_dtype, rngs=rngs
     )
@@ -154,7 +154,7 @@ def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Lay
 def group_norm(
     width: int, *, affine: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.GroupNorm:
-    """A normalization over groups of at least four channels where their number allows it."""
+    """A group normalization with at most 32 groups, of at least four channels if possible."""
     most = min(32, max(1, width // 4))
     num_groups = max(k for k in range(1, most + 1) if width % k == 0)
     return nnx.GroupNorm(
@@ -184,7 +184,7 @@ def conv(
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A 3 x 3 convolution, which keeps the resolution or halves it (rounded up)."""
+    """A 3 x 3 convolution that keeps the resolution, or with stride two halves it (rounded up)."""
     return nnx.Conv(
         size,
         width,
@@ -198,10 +198,10 @@ def conv(
 
 
 def _lecun_normal(rng_key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-    """Draws of variance one over the number of inputs, as by flax's initializer of this name.
+    """Draw truncated normals with variance 1 / fan-in, as flax's initializer of this name does.
 
-    Flat draws, for every new shape is compiled, and those of several axes take XLA several times
-    as long: seconds, for a small UNet.
+    The draws are flat: XLA compiles every new shape, and takes several times as long for shapes
+    of several axes, which adds up to seconds for a small UNet.
     """
     variance = 0.774  # of a standard normal truncated at two deviations
     draws = jax.random.truncated_normal(rng_key, -2, 2, (math.prod(shape),), dtype)
@@ -217,8 +217,8 @@ def _convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` on channels-last images, by matrix products on CPU.
 
-    On CPU, XLA runs the gradient of a convolution inside a loop (every scan) some thirty times
-    slower than outside of it (JAX issue 12868). Matrix products are as fast there as outside.
+    On CPU, XLA runs the gradient of a convolution about thirty times slower inside a loop (such as
+    a scan) than outside (JAX issue 12868). Matrix products are equally fast inside and outside.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -232,8 +232,8 @@ def _convolve(
         stop = offset + (size - 1) * step + 1
         return jax.lax.slice_in_dim(x, offset, stop, step, axis=axis)
 
-    # Offsets in a row side by side, rows one after the other: measured faster than all nine
-    # offsets side by side (more copies) and than one after the other (small products).
+    # The offsets of a row are concatenated, and rows are summed: in measurements this is faster
+    # than concatenating all nine offsets (more copies) or summing over all (small products).
     x = jnp.concatenate([shifted(x, j, 2, width) for j in range(columns)], axis=-1)
     kernel = kernel.reshape(rows, -1, features)
     return sum(
@@ -243,9 +243,9 @@ def _convolve(
 
 
 def double(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Nearest-neighbor interpolation by two, cut to a size (which an odd one needs)."""
+    """Nearest-neighbor interpolation by a factor of two, cropped to ``(height, width)``."""
     batch, small_height, small_width, features = x.shape
-    # A broadcast: on CPU an order faster than the gather of `jax.image.resize`.
+    # On CPU, a broadcast is ten times as fast as the gather of `jax.image.resize`.
     x = jnp.broadcast_to(
         x[:, :, None, :, None, :], (batch, small_height, 2, small_width, 2, features)
     )

@@ -39,8 +39,8 @@ class MLP(nnx.Module):
         event_shape: Shape of one event, of any rank.
         features: Widths of the hidden layers.
         embedding: Width of the embedding of the noise level, an even number.
-        context_shape: Shape of one context, of any rank, or None for a network without; its
-            values should be of order one (labels one-hot).
+        context_shape: Shape of one context, of any rank, or None for a network without contexts.
+            Context values should be of order one (one-hot labels).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
         rngs: Random streams that initialize the weights.
@@ -87,7 +87,7 @@ class MLP(nnx.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments but `rngs`, fit for JSON."""
+        """The constructor's arguments except `rngs`, as JSON-serializable values."""
         return {
             "event_shape": list(self.event_shape),
             "features": list(self.features),
@@ -108,10 +108,10 @@ class MLP(nnx.Module):
         """Evaluate the network.
 
         Args:
-            x: Noisy events, with shape ``(batch, *event_shape)``.
-            noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
-            context: Contexts, with shape ``(batch, *context_shape)``, of a network that has them.
-            rngs: Random streams, to train with dropout.
+            x: Scaled noisy events, with shape ``(batch, *event_shape)``.
+            noise: Noise levels as ``log(sigma / s) / 4``, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, if the network takes them.
+            rngs: Random streams for dropout, in training (default: no dropout).
 
         Returns:
             An array with shape ``(batch, *event_shape)``, of the network's dtype.

@@ -1,4 +1,4 @@
-"""Checks of the options and inputs of networks; each raises a `ValueError`."""
+"""Validation of the options and inputs of networks; each check may raise a `ValueError`."""
 
 from collections.abc import Sequence
 
@@ -61,14 +61,14 @@ def check_rngs(name: str, rngs: nnx.Rngs) -> nnx.Rngs:
 
 
 def check_dtype(param_dtype: DTypeLike) -> np.dtype:
-    """Return a floating dtype that JAX has."""
+    """Return a floating dtype that JAX supports in its current configuration."""
     dtype = jnp.dtype(param_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"param_dtype must be a floating dtype, got {dtype.name}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"param_dtype {dtype.name} needs 64-bit JAX: set the environment variable "
-            "JAX_ENABLE_X64=1, or ask for float32."
+            "JAX_ENABLE_X64=1, or use float32."
         )
     return dtype
 
@@ -76,11 +76,11 @@ def check_dtype(param_dtype: DTypeLike) -> np.dtype:
 def check_inputs(
     x: jax.Array, noise: jax.Array, event_shape: tuple[int, ...], dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Return events and noise levels of the network's dtype, of matching shapes."""
+    """Check the shapes of events and noise levels, and cast both to the network's dtype."""
     if x.ndim == 0 or x.shape[1:] != event_shape:
         raise ValueError(
             f"Expected x with one batch axis before the event_shape {event_shape}, got shape "
-            f"{x.shape}; flatten several batch axes, and give a lone event an axis of length one."
+            f"{x.shape}; flatten several batch axes, and give a single event a batch axis."
         )
     if noise.shape not in ((1,), x.shape[:1]):
         raise ValueError(f"Expected noise with shape {x.shape[:1]} or (1,), got {noise.shape}.")

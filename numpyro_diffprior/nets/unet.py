@@ -32,9 +32,9 @@ __all__ = ["UNet"]
 class UNet(nnx.Module):
     """A convolutional U-Net over images or fields.
 
-    Residual blocks modulated by the noise level at every resolution; a convolution of stride two
-    halves the resolution (rounded up), nearest-neighbor interpolation to the size of the skip
-    connection and a convolution restore it.
+    Each resolution has residual blocks modulated by the noise level. A convolution of stride two
+    halves the resolution (rounded up); nearest-neighbor interpolation to the size of the skip
+    connection, followed by a convolution, restores it.
 
     Args:
         event_shape: ``(height, width)`` or ``(height, width, channels)``, of any sizes.
@@ -44,8 +44,8 @@ class UNet(nnx.Module):
             self-attention over positions.
         num_heads: Number of heads of every self-attention.
         embedding: Width of the embedding of the noise level, an even number.
-        context_shape: Shape of one context, of any rank, or None for a network without; its
-            values should be of order one (labels one-hot).
+        context_shape: Shape of one context, of any rank, or None for a network without contexts.
+            Context values should be of order one (one-hot labels).
         dropout: Probability that a hidden unit is dropped in training.
         param_dtype: Floating dtype of the weights and of the computation.
         rngs: Random streams that initialize the weights.
@@ -121,7 +121,7 @@ class UNet(nnx.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments but `rngs`, fit for JSON."""
+        """The constructor's arguments except `rngs`, as JSON-serializable values."""
         return {
             "event_shape": list(self.event_shape),
             "channels": list(self.channels),
@@ -145,10 +145,10 @@ class UNet(nnx.Module):
         """Evaluate the network.
 
         Args:
-            x: Noisy events, with shape ``(batch, *event_shape)``.
-            noise: Transformed noise levels, with shape ``(batch,)`` or ``(1,)``.
-            context: Contexts, with shape ``(batch, *context_shape)``, of a network that has them.
-            rngs: Random streams, to train with dropout.
+            x: Scaled noisy events, with shape ``(batch, *event_shape)``.
+            noise: Noise levels as ``log(sigma / s) / 4``, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, if the network takes them.
+            rngs: Random streams for dropout, in training (default: no dropout).
 
         Returns:
             An array with shape ``(batch, *event_shape)``, of the network's dtype.
