@@ -25,17 +25,17 @@ def coverage(
 ) -> jax.Array:
     r"""Fraction of the truth's elements inside their central credible intervals.
 
-    The bounds at level :math:`\alpha` are the draws' quantiles at :math:`(1 \mp \alpha) / 2`, with
-    the ``q``-th quantile at the :math:`q (\mathrm{draws} + 1)`-th smallest draw: unlike with the
-    usual position, exact draws then cover with probability :math:`\alpha` however few they are. A
-    level above ``(draws - 1) / (draws + 1)`` needs more draws. A draw that is NaN makes a miss.
+    The bounds at level :math:`\alpha` are the draws' quantiles at :math:`(1 \mp \alpha) / 2`. The
+    quantile at :math:`q` is the :math:`q (\mathrm{draws} + 1)`-th smallest draw, so that exact
+    draws, however few, cover with probability :math:`\alpha`. A level above
+    ``(draws - 1) / (draws + 1)`` needs more draws. Elements with a NaN draw are not covered.
 
     Args:
         samples: Posterior draws with shape ``(draws, *shape)``.
-        truth: What they should cover, with shape ``shape``.
+        truth: The true values, with shape ``shape``.
         levels: Probabilities of the intervals, between 0 and 1.
-        where: Elements that count, boolean, broadcastable to ``shape``; by default all.
-            NaN results if there are none.
+        where: Boolean mask of the elements to count, broadcastable to ``shape`` (default: all).
+            The result is NaN if it selects none.
 
     Returns:
         The empirical coverage per level, with shape ``(len(levels),)``.
@@ -54,7 +54,7 @@ def coverage(
         raise ValueError(f"coverage: expected levels between 0 and 1, got {tuple(levels)}.")
     num_draws = samples.shape[0]
     highest = (num_draws - 1) / (num_draws + 1)
-    # the slack is for levels such as 0.9 with 19 draws, which are equal up to rounding
+    # the slack is for levels such as 0.9 with 19 draws, equal to the highest up to rounding
     if any(level > highest + 1e-9 for level in levels):
         raise ValueError(
             f"coverage: expected levels up to {highest:.4g} with {num_draws} draws, got "
@@ -81,15 +81,15 @@ def sbc_ranks(
 ) -> jax.Array:
     """Ranks of the truth among posterior draws, for simulation-based calibration.
 
-    Where the truth is drawn from the prior, the data from the likelihood and the draws,
-    independently, from the exact posterior, every element's ranks over simulations are uniform on
-    ``0..draws``. Draws equal to the truth count as above it, or, with a key, a random number of
-    them as below: so that ranks of discrete or constant elements are uniform too.
+    If the truth is drawn from the prior, the data from the likelihood, and the draws independently
+    from the exact posterior, then the ranks of each element over simulations are uniform on
+    ``0..draws``. Draws equal to the truth count as above it. With a key, a random number of them
+    counts as below it, which makes the ranks of discrete or constant elements uniform too.
 
     Args:
         samples: Posterior draws with shape ``(simulations, draws, *shape)``.
-        truth: What generated the data, with shape ``(simulations, *shape)``.
-        rng_key: A random key, to break ties with.
+        truth: The values that generated the data, with shape ``(simulations, *shape)``.
+        rng_key: Random key to break ties.
 
     Returns:
         The numbers of draws below the truth, integers with shape ``(simulations, *shape)``.
@@ -113,10 +113,9 @@ def sbc_ranks(
 def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 10) -> jax.Array:
     """Chi-square p-value of the hypothesis that ranks are uniform on ``0..num_draws``.
 
-    The ranks are counted in ``num_bins`` bins of nearly equal width; expected counts allow for the
-    widths. Simulations are independent, elements of one event are not: hence one p-value per
-    element.
-    The approximation wants five or more simulations per bin.
+    The ranks are counted in ``num_bins`` bins of nearly equal width, which the expected counts
+    take into account. Each element gets its own p-value, because the elements of one event are
+    dependent. The approximation needs about five or more simulations per bin.
 
     Args:
         ranks: Integers from 0 to ``num_draws`` with shape ``(simulations, *shape)``, see
@@ -128,8 +127,8 @@ def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 1
         The p-values, with shape ``shape``.
 
     Raises:
-        ValueError: If the number of bins is out of range, or ranks are not integers or (where
-            that can be seen, not under ``jit``) out of range.
+        ValueError: If the number of bins is out of range, or ranks are not integers or (not
+            checked under ``jit``) out of range.
     """
     ranks = jnp.asarray(ranks)
     if ranks.ndim == 0 or not jnp.issubdtype(ranks.dtype, jnp.integer):

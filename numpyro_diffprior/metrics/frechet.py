@@ -1,4 +1,4 @@
-r"""The Fréchet distance between samples, by their features.
+r"""The Fréchet distance between the features of two sets of samples.
 
 References:
     Heusel et al., *GANs trained by a two time-scale update rule*, arXiv 1706.08500.
@@ -17,11 +17,9 @@ def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
         \lVert \mu_x - \mu_y \rVert^2 + \mathrm{tr}\left(\Sigma_x + \Sigma_y
         - 2 (\Sigma_x^{1/2} \Sigma_y \Sigma_x^{1/2})^{1/2}\right)
 
-    The trace of the root is the sum of the singular values of :math:`R_x R_y^\top`, where
-    :math:`\Sigma = R^\top R` from a QR decomposition of the centered features. The
-    eigenvalues of the symmetric product are these values' squares; going around them keeps full
-    precision where the covariances are near singular, which the root of a rounded eigenvalue does
-    not.
+    The trace of the square root is the sum of the singular values of :math:`R_x R_y^\top`, where
+    :math:`\Sigma = R^\top R` from a QR decomposition of the centered features. For nearly singular
+    covariances, these are more precise than square roots of eigenvalues of the symmetric product.
 
     Args:
         features_x: Features with shape ``(n, k)``, ``n >= 2``.
@@ -50,20 +48,20 @@ def frechet_distance(features_x: jax.Array, features_y: jax.Array) -> jax.Array:
 
 
 def check_squares(name: str, x: jax.Array, y: jax.Array) -> None:
-    """Refuse clouds whose squares leave the range of their floating type, where it can be seen."""
+    """Raise a `ValueError` if squares overflow or underflow; not checked under ``jit``."""
     size = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
     limits = jnp.finfo(jnp.result_type(float, x, y))
     if isinstance(size, jax.core.Tracer) or not jnp.isfinite(size):
         return
     if not (size == 0 or limits.tiny**0.5 < 1e-3 * float(size) < 1e-6 * limits.max**0.5):
         raise ValueError(
-            f"{name}: squares of numbers as large as {float(size):.3g} are not in the range of "
+            f"{name}: squares of values near {float(size):.3g} overflow or underflow in "
             f"{limits.dtype}; divide both clouds by their unit."
         )
 
 
 def _mean_and_root(features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean, and a root R with R^T R the covariance."""
+    """Return the mean, and a root R of the covariance R^T R."""
     mean = jnp.mean(features, axis=0)
     root = jnp.linalg.qr(features - mean, mode="r")
     return mean, root / (features.shape[0] - 1) ** 0.5

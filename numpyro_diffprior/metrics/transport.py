@@ -1,11 +1,11 @@
-r"""Optimal transport between clouds of events: are two of them draws of the same distribution?
+r"""Optimal transport distances between two clouds of events, to compare their distributions.
 
-Sliced Wasserstein distances and the Sinkhorn divergence are near zero if they are; what finite
-clouds leave is best measured between two halves of the truth.
+Sliced Wasserstein distances and the Sinkhorn divergence are near zero if both clouds have the same
+distribution. To see how near for finite clouds, compare two halves of the truth.
 
 Notation: ``x`` with shape ``(n, *event_shape)`` and ``y`` with shape ``(m, *event_shape)`` are
 clouds; events are flattened to vectors of size ``d``. The ground cost of entropic transport is
-:math:`c(x, y) = \lVert x - y \rVert^2`, neither halved nor rooted.
+:math:`c(x, y) = \lVert x - y \rVert^2`, without a factor 1/2 or a square root.
 
 References:
     Bonneel et al., *Sliced and Radon Wasserstein barycenters of measures*, 2015.
@@ -44,8 +44,8 @@ class TransportResult(NamedTuple):
 
     Attributes:
         cost: Transport cost of the regularized plan, without its entropy, scalar.
-        regularized_cost: The objective, cost plus the plan's weighted relative entropy, scalar.
-        num_steps: Sinkhorn iterations made, scalar integer.
+        regularized_cost: The objective, cost plus regularization times relative entropy, scalar.
+        num_steps: Number of Sinkhorn iterations, scalar integer.
         converged: Whether the plan's marginals are within the tolerance, scalar boolean.
     """
 
@@ -102,8 +102,8 @@ def max_sliced_wasserstein(
     The best ``num_refined`` of ``num_projections`` random directions are refined by ``num_steps``
     steps :math:`\theta \leftarrow \nabla W_p^p(\theta) / \lVert \nabla W_p^p(\theta) \rVert`
     (gradient ascent on the sphere with an infinite step; a power iteration on the displacements of
-    the current coupling), and the largest distance met on the way is returned: a lower bound of
-    the true maximum. ``num_steps=0`` gives the maximum over the random directions.
+    the current coupling). The result is the largest distance over all directions tried, a lower
+    bound of the maximum. ``num_steps=0`` gives the maximum over the random directions.
 
     Args:
         rng_key: Key of the random directions.
@@ -140,7 +140,7 @@ def max_sliced_wasserstein(
         directions, best = carry
         gradient, _distances = jax.grad(total, has_aux=True)(directions)
         norm = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
-        # identical clouds have no gradient: stay where we are
+        # identical clouds have zero gradient: keep the direction
         directions = jnp.where(norm > 0, gradient / jnp.where(norm > 0, norm, 1), directions)
         best = jnp.maximum(best, jnp.max(_projected_distances(directions, x, y, p)))
         return (directions, best), None
@@ -163,7 +163,7 @@ def entropic_transport(
         P = \arg\min_P \langle P, C \rangle + \varepsilon \mathrm{KL}(P \Vert a b^\top),
         \qquad C_{ij} = \lVert x_i - y_j \rVert^2,
 
-    with ott-jax's Sinkhorn iterations in the logarithmic domain and adaptive over-relaxation
+    computed by ott-jax's Sinkhorn iterations in the log domain with adaptive over-relaxation
     (Lehmann et al., arXiv 2012.12562). The regularization is absolute, in squared units of the
     events. Single precision resolves the marginals to about ``1e-7 * max(C) / regularization``.
     Memory and the time of an iteration grow with ``n * m``.
@@ -171,7 +171,7 @@ def entropic_transport(
     Args:
         x: Cloud with shape ``(n, *event_shape)``.
         y: Cloud with shape ``(m, *event_shape)``.
-        regularization: :math:`\varepsilon`.
+        regularization: :math:`\varepsilon`, in squared units of the events.
         tolerance: Largest total violation (the sum of absolute values) of the marginals.
         max_steps: Largest number of iterations.
 
@@ -198,14 +198,14 @@ def entropic_transport_cost(
 ) -> jax.Array:
     r"""Transport cost :math:`\langle P, C \rangle` of the regularized plan, without its entropy.
 
-    What POT's ``sinkhorn2`` returns for its default squared Euclidean cost. Even between a cloud
-    and itself it is not zero: see `excess_transport_cost` and `sinkhorn_divergence`.
-    Warns if the iterations did not converge; under ``jit`` it can not, see `entropic_transport`.
+    POT's ``sinkhorn2`` returns the same cost by default. It is not zero even between a cloud and
+    itself: see `excess_transport_cost` and `sinkhorn_divergence`.
+    Warns if the iterations did not converge, except under ``jit``; see `entropic_transport`.
 
     Args:
         x: Cloud with shape ``(n, *event_shape)``.
         y: Cloud with shape ``(m, *event_shape)``.
-        regularization: See `entropic_transport`, as the options that follow.
+        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
         tolerance: Largest total violation of the marginals.
         max_steps: Largest number of iterations.
 
@@ -236,23 +236,23 @@ def excess_transport_cost(
     tolerance: float = 1e-3,
     max_steps: int = 10_000,
 ) -> jax.Array:
-    r"""Transport cost from the truth to samples, less that from the truth to more of the truth.
+    r"""Transport cost from the truth to samples, minus that from the truth to more of the truth.
 
-    :math:`\langle P, C \rangle(x, \hat x) - \langle P, C \rangle(x, x')`, which is what Rozet et
-    al. (arXiv 2405.13712) report as the divergence of the five-dimensional manifold. Their code
-    has 16,384 points in each cloud, regularization 1e-3, at most 1,024 iterations, stops where the
-    Euclidean norm of the marginal's violation is below 1e-3, and clips the result below at 1e-6.
-    The cost of a plan short of convergence is too low, so compare numbers only at one setting.
+    It is :math:`\langle P, C \rangle(x, \hat x) - \langle P, C \rangle(x, x')`, which Rozet et al.
+    (arXiv 2405.13712) report as the divergence on their five-dimensional manifold. Their code uses
+    16,384 points per cloud, regularization 1e-3 and at most 1,024 iterations, stops when the
+    Euclidean norm of the marginal violation is below 1e-3, and clips the result below at 1e-6.
+    Before convergence the cost is too low, so compare results only at equal settings.
 
-    The samples' cost to themselves is not subtracted, so that the difference can be negative:
-    samples that stay closer to the truth's points than fresh truth does cost less.
+    The difference can be negative, because the samples' cost to themselves is not subtracted:
+    samples that lie closer to the points of ``truth`` than independent draws do cost less.
 
     Args:
         samples: Cloud :math:`\hat x` with shape ``(n, *event_shape)``.
         truth: Cloud :math:`x` with shape ``(m, *event_shape)``.
-        other_truth: Cloud :math:`x'`, independent of ``truth``, with shape ``(n, *event_shape)``:
-            the same size as ``samples``, for the costs depend on the clouds' sizes.
-        regularization: See `entropic_transport`, as the options that follow.
+        other_truth: Cloud :math:`x'`, independent of ``truth``, with shape ``(n, *event_shape)``,
+            the same as that of ``samples``, because costs depend on the number of points.
+        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
         tolerance: Largest total violation of the marginals.
         max_steps: Largest number of iterations.
 
@@ -266,7 +266,7 @@ def excess_transport_cost(
     """
     if jnp.shape(samples) != jnp.shape(other_truth):
         raise ValueError(
-            "excess_transport_cost: expected samples and other_truth of one shape, for costs "
+            "excess_transport_cost: expected samples and other_truth of one shape, since costs "
             f"depend on it, got {jnp.shape(samples)} and {jnp.shape(other_truth)}."
         )
     cost = functools.partial(
@@ -291,14 +291,14 @@ def sinkhorn_divergence(
 
     :math:`\mathrm{OT}_\varepsilon(x, y) - (\mathrm{OT}_\varepsilon(x, x) +
     \mathrm{OT}_\varepsilon(y, y)) / 2`, where :math:`\mathrm{OT}_\varepsilon` is the
-    ``regularized_cost`` of `entropic_transport`. It is zero for identical clouds, positive
-    otherwise, and the squared length of the shift for a shifted cloud.
-    Warns if the iterations did not converge; under ``jit`` it can not.
+    ``regularized_cost`` of `entropic_transport`. It is zero for identical clouds and positive
+    otherwise; for a shifted copy of a cloud it is the squared length of the shift.
+    Warns if the iterations did not converge, except under ``jit``.
 
     Args:
         x: Cloud with shape ``(n, *event_shape)``.
         y: Cloud with shape ``(m, *event_shape)``.
-        regularization: See `entropic_transport`, as the options that follow.
+        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
         tolerance: Largest total violation of the marginals.
         max_steps: Largest number of iterations.
 
@@ -332,7 +332,7 @@ def _clouds(name: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _in_unit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Divide clouds by a power of two, so that their distances have powers."""
+    """Return clouds divided by a power of two (so that powers do not overflow), and the power."""
     size = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
     unit = jnp.where(size > 0, jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1]), 1)
     return x / unit, y / unit, unit
@@ -360,7 +360,7 @@ def _projected_distances(directions: jax.Array, x: jax.Array, y: jax.Array, p: f
 
 
 def _common_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order statistics of n and m points on the union of their quantile steps, and its widths."""
+    """Return indices of both order statistics on the union of the quantile steps, and widths."""
     # in units of 1 / (n m) the steps are integers, so that common ones coincide exactly
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
@@ -394,7 +394,7 @@ def _transport(
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import acceleration, sinkhorn
 
-    # a weight of the events' dtype: ott's branches must agree on it in single precision under x64.
+    # The momentum has the events' dtype: ott's branches must agree on it for float32 under x64.
     # Averaged parallel updates solve symmetric problems in a few steps (Feydy et al., eq. 25)
     solver = sinkhorn.Sinkhorn(
         threshold=tolerance,
@@ -405,8 +405,8 @@ def _transport(
         if symmetric
         else acceleration.Momentum(start=200, value=x.dtype.type(1)),
     )
-    # From differences, not from products: costs are divided by the regularization, which would
-    # magnify the products' cancellation. Kept for all iterations: faster than ott's clouds.
+    # The cost is computed from differences: the division by the regularization would magnify the
+    # cancellation in an expanded square. Storing the matrix is faster than ott's `PointCloud`.
     cost_matrix = jnp.sum((x[:, None] - y) ** 2, axis=-1)
     geom = geometry.Geometry(
         cost_matrix=cost_matrix, epsilon=jnp.asarray(regularization, dtype=x.dtype)
