@@ -186,7 +186,7 @@ def test_metadata(path):
     assert read_metadata(path) == {"iteration": 3, "notes": ["a", None]}
     save_denoiser(path, gaussian())
     assert read_metadata(path) == {}
-    with pytest.raises(ValueError, match="metadata must be fit for JSON"):
+    with pytest.raises(ValueError, match="metadata must be JSON-serializable"):
         save_denoiser(path, gaussian(), metadata={"array": jnp.ones(2)})
 
 
@@ -286,7 +286,7 @@ def test_only_a_regular_file_is_replaced(path, tmp_path):
 def test_file_of_another_owner_is_kept(path, monkeypatch):
     save_denoiser(path, gaussian())
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    with pytest.raises(PermissionError, match="somebody else's"):
+    with pytest.raises(PermissionError, match="belongs to another user"):
         save_denoiser(path, gaussian())
 
 
@@ -387,7 +387,7 @@ def test_network_without_config_is_refused(path):
     with pytest.raises(ValueError, match="Expected a dict as config of the network Stubborn"):
         save_denoiser(path, NetworkDenoiser(net))
     net.config = {"activation": jax.nn.relu}
-    with pytest.raises(ValueError, match="config of the network Stubborn must be fit for JSON"):
+    with pytest.raises(ValueError, match="network Stubborn must be JSON-serializable"):
         save_denoiser(path, NetworkDenoiser(net))
     assert list(path.parent.iterdir()) == []
 

@@ -1,1 +1,1 @@
-"""Denoisers: exact, learned, wrapped, and in files."""
+"""Denoisers: exact, learned and wrapped ones, and their serialization."""

@@ -1,18 +1,18 @@
 r"""Denoisers: the conditional mean :math:`D(x_t, \sigma) = E[x \mid x_t]` that defines a prior.
 
-One convention everywhere: variance exploding,
+The package uses the variance-exploding convention,
 :math:`x_t = x + \sigma \varepsilon` with :math:`\varepsilon \sim \mathcal{N}(0, I)`. A denoiser
-is the prior: its score is :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / \sigma^2`
+determines the prior's score, :math:`\nabla \log p(x_t) = (D(x_t, \sigma) - x_t) / \sigma^2`
 (Tweedie's formula).
 
-Every denoiser carries a Gaussian summary of its prior, ``mean`` and ``cov``. It sets the location
-and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
+Every denoiser has a Gaussian summary of its prior, ``mean`` and ``cov``. The summary sets the
+location and scale of the preconditioning, the range of noise levels and the Gaussian covariance of
 guidance; the elements of one event should share a unit.
 
-A denoiser works in a ``unit`` :math:`u` of its own: it sees an event :math:`x` of the data as
+A denoiser works in its own ``unit`` :math:`u`: it takes an event :math:`x` of the data as
 :math:`x / u`, and its mean, covariance and noise levels are in that unit. A unit near the scale of
 the events keeps squares within the range of the floating type; in float32 the square of 1e-26
-underflows. `DiffusionPrior` is in the data's units, whatever the denoiser's.
+underflows. `DiffusionPrior` always uses the data's units.
 
 Exact denoisers are in `numpyro_diffprior.denoisers.exact`, learned ones in
 `numpyro_diffprior.denoisers.network`.
@@ -51,7 +51,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register(cls: _Class) -> _Class:
-    """Make a dataclass a pytree, rebuilt without ``__init__``: its leaves may be any objects."""
+    """Register a dataclass as a pytree, which is rebuilt without ``__init__``, from any leaves."""
     names = [spec.name for spec in fields(cls)]
 
     def flatten(denoiser: object) -> tuple[list[tuple[GetAttrKey, object]], None]:
@@ -71,9 +71,9 @@ class Denoiser(ABC):
     r"""A prior over events of shape ``event_shape``, given by its conditional mean.
 
     Attributes:
-        mean: The prior's mean (or the best guess at it), with shape ``event_shape``.
-        cov: The prior's covariance, over flattened events.
-        unit: The denoiser's unit, in the data's: a positive scalar (default: one).
+        mean: The prior's mean (or an estimate), with shape ``event_shape``.
+        cov: The prior's covariance (or an estimate), over flattened events.
+        unit: The denoiser's unit in units of the data, a positive scalar (default: one).
     """
 
     mean: jax.Array
@@ -86,7 +86,7 @@ class Denoiser(ABC):
         return None
 
     def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the mean from which samplers start, with shape ``(*batch, *event)``."""
+        """Return the mean of the samplers' initial Gaussian, with shape ``(*batch, *event)``."""
         return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
@@ -123,51 +123,51 @@ class Denoiser(ABC):
 
     @property
     def scale(self) -> jax.Array:
-        """The root-mean-square deviation of an element."""
+        """The square root of the mean variance of an element, a scalar."""
         return jnp.sqrt(self.cov.trace() / self.event_size)
 
     @property
     def sigma_min(self) -> jax.Array:
         """The noise level at which sampling stops: a thousandth of the scale.
 
-        Draws end on the conditional mean there, too narrow in elements that vary less than about
-        ten times as much.
+        Samplers return the conditional mean at this level. The draws of an element are therefore
+        too narrow if its standard deviation is less than about ten times this level.
         """
         return 1e-3 * self.scale
 
     @property
     def sigma_max(self) -> jax.Array:
-        """The noise level at which sampling starts: ten times the widest direction's deviation."""
+        """The noise level at which sampling starts: ten times the largest standard deviation."""
         return 10.0 * jnp.sqrt(self.cov.max_eigenvalue())
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
         r"""Return the denoiser's mean squared error over that of its Gaussian summary.
 
         .. math:: E \lVert x - D(x_t, \sigma) \rVert^2 / \mathrm{tr}(V), \quad
-            V = (\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}
+            V = (\Sigma_x^{-1} + I / \sigma^2)^{-1}
 
-        The better the prior is known, the less is left: an image is found in noise in which a
-        Gaussian only finds its smooth part. One for a denoiser of which no error was measured.
+        The ratio is below one if the prior is more informative than its Gaussian summary, as for
+        images. It is one for a denoiser without a measured error.
 
         Args:
-            sigma: Noise levels, of any shape, which is the result's.
+            sigma: Noise levels of any shape; the result has the same shape.
         """
         return jnp.ones_like(jnp.asarray(sigma, self.dtype))
 
     def to_data(self, x: jax.Array) -> jax.Array:
-        """Return values of the denoiser (events, noise levels) in the data's units."""
+        """Convert events or noise levels from the denoiser's unit to the data's units."""
         mantissa, exponent = self._split_unit(x)
         return scale_by_power(mantissa * x, exponent)
 
     def from_data(self, x: jax.Array) -> jax.Array:
-        """Undo `to_data`."""
+        """Convert events or noise levels from the data's units to the denoiser's unit."""
         mantissa, exponent = self._split_unit(x)
         return scale_by_power(x, -exponent) / mantissa
 
     def _split_unit(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the unit as a number near one and an exponent of two."""
+        """Return the unit as a mantissa in [1, 2) and an exponent of two."""
         unit = jnp.asarray(self.unit)
-        # Denoisers that come out of `jax.vmap` have units with leading axes, as their events.
+        # A denoiser returned by `jax.vmap` has a unit with leading axes, like its events.
         unit = unit.reshape(*unit.shape, *(1,) * (x.ndim - unit.ndim))
         exponent = near_exponent(unit)
         return scale_by_power(unit, -exponent), exponent
@@ -176,7 +176,7 @@ class Denoiser(ABC):
         """Return the same prior with another unit.
 
         Raises:
-            ValueError: If it is a denoiser whose unit cannot be changed.
+            ValueError: If the unit of this denoiser cannot be changed.
         """
         raise ValueError(
             f"{type(self).__name__}: its mean and covariance are too small or too large for "
@@ -190,23 +190,23 @@ class Denoiser(ABC):
 
 
 def flatten_events(x: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
-    """Return events as vectors: from ``(*batch, *event)`` to ``(*batch, d)``."""
+    """Reshape events to vectors: from ``(*batch, *event)`` to ``(*batch, d)``."""
     return x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
 
 
 def align(sigma: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
-    """Give ``sigma`` one trailing axis for each of the event's."""
+    """Append one axis of length one to ``sigma`` for each axis of an event."""
     return sigma.reshape(*sigma.shape, *(1,) * len(event_shape))
 
 
 def as_floating(x: ArrayLike) -> jax.Array:
-    """Return an array of floating type: its own, or the default for integers."""
+    """Return a floating array: integers are cast to the default floating type."""
     x = jnp.asarray(x)
     return x.astype(jnp.result_type(float, x))
 
 
 def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> Covariance:
-    """Return a covariance of a floating type, from one or from matrices.
+    """Convert a `Covariance`, or matrices ``(*batch, d, d)``, to a `Covariance` of this dtype.
 
     Raises:
         ValueError: If matrices are not square, symmetric and positive semi-definite, or variances
@@ -228,7 +228,7 @@ def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> C
 
 
 def _check_matrix(name: str, matrix: np.ndarray) -> None:
-    """Refuse a matrix that is not a covariance; one that is not finite is refused by the prior."""
+    """Raise if a finite matrix is not a covariance; the prior checks that values are finite."""
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or not np.isfinite(matrix).all():
         return
     largest = np.abs(matrix).max(initial=0)
@@ -250,7 +250,7 @@ def _check_matrix(name: str, matrix: np.ndarray) -> None:
 def as_gaussian(
     denoiser: Denoiser, mean: ArrayLike, cov: Covariance | ArrayLike, unit: ArrayLike
 ) -> dict[str, Any]:
-    """Return mean, covariance and unit of a denoiser, of one floating type: that of the mean.
+    """Check mean, covariance and unit of a denoiser, and cast them to the dtype of the mean.
 
     Raises:
         ValueError: If the sizes of mean and covariance differ, the covariance is not valid, or
@@ -260,7 +260,7 @@ def as_gaussian(
     if mean.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"{type(denoiser).__name__}: expected a mean of type float32 or float64, got "
-            f"{mean.dtype}; a network inside of it may be of half precision."
+            f"{mean.dtype}; only the network inside may use half precision."
         )
     cov = as_covariance(type(denoiser).__name__, cov, mean.dtype)
     check_size(type(denoiser).__name__, mean.shape, cov)
@@ -268,7 +268,7 @@ def as_gaussian(
 
 
 def as_unit(name: str, unit: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    """Return a unit as a scalar.
+    """Return a unit as a scalar array.
 
     Raises:
         ValueError: If it is not a positive number.
@@ -283,14 +283,14 @@ def as_unit(name: str, unit: ArrayLike, dtype: jnp.dtype) -> jax.Array:
 
 
 def choose_unit(scale: jax.Array, unit: jax.Array | float) -> jax.Array:
-    """Return a unit for events of some scale: the one they have, if it is within a thousand.
+    """Return a unit that is within a factor of 1,024 of the scale of the events.
 
     Args:
-        scale: A positive scalar: the size of the events' deviations in the data's units.
-        unit: The unit so far.
+        scale: The standard deviation of the events in the data's units, a positive scalar.
+        unit: The current unit.
 
     Returns:
-        The unit so far, or the power of two next to the scale.
+        The current unit if it is close enough, else the power of two nearest to the scale.
     """
     exponent = jnp.round(jnp.log2(scale)).astype(int)
     nearest = jnp.ldexp(jnp.ones_like(scale), exponent)
@@ -299,7 +299,7 @@ def choose_unit(scale: jax.Array, unit: jax.Array | float) -> jax.Array:
 
 
 def check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> None:
-    """Refuse a covariance of another size than the events."""
+    """Raise a `ValueError` if the sizes of covariance and events differ."""
     size = prod(event_shape)
     if cov.size != size:
         raise ValueError(

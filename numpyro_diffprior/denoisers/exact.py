@@ -1,4 +1,4 @@
-r"""The exact denoisers of Gaussians and of their mixtures."""
+r"""Exact denoisers of Gaussians and Gaussian mixtures."""
 
 from dataclasses import dataclass, field
 
@@ -33,9 +33,9 @@ class GaussianDenoiser(Denoiser):
 
     Args:
         mean: The mean, with shape ``event_shape``.
-        cov: A `Covariance` over flattened events, or a matrix.
-        unit: The unit of mean and covariance, in the data's: a flux near 1e-17 with a deviation
-            of 2e-18 has ``GaussianDenoiser(1.0, 0.04, unit=1e-17)``.
+        cov: The covariance over flattened events, a `Covariance` or a matrix.
+        unit: The unit of mean and covariance in units of the data. For example, a flux near 1e-17
+            with standard deviation 2e-18 has mean 1, variance 0.04 and ``unit=1e-17``.
 
     Raises:
         ValueError: If the sizes of mean and covariance differ, or the covariance is not valid.
@@ -75,11 +75,11 @@ class MixtureDenoiser(Denoiser):
     Its Gaussian summary has the mixture's mean and covariance.
 
     Args:
-        weights: Positive weights that sum to one, with shape ``(k,)``.
+        weights: Nonnegative weights that sum to one, with shape ``(k,)``.
         means: Components' means, with shape ``(k, *event)``.
-        covs: A `Covariance` whose parameters have a leading axis ``k`` (or none: one for all), or
-            matrices of shape ``(k, d, d)``.
-        unit: The unit of means and covariances, in the data's.
+        covs: A `Covariance` whose parameters have a leading axis ``k`` (or none, if it is shared),
+            or matrices of shape ``(k, d, d)``.
+        unit: The unit of means and covariances in units of the data.
 
     Raises:
         ValueError: If the sizes of weights, means and covariances differ.

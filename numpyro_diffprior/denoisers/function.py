@@ -1,4 +1,4 @@
-r"""A denoiser that is just a function: a pretrained one, a physical model, another library's."""
+r"""A denoiser given by a function, such as a pretrained model or one of another library."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["FunctionDenoiser"]
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Static:
-    """What a function holds beside its arrays; static."""
+    """The static part of a function."""
 
     arguments: StaticArguments
 
@@ -28,17 +28,17 @@ class _Static:
 class FunctionDenoiser(Denoiser):
     r"""A denoiser given by a function, with mean and covariance of its prior.
 
-    The function may be a plain one, which is static and known by its identity, or a callable
-    pytree (a module with weights), whose arrays may change without compiling anew.
+    The function is either a plain function, which is static and compared by identity, or a
+    callable pytree (a module with weights), whose arrays may change without recompilation.
 
     Args:
-        function: The conditional mean :math:`D(x_t, \sigma)`: from noisy events, with shape
-            ``(*batch, *event)``, and noise levels, ``(*batch,)``, both in ``unit``, to an array of
-            the events' shape. It must be differentiable in ``x_t`` for guidance.
-        mean: The prior's mean, with shape ``event_shape``; an estimate will do.
-        cov: The prior's covariance over flattened events, a `Covariance` or a matrix; an estimate
-            will do. It sets the range of noise levels, and the covariance of Gaussian guidance.
-        unit: The unit of the function, mean and covariance, in the data's.
+        function: The conditional mean :math:`D(x_t, \sigma)`, a function of noisy events with
+            shape ``(*batch, *event)`` and noise levels with shape ``(*batch,)``, both in ``unit``.
+            It returns an array of the events' shape. Guidance differentiates it in ``x_t``.
+        mean: The prior's mean or an estimate, with shape ``event_shape``.
+        cov: The prior's covariance over flattened events, or an estimate: a `Covariance` or a
+            matrix. It sets the range of noise levels, and the covariance of Gaussian guidance.
+        unit: The unit of function, mean and covariance in units of the data.
 
     Raises:
         ValueError: If the function cannot be called with one event, or returns another shape.

@@ -1,4 +1,4 @@
-r"""Learned denoisers: a network around the exact denoiser of a Gaussian.
+r"""Learned denoisers: the exact denoiser of a Gaussian, corrected by a network.
 
 References:
     Karras et al., *Elucidating the design space of diffusion-based generative models* (EDM),
@@ -29,10 +29,10 @@ __all__ = ["Network", "NetworkDenoiser"]
 
 
 class Network(Protocol):
-    """What `NetworkDenoiser` needs of a network; `numpyro_diffprior.nets` has two.
+    """The interface of a network of `NetworkDenoiser`, such as `MLP` or `UNet`.
 
-    A network with an attribute ``context_shape`` that is not None is called with contexts as third
-    argument, of shape ``(batch, *context_shape)``.
+    A network with an attribute ``context_shape`` that is not None gets contexts as third argument,
+    with shape ``(batch, *context_shape)``.
     """
 
     @property
@@ -47,14 +47,14 @@ class Network(Protocol):
         ...
 
 
-# Of one size, so that measuring them does not change the shapes of a compiled prior.
+# Fixed, so that measuring the ratios does not change the shapes of a compiled prior.
 _NUM_RATIOS = 32
 
 
 @register
 @dataclass(frozen=True, eq=False, init=False)
 class NetworkDenoiser(Denoiser):
-    r"""A learned denoiser: a Gaussian's, corrected by a network.
+    r"""A learned denoiser: the exact denoiser of a Gaussian, corrected by a network.
 
     .. math:: D(x_t, \sigma) = E_{\mathcal{N}(\mu, \Sigma)}[x \mid x_t]
         + c_{out} F\bigl(c_{in} (x_t - \mu), \tfrac{1}{4} \log \tfrac{\sigma}{s}\bigr), \quad
@@ -62,9 +62,9 @@ class NetworkDenoiser(Denoiser):
         c_{in} = \frac{1}{\sqrt{s^2 + \sigma^2}}
 
     with :math:`s^2` the mean variance of an element. An isotropic :math:`\Sigma = s^2 I` gives
-    EDM's preconditioning (Karras et al. 2022, table 1) with location and scale; a fitted
-    covariance leaves to the network what is not Gaussian. The networks of this package put out
-    zero when new, so that an untrained denoiser is exactly its Gaussian's.
+    EDM's preconditioning (Karras et al. 2022, table 1) with location and scale; with a fitted
+    covariance, the network only learns the deviation from a Gaussian. The networks of this package
+    initially return zero, so that an untrained denoiser is exact for the Gaussian.
 
     Args:
         net: A network on ``(batch, *event)``: a flax nnx module, whose ``nnx.Param`` are
@@ -72,11 +72,11 @@ class NetworkDenoiser(Denoiser):
         mean: The data's mean, with shape ``event_shape`` (default: zero).
         cov: The data's covariance over flattened events, or a matrix (default: the identity).
         base: The Gaussian of the preconditioning (default: that of ``mean`` and ``cov``). It stays
-            where it is while ``mean`` and ``cov`` follow the prior, since moving it under a
-            trained network would change the prior.
-        error_ratios: `error_ratio` at noise levels from `sigma_min` to `sigma_max`, equally spaced
-            on the logarithmic axis (default: one); see `measure_error`.
-        unit: The unit of mean and covariance, in the data's; `EM` and `fit_denoiser` choose one.
+            fixed while EM updates ``mean`` and ``cov``, because changing it under a trained
+            network would change the prior.
+        error_ratios: The `error_ratio` at log-spaced noise levels from `sigma_min` to `sigma_max`
+            (default: one at every level); see `measure_error`.
+        unit: The unit of mean and covariance in units of the data; `EM` and `fit_denoiser` set it.
 
     Raises:
         ValueError: If the shapes of network, mean, covariance and base differ.
@@ -133,10 +133,10 @@ class NetworkDenoiser(Denoiser):
     ) -> jax.Array:
         """Return the conditional mean; with ``rngs``, in training mode (dropout).
 
-        Contexts have shape ``(n, *context_shape)``, one for each of the events in their order.
+        Contexts have shape ``(n, *context_shape)``, one for each of the ``n`` events in the batch.
 
         Raises:
-            ValueError: If the network waits for a context that is not given; see `condition`.
+            ValueError: If the network takes a context and none is given; see `condition`.
         """
         batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
         sigma = jnp.asarray(sigma, self.dtype)
@@ -144,7 +144,7 @@ class NetworkDenoiser(Denoiser):
         scale = self.base.scale
         c_in = jax.lax.rsqrt(scale**2 + level**2)
         net_in = (c_in * (x_t - self.base.mean)).reshape(-1, *self.event_shape)
-        # Below `sigma_min`, where it was not trained, the network sees that level.
+        # The network is not trained below `sigma_min`, and gets that level there.
         noise = jnp.log(jnp.maximum(sigma, self.sigma_min) / scale) / 4
         if noise.ndim:
             noise = jnp.broadcast_to(noise, batch_shape)
@@ -153,13 +153,13 @@ class NetworkDenoiser(Denoiser):
         return self.base(x_t, sigma) + c_in * scale * level * net_out
 
     def _check_context(self, context: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Return what the network is called with beside events and noise levels."""
+        """Return the further arguments of the network: its contexts, if it takes them."""
         if self.context_shape is None:
             return ()
         if context is None:
             raise ValueError(
-                "NetworkDenoiser: the network waits for a context of shape "
-                f"{self.context_shape}; say which, as in `prior.condition(context)`."
+                "NetworkDenoiser: expected a context of shape "
+                f"{self.context_shape}, got none; give one by `prior.condition(context)`."
             )
         return (context,)
 
@@ -185,7 +185,7 @@ class NetworkDenoiser(Denoiser):
     def with_gaussian(
         self, mean: jax.Array, cov: Covariance, unit: ArrayLike | None = None
     ) -> "NetworkDenoiser":
-        """Return this denoiser with its preconditioning and its summary at a new Gaussian.
+        """Return this denoiser with a new Gaussian as its preconditioning and its summary.
 
         Args:
             mean: The mean.
@@ -195,5 +195,5 @@ class NetworkDenoiser(Denoiser):
         return NetworkDenoiser(self.net, mean, cov, unit=self.unit if unit is None else unit)
 
     def with_summary(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
-        """Return this denoiser with a new Gaussian summary, and its preconditioning as it was."""
+        """Return this denoiser with a new Gaussian summary and the same preconditioning."""
         return NetworkDenoiser(self.net, mean, cov, self.base, unit=self.unit)

@@ -1,18 +1,18 @@
-"""Denoisers in files: one safetensors file each, which is data and never code.
+"""Save denoisers to safetensors files, which hold data and never code.
 
-Arrays are tensors; what a denoiser is made of is JSON in the file's header. A node of that tree
-is one of
+Arrays are stored as tensors. The structure of the denoiser is a tree, stored as JSON in the file's
+header, with these nodes:
 
 - ``{"type": name, "fields": {...}}``: a denoiser or covariance of this package;
-- ``{"network": name, "config": {...}}``: a network, rebuilt as ``name(**config, rngs=...)``, its
-  weights being the tensors under the node's path;
+- ``{"network": name, "config": {...}}``: a network, rebuilt as ``name(**config, rngs=...)``, whose
+  weights are the tensors under the node's path;
 - ``{"array": name}``: a tensor;
 - ``{"items": [...]}``: a tuple;
 - ``{"value": ...}``: a number or a string.
 
-A file can only name types that this package lists and networks that the reader passes, so that
-loading a stranger's file runs none of the stranger's code. A digest in the header tells a damaged
-file; it does not tell who wrote it.
+A file can only name types of this package and networks that the caller passes, so that loading an
+untrusted file runs no untrusted code. A digest in the header detects a damaged file; it does not
+authenticate the author.
 
 References:
     The safetensors format, https://github.com/huggingface/safetensors.
@@ -78,24 +78,24 @@ _Tensors = dict[str, np.ndarray]
 def save_denoiser(
     path: _Path, denoiser: Denoiser, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a denoiser to a file, all of it or nothing.
+    """Write a denoiser to a file, atomically.
 
-    The file is written beside its place and moved there when complete: a reader sees the old file
-    or the new one, whatever happens in between.
+    A temporary file in the same folder is written first and then moved to ``path``, so that a
+    reader sees either the old file or the complete new one.
 
     Args:
-        path: Where to write, by convention ending in ``.safetensors``; an old file is replaced and
-            keeps its mode.
-        denoiser: A denoiser of this package. A network of your own needs an attribute ``config``,
-            the keyword arguments of its constructor but ``rngs``, fit for JSON. The state of its
-            random streams is not stored.
-        metadata: Anything fit for JSON, for `read_metadata` to return.
+        path: The file, by convention ending in ``.safetensors``. An existing file is replaced; its
+            permissions are kept.
+        denoiser: A denoiser of this package. A custom network needs an attribute ``config``, the
+            keyword arguments of its constructor except ``rngs``, JSON-serializable. The state of
+            its random streams is not stored.
+        metadata: JSON-serializable metadata, which `read_metadata` returns.
 
     Raises:
-        ValueError: If a part of the denoiser is of a type that cannot be stored, or if a network
-            has no ``config``, or one that is not fit for JSON.
-        FileExistsError: If what is at ``path`` is not a regular file, such as a link or a device.
-        PermissionError: If it is somebody else's file.
+        ValueError: If a part of the denoiser has a type that cannot be stored, or if a network
+            has no ``config`` or one that is not JSON-serializable.
+        FileExistsError: If ``path`` exists and is not a regular file, such as a link or a device.
+        PermissionError: If the file at ``path`` belongs to another user.
     """
     path = Path(path)
     mode = _mode_to_keep(path)
@@ -123,18 +123,18 @@ def save_denoiser(
 def load_denoiser(
     path: _Path, *, networks: Mapping[str, Callable[..., nnx.Module]] | None = None
 ) -> Denoiser:
-    """Read a denoiser from a file of `save_denoiser`; its arrays keep their types.
+    """Read a denoiser from a file written by `save_denoiser`; arrays keep their dtypes.
 
     Args:
         path: The file.
-        networks: Networks of your own by the name of their class, ``{"MyNet": MyNet}``; they are
-            called with their stored ``config`` and ``rngs``.
+        networks: Custom network classes by name, ``{"MyNet": MyNet}``; they are called with the
+            stored ``config`` and ``rngs``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not one of `save_denoiser`, is damaged or of another version,
-            holds a network that is neither this package's nor in ``networks`` or does not fit the
-            class given for it, or holds 64-bit arrays while JAX is limited to 32 bits.
+        ValueError: If the file was not written by `save_denoiser`, is damaged or has another
+            version, holds a network that is unknown or does not fit the class given for it, or
+            holds 64-bit arrays while JAX is limited to 32 bits.
     """
     header, tensors = _read(path)
     known = {**NETWORKS, **(networks or {})}
@@ -150,34 +150,34 @@ def load_denoiser(
 
 
 def read_metadata(path: _Path) -> dict[str, Any]:
-    """Return the metadata that a file of `save_denoiser` was given.
+    """Return the metadata in a file written by `save_denoiser`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not one of `save_denoiser`, or of another version.
+        ValueError: If the file was not written by `save_denoiser`, or has another version.
     """
     header, _ = _read(path, with_tensors=False)
     return _from_json(header, "metadata", path)
 
 
 def _mode_to_keep(path: Path) -> int | None:
-    """Return the mode of the file to be replaced, None if the place is free."""
+    """Return the permissions of the file to be replaced, or None if there is no file."""
     try:
         old = os.lstat(path)
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(old.st_mode):
         raise FileExistsError(
-            f"'{path}': expected a regular file or nothing to replace, got a link, a directory or "
+            f"'{path}': expected a regular file or no file to replace, got a link, a directory or "
             "a device; give another path, or remove it first."
         )
     if hasattr(os, "geteuid") and old.st_uid != os.geteuid():
-        raise PermissionError(f"'{path}': the file to be replaced is somebody else's.")
+        raise PermissionError(f"'{path}': the file to be replaced belongs to another user.")
     return stat.S_IMODE(old.st_mode)
 
 
 def _digest(header: Mapping[str, str], tensors: _Tensors) -> str:
-    """Return the SHA-256 of all that a file says."""
+    """Return the SHA-256 of the content of a file."""
     digest = hashlib.sha256(json.dumps([header["tree"], header["metadata"]]).encode())
     for name, array in sorted(tensors.items()):
         digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
@@ -218,8 +218,8 @@ def _to_json(value: Any, what: str) -> str:
         return json.dumps(value)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"The {what} must be fit for JSON (dicts with string keys, lists, strings, numbers), "
-            f"got {value!r}: {error}."
+            f"The {what} must be JSON-serializable (dicts with string keys, lists, strings, "
+            f"numbers), got {value!r}: {error}."
         ) from error
 
 
@@ -277,7 +277,7 @@ def _config(net: nnx.Module) -> dict[str, Any]:
     except AttributeError as error:
         raise ValueError(
             f"The network {name} has no `config`: give it an attribute or property with the "
-            "keyword arguments of its constructor but `rngs`, as a dict fit for JSON."
+            "keyword arguments of its constructor except `rngs`, as a JSON-serializable dict."
         ) from error
     if not isinstance(config, Mapping):
         raise ValueError(f"Expected a dict as config of the network {name}, got {config!r}.")
@@ -285,7 +285,7 @@ def _config(net: nnx.Module) -> dict[str, Any]:
 
 
 def _weights(net: nnx.Module) -> dict[str, jax.Array]:
-    """Return all arrays of a network by path, but for the state of random streams."""
+    """Return all arrays of a network by path, except the state of random streams."""
     state = nnx.state(net, nnx.Not(nnx.RngState))
     return {
         _key(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
@@ -360,14 +360,14 @@ def _build_network(
                 "pass the class that was saved."
             ) from error
 
-    try:  # A small file must not make a large network: compare shapes before there are arrays.
+    try:  # A small file must not allocate a large network: compare shapes before building it.
         variables = jax.eval_shape(lambda: _weights(build()))
-        # nnx does not see arrays that are no variables while it is traced.
+        # Under tracing, nnx does not report arrays that are not variables.
         _check_shapes(
             variables, name, {key: stored[key] for key in variables if key in stored}, file
         )
     except _NEEDS_NUMBERS:
-        pass  # The constructor looks at its weights; it is only checked once built.
+        pass  # The constructor needs concrete weights; the network is checked once it is built.
     net = build()
     _check_shapes(_weights(net), name, stored, file)
     _set_weights(net, stored, file)
@@ -388,7 +388,7 @@ def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors, file:
         raise ValueError(
             f"'{file}': the weights stored for the network {name} do not fit the class given for "
             f"it: expected also {different}, got {[shapes.get(key) for key in different]} there, "
-            f"and superfluous {superfluous}; pass the class that was saved."
+            f"and unexpected {superfluous}; pass the class that was saved."
         )
 
 

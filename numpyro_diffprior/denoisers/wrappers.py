@@ -1,4 +1,4 @@
-"""Denoisers around others: at given contexts, or of several events as one."""
+"""Denoisers that wrap others: at given contexts, or for several events as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ __all__ = ["ConditionedDenoiser", "DenoiserWrapper", "PlateDenoiser", "ProductDe
 
 @dataclass(frozen=True, eq=False)
 class DenoiserWrapper(Denoiser):
-    """A denoiser of the events of another one; what it does not define is the other's.
+    """Base class of denoisers that wrap another one, and by default forward to it.
 
     Args:
-        part: The denoiser inside.
+        part: The wrapped denoiser.
     """
 
     part: Denoiser
@@ -45,7 +45,7 @@ class DenoiserWrapper(Denoiser):
 
     @property
     def unit(self) -> jax.Array | float:  # type: ignore[override]
-        """The unit of the denoiser inside."""
+        """The unit of the wrapped denoiser."""
         return self.part.unit
 
     @property
@@ -58,7 +58,7 @@ class DenoiserWrapper(Denoiser):
         return self.part.contexts(batch_shape)
 
     def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return where the prior lies; see `Denoiser.location`."""
+        """Return the location of the prior; see `Denoiser.location`."""
         return self.part.location(batch_shape)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
@@ -69,9 +69,9 @@ class DenoiserWrapper(Denoiser):
 @register
 @dataclass(frozen=True, eq=False, init=False)
 class ConditionedDenoiser(DenoiserWrapper):
-    """The denoiser of a conditional prior at given contexts: a label, a redshift.
+    """The denoiser of a conditional prior at given contexts, such as labels or redshifts.
 
-    Mean, covariance and errors are those over all contexts.
+    Its mean, covariance and error ratios are those of the prior over all contexts.
 
     Args:
         part: A denoiser with a ``context_shape``.
@@ -79,7 +79,7 @@ class ConditionedDenoiser(DenoiserWrapper):
             against the last batch axes of the events.
 
     Raises:
-        ValueError: If the denoiser has no ``context_shape``, or the contexts another shape.
+        ValueError: If the denoiser has no ``context_shape``, or the contexts do not have it.
     """
 
     context: jax.Array
@@ -118,13 +118,13 @@ class ConditionedDenoiser(DenoiserWrapper):
         return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
 
     def at(self, contexts: jax.Array | None) -> Denoiser:
-        """Return the denoiser at others of its contexts."""
+        """Return the denoiser at other contexts."""
         if contexts is None:
             return self
         return ConditionedDenoiser(self.part, contexts)
 
     def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the conditional means at `sigma_max`, given the contexts."""
+        """Return the denoised mean at `sigma_max`, for each context."""
         means = self(super().location(self.batch_shape), self.sigma_max)
         return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
 
@@ -138,10 +138,10 @@ class ConditionedDenoiser(DenoiserWrapper):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class PlateDenoiser(DenoiserWrapper):
-    """The denoiser of a whole plate as one event, where observations couple its elements.
+    """The denoiser of a whole plate as one event, for observations that couple its elements.
 
     Args:
-        part: The denoiser of an element.
+        part: The denoiser of one element.
         batch_shape: The shape of the plate.
     """
 
@@ -170,10 +170,10 @@ class PlateDenoiser(DenoiserWrapper):
 @register
 @dataclass(frozen=True, eq=False)
 class ProductDenoiser(Denoiser):
-    """The denoiser of independent events as one: the sources of a sum, say.
+    """The denoiser of several independent events as one, such as the sources of a sum.
 
-    Its events are vectors: those of the parts one after the other, flattened, each in units of its
-    own prior's scale, so that the parts share one sequence of noise levels whatever their scales.
+    Its events are vectors: the flattened events of the parts, each divided by the scale of its
+    prior and then concatenated, so that all parts share one sequence of noise levels.
 
     Args:
         parts: The denoisers of the parts.
@@ -208,7 +208,7 @@ class ProductDenoiser(Denoiser):
         return self.join([part.location(batch_shape) for part in self.parts])
 
     def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Return the events of the parts, in their units, each ``(*batch, *event)``."""
+        """Split vectors into the parts' events in the parts' units, each ``(*batch, *event)``."""
         ends = np.cumsum([part.event_size for part in self.parts])[:-1]
         return tuple(
             part.scale * value.reshape(*x.shape[:-1], *part.event_shape)
@@ -216,7 +216,7 @@ class ProductDenoiser(Denoiser):
         )
 
     def join(self, values: Sequence[jax.Array]) -> jax.Array:
-        """Undo `split`."""
+        """Concatenate the parts' events; the inverse of `split`."""
         flat = [
             flatten_events(value / part.scale, part.event_shape)
             for part, value in zip(self.parts, values, strict=True)
