@@ -1,10 +1,10 @@
-r"""Grids of noise levels, and the distributions from which training draws them.
+r"""Schedules of noise levels for samplers, and distributions of noise levels for training.
 
 A sampler visits a decreasing grid :math:`\sigma_0 = \sigma_{max} > \dots > \sigma_{T-1} =
 \sigma_{min}`, made by a `Schedule`. Training draws the noise level of every event of a minibatch
-from a `NoiseDistribution`, which is described by its quantile function: the same function of
-independent uniforms, or of one uniform per stratum (same marginals, and less variance in the
-gradient).
+from a `NoiseDistribution`, which is defined by its quantile function. The quantile function is
+applied to independent uniforms, or to one uniform per stratum (the same marginals, and less
+variance in the gradient).
 
 References:
     Karras, Aittala, Aila, Laine, *Elucidating the design space of diffusion-based generative
@@ -38,11 +38,11 @@ _TABLE_SIZE = 2049
 
 
 class Schedule(ABC):
-    """A way to space noise levels between two ends.
+    """A spacing of noise levels between `sigma_min` and `sigma_max`.
 
-    A subclass is hashable and compared by value, as a frozen dataclass is: samplers, of which it
-    is a part, are static in what is compiled. To be an argument of ``jax.jit`` itself it must be
-    a pytree as well (``jax.tree_util.register_static``).
+    A subclass must be hashable and compared by value, like a frozen dataclass, because it is part
+    of a sampler, which is static under ``jax.jit``. To be an argument of ``jax.jit`` itself, it
+    must also be a pytree (``jax.tree_util.register_static``).
     """
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Karras(Schedule):
         (\sigma_{min}^{1/\rho} - \sigma_{max}^{1/\rho}) \right)^\rho
 
     Args:
-        rho: Positive exponent. The larger, the more of the levels are small; the limit of large
+        rho: Positive exponent. Larger values put more levels near `sigma_min`; the limit of large
             `rho` is `LogLinear`.
 
     Raises:
@@ -107,11 +107,11 @@ class Karras(Schedule):
 
 
 class NoiseDistribution(ABC):
-    """A distribution over noise levels between two ends.
+    """A distribution of noise levels between `sigma_min` and `sigma_max`.
 
-    A subclass is a pytree, since training is compiled with it as an argument: a frozen dataclass
-    under ``jax.tree_util.register_static``, say, or under ``register_dataclass`` with
-    ``stratified`` marked static. A plain dataclass fails.
+    A subclass must be a pytree, because it is an argument of the compiled training loop. Register
+    it, for example a frozen dataclass, by ``jax.tree_util.register_static``, or by
+    ``register_dataclass`` with ``stratified`` marked static.
     """
 
     stratified: bool
@@ -170,14 +170,14 @@ class NoiseDistribution(ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LogBeta(NoiseDistribution):
-    r"""A beta distribution on the logarithmic axis, as in the DiEM paper.
+    r"""A beta distribution of the logarithm of the noise level, as in Rozet et al. (2024).
 
     .. math:: \sigma = \sigma_{min}^{1 - t} \sigma_{max}^t, \quad
         t \sim \mathrm{Beta}(\alpha, \beta)
 
     Args:
-        alpha: First parameter; the larger, the more draws are near `sigma_max`.
-        beta: Second parameter; the larger, the more draws are near `sigma_min`.
+        alpha: First shape parameter; larger values put more draws near `sigma_max`.
+        beta: Second shape parameter; larger values put more draws near `sigma_min`.
         stratified: Whether `sample` draws once from each of equally probable strata.
 
     Raises:
@@ -204,7 +204,7 @@ class LogBeta(NoiseDistribution):
         sigma_max: ArrayLike,
         scale: ArrayLike,
     ) -> jax.Array:
-        """See `NoiseDistribution.quantile`; on the log axis good to 1e-6, less in the tails."""
+        """See `NoiseDistribution.quantile`; accurate to 1e-6 in ``t``, less in the tails."""
         # JAX has no inverse of the incomplete beta function. The inverse of a tabulated CDF is
         # cheap, monotone, and off by less than a cell of the table where the density vanishes.
         with jax.ensure_compile_time_eval():
@@ -221,7 +221,8 @@ class LogNormal(NoiseDistribution):
 
     .. math:: \ln(\sigma / s) \sim N(\mu, \tau^2)
 
-    clipped to the range. The default mean is EDM's -1.2 for data of standard deviation 0.5.
+    clipped to the range of noise levels, where :math:`s` is the data's scale. The default mean is
+    that of EDM: :math:`-1.2 - \ln 0.5`, for a mean of -1.2 at :math:`s = 0.5`.
 
     Args:
         mean: Mean of the logarithm.
@@ -257,7 +258,7 @@ class LogNormal(NoiseDistribution):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LogUniform(NoiseDistribution):
-    r"""Uniform on the logarithmic axis, :math:`\sigma = \sigma_{min}^{1 - u} \sigma_{max}^u`.
+    r"""A log-uniform distribution, :math:`\sigma = \sigma_{min}^{1 - u} \sigma_{max}^u`.
 
     Args:
         stratified: Whether `sample` draws once from each of equally probable strata.
@@ -280,7 +281,7 @@ class LogUniform(NoiseDistribution):
 def _grid(
     num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both ends as arrays, and the fractions at which the levels lie."""
+    """Return both ends as arrays, and the positions of the levels between them, from 0 to 1."""
     num_steps = check_count("Schedule", "num_steps", num_steps)
     dtype = _float_dtype(sigma_min, sigma_max)
     t = jnp.linspace(0, 1, num_steps, dtype=dtype)
@@ -289,7 +290,7 @@ def _grid(
 
 def _log_interpolate(t: jax.Array, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
     low, high = jnp.log(sigma_min), jnp.log(sigma_max)
-    # Clipped, for rounding may leave the range by an ulp.
+    # Clipped, because rounding may leave the range by an ulp.
     return jnp.clip(jnp.exp(low + t * (high - low)), sigma_min, sigma_max)
 
 

@@ -1,11 +1,11 @@
-r"""The probability flow: log-densities, and the noise that leads to given events.
+r"""The probability flow ODE: log-densities of events, and the noise that generates them.
 
-Deterministic samplers (`numpyro_diffprior.diffusion.samplers`) follow, from high to low noise,
+Deterministic samplers (`numpyro_diffprior.diffusion.samplers`) solve, from high to low noise,
 
 .. math:: \frac{dx}{d \log \sigma} = x - D(x, \sigma).
 
-Here it is solved from low to high noise by an adaptive solver, up to the Gaussian
-:math:`x_T \sim \mathcal{N}(\mu, \Sigma + \sigma_{max}^2 I)` that samplers start from.
+This module solves it from low to high noise by an adaptive solver, up to the initial Gaussian of
+the samplers, :math:`x_T \sim \mathcal{N}(\mu, \Sigma + \sigma_{max}^2 I)`.
 
 References:
     Song et al., *Score-based generative modeling through SDEs*, ICLR 2021, arXiv 2011.13456.
@@ -38,24 +38,24 @@ def flow_log_prob(
         \log p(x) = \log p(x_T) + \int_{\log \sigma_{min}}^{\log \sigma_{max}}
         \nabla \cdot (x - D(x, \sigma)) \, d \log \sigma
 
-    from Song et al. (2021, equation 39), with :math:`p(x_T)` the Gaussian that samplers start
-    from. It is the density of the prior smoothed by :math:`\sigma_{min}`, and differentiable.
-    It is solved for :math:`z = (x - \mu) / \sqrt{s^2 + \sigma^2}` with the prior's mean and scale,
-    which stays of order one from end to end: the tolerances do not depend on the data's units, and
-    steps are small only where the prior is not an isotropic Gaussian.
+    (Song et al. 2021, equation 39), where :math:`p(x_T)` is the initial Gaussian of the samplers.
+    This is the density of the prior smoothed by noise of level :math:`\sigma_{min}`, and it is
+    differentiable. The ODE is solved for :math:`z = (x - \mu) / \sqrt{s^2 + \sigma^2}`, with the
+    prior's mean and scale, which stays of order one: tolerances do not depend on the data's units,
+    and steps are small only where the prior is not an isotropic Gaussian.
 
     Args:
         denoiser: The prior.
-        x: Events, with shape ``(*batch, *event)``.
-        num_probes: The number of Rademacher probes of Hutchinson's estimate of the divergence,
-            the same for all events and calls, so that the density is a fixed function; None for
-            the exact divergence, at one Jacobian-vector product per element.
+        x: Events in the denoiser's unit, with shape ``(*batch, *event)``.
+        num_probes: The number of Rademacher probes in Hutchinson's estimate of the divergence. All
+            events and calls share them, so that the density is a fixed function. None computes
+            the exact divergence, by one Jacobian-vector product per element.
         rtol: The relative tolerance of the adaptive solver (Tsitouras 5/4).
-        max_steps: The number of steps after which the solver gives an event up.
+        max_steps: The maximum number of solver steps per event.
 
     Returns:
-        Log-densities with shape ``(*batch,)``; NaN for events that are not finite or were given
-        up, which NUTS takes for a divergence.
+        Log-densities with shape ``(*batch,)``; NaN for events that are not finite or exceed
+        ``max_steps``, which NUTS treats as divergent.
     """
     size, dtype = denoiser.event_size, denoiser.dtype
     batch_shape = x.shape[: x.ndim - len(denoiser.event_shape)]
@@ -90,19 +90,19 @@ def flow_log_prob(
 def flow_noise(
     denoiser: Denoiser, x: jax.Array, *, rtol: float = 1e-5, max_steps: int = 256
 ) -> jax.Array:
-    r"""Return the standard normal noise from which the probability flow leads to events.
+    r"""Return the standard normal noise that the probability flow maps to the given events.
 
-    The inverse of the deterministic samplers, up to their error: the flow is solved upwards from
-    :math:`x` at :math:`\sigma_{min}` to :math:`x_T = \mu + L z`, as in `flow_log_prob`.
+    It inverts the deterministic samplers, up to their discretization error: the ODE is solved from
+    :math:`x` at :math:`\sigma_{min}` to :math:`x_T = \mu + L z` at :math:`\sigma_{max}`.
 
     Args:
         denoiser: The prior.
-        x: Events, with shape ``(*batch, *event)``.
+        x: Events in the denoiser's unit, with shape ``(*batch, *event)``.
         rtol: The relative tolerance of the adaptive solver.
-        max_steps: The number of steps after which the solver gives an event up.
+        max_steps: The maximum number of solver steps per event.
 
     Returns:
-        The noise :math:`z`, with the shape of ``x``; NaN for events that were given up.
+        The noise :math:`z`, with the shape of ``x``; NaN for events that exceed ``max_steps``.
     """
     noisy = denoiser.cov.noisy(denoiser.sigma_max**2)
     # z = L^-1 v = L^T (L L^T)^-1 v
@@ -119,14 +119,14 @@ def flow_noise(
 
 
 def _differentiable(f: Callable[..., jax.Array]) -> Callable[[jax.Array, Denoiser], jax.Array]:
-    """Return a function with derivatives of first and second order, forward and reverse.
+    """Make a function differentiable to second order, in forward and reverse mode.
 
-    The solver's checkpointed adjoint has first derivatives in reverse mode alone; the one that has
-    all keeps every step in memory. So the first derivative is always the checkpointed one's, and
-    only where that is differentiated again the other is used.
+    The solver's checkpointed adjoint only supports first derivatives in reverse mode; the direct
+    adjoint supports all, but stores every step. First derivatives therefore use the checkpointed
+    adjoint, and only derivatives of these use the direct one.
 
     Args:
-        f: A function of an event, a denoiser and ``twice``: whether it is to be differentiated
+        f: A function of an event, a denoiser and ``twice``: whether it must be differentiable
             more than once.
     """
 
@@ -181,7 +181,7 @@ def _differentiable(f: Callable[..., jax.Array]) -> Callable[[jax.Array, Denoise
 def _for_each(
     f: Callable[[jax.Array, Denoiser], jax.Array], denoiser: Denoiser, x: jax.Array
 ) -> jax.Array:
-    """Apply a function to each event, flattened, and its denoiser: that at its own context."""
+    """Apply a function to each flattened event and the denoiser at the event's context."""
     flat = x.reshape(-1, denoiser.event_size)
     contexts = denoiser.contexts(x.shape[: x.ndim - len(denoiser.event_shape)])
     return jax.vmap(lambda one, context: f(one, denoiser.at(context)))(flat, contexts)
@@ -212,7 +212,7 @@ class _Flow:
         return (flat - self.mean) / self.width(time)
 
     def deviation(self, z: jax.Array) -> jax.Array:
-        """Return how far from the start of samplers the flow ends."""
+        """Return the deviation of :math:`x_T` from the samplers' initial mean."""
         shift = self.mean - self.denoiser.location(()).reshape(-1)
         return self.width(self.stop) * z + shift
 
@@ -231,9 +231,9 @@ class _Flow:
         *,
         twice: bool = False,
     ) -> tuple[Any, jax.Array]:
-        """Return the state at the highest noise level, and whether it was reached.
+        """Return the state at the highest noise level, and whether the solver reached it.
 
-        With ``twice`` it can be differentiated any number of times, and keeps every step.
+        With ``twice``, it is differentiable any number of times, but stores every step.
         """
         import diffrax  # slow to import
 

@@ -1,28 +1,27 @@
 r"""Samplers: from noise to events by a scan over decreasing noise levels.
 
-A sampler starts at :math:`x_T \sim \mathcal{N}(\mu, \Sigma + \sigma_{max}^2 I)`, with the Gaussian
-summary of the denoiser's prior, and moves from one noise level to the next until it returns the
-denoiser's mean at the last. All but `Heun` and `PredictorCorrector` evaluate the denoiser once per
-level and share one Gaussian transition from :math:`\sigma_t` to :math:`\sigma_s < \sigma_t`,
+A sampler starts at :math:`x_T \sim \mathcal{N}(\mu, \Sigma + \sigma_{max}^2 I)`, where :math:`\mu`
+and :math:`\Sigma` are the mean and covariance of the prior, steps through the noise levels, and
+returns the denoiser's output at the last. All but `Heun` and `PredictorCorrector` evaluate the
+denoiser once per level and share one transition from :math:`\sigma_t` to a lower :math:`\sigma_s`,
 
 .. math:: x_s = \tilde x + \frac{\sqrt{\sigma_s^2 - \tau^2}}{\sigma_t} (x_t - \tilde x)
     + \tau \varepsilon, \quad
     \tau = \eta \, \sigma_s \sqrt{1 - \sigma_s^2 / \sigma_t^2}.
 
-First order takes :math:`\tilde x = \hat x = D(x_t, \sigma_t)`: the ancestral sampler with
-:math:`\eta = 1`, DDIM with :math:`\eta = 0`. Second order extrapolates linearly in
-:math:`\log \sigma` to the middle of the step, at no further evaluation,
+First-order samplers have :math:`\tilde x = \hat x = D(x_t, \sigma_t)`: the ancestral sampler has
+:math:`\eta = 1`, DDIM has :math:`\eta = 0`. Second-order samplers extrapolate linearly in
+:math:`\log \sigma` to the middle of the step, without further evaluations,
 
 .. math:: \tilde x = \hat x + c(h) \frac{h}{2 h_{prev}} (\hat x - \hat x_{prev}), \quad
     h = \log(\sigma_t / \sigma_s), \quad
     c(h) = \min\left(1, 1 - \frac{a h}{2 (1 + a)} + \frac{a h^2}{8}\right), \quad
     a = 1 + \eta^2.
 
-DPM-Solver++ (2M) has :math:`c = 1`, second order too, with draws too wide in proportion to
-:math:`h^2`. The damping :math:`c(h)` takes this error away for Gaussian priors and equal steps:
-with 32 levels over 4.6 decades, 3.6 % of the variance become 0.03 % (`tests/test_samplers.py`).
-
-A guided denoiser is a denoiser: all of this runs on it unchanged.
+DPM-Solver++ (2M) has :math:`c = 1`. It is of second order too, but its draws are too wide, by
+:math:`O(h^2)`. The damping :math:`c(h)` removes this error for Gaussian priors and equal steps:
+with 32 levels over 4.6 decades, it falls from 3.6 % of the variance to 0.03 %
+(`tests/test_samplers.py`). A guided denoiser is a denoiser: the samplers run on it unchanged.
 
 References:
     | Song et al., *Denoising diffusion implicit models*, ICLR 2021, arXiv 2010.02502.
@@ -61,7 +60,7 @@ class Levels(NamedTuple):
     Attributes:
         previous: The level before the current one; infinite at the first step.
         current: The level that the step starts from.
-        following: The level that it leads to.
+        following: The level at which the step ends.
     """
 
     previous: jax.Array
@@ -71,21 +70,21 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    r"""A walk down the noise levels; subclasses say how one step is made.
+    r"""Base class of samplers; subclasses define one step.
 
-    Their orders are those measured on Gaussians: the slope of the error of the draws' variance
-    against ``num_steps`` between fixed noise levels (``tests/test_samplers.py``).
+    The stated orders are measured on Gaussians: minus the log-log slope of the error in the draws'
+    variance against ``num_steps``, between fixed noise levels (``tests/test_samplers.py``).
 
     Args:
         num_steps: The number of noise levels.
-        sigma_min: The last noise level, in the denoiser's unit (default: the denoiser's, and that
-            of a posterior follows the observations' noise).
-        sigma_max: The first noise level (default: the denoiser's).
+        sigma_min: The last noise level, in the denoiser's unit (default: the denoiser's
+            `sigma_min`, which for a posterior depends on the noise of the observations).
+        sigma_max: The first noise level (default: the denoiser's `sigma_max`).
         schedule: The spacing of the levels between them.
 
     Raises:
-        ValueError: If there are fewer than two levels, or a level is not positive or the last one
-            not below the first.
+        ValueError: If there are fewer than two levels, a level is not positive, or `sigma_min` is
+            not below `sigma_max`.
     """
 
     num_steps: int = 32
@@ -117,7 +116,7 @@ class Sampler:
 
     @property
     def is_single(self) -> bool:
-        """Whether a step is one evaluation and a `transition`, as particles need it."""
+        """Whether a step is one evaluation and a `transition`, as particle methods require."""
         return self.num_evaluations == self.num_steps
 
     def sigmas(self, denoiser: Denoiser) -> jax.Array:
@@ -149,21 +148,21 @@ class Sampler:
     def initial(
         self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...]
     ) -> jax.Array:
-        r"""Draw :math:`x_T`, with shape ``(*batch, *event)``, from the Gaussian prior's marginal.
+        r"""Draw :math:`x_T`, with shape ``(*batch, *event)``, from the initial Gaussian.
 
-        For a Gaussian prior this leaves no bias, however low the first level. The posterior's
-        marginal is elsewhere: of the distance to its mean, a direction of posterior variance
-        :math:`\lambda` keeps :math:`\lambda / (\lambda + \sigma_{max}^2)` with :math:`\eta = 1`,
-        and the square root of that with :math:`\eta = 0`.
+        For a Gaussian prior this is exact at any `sigma_max`. Draws from a posterior are biased:
+        in a direction of posterior variance :math:`\lambda`, they keep a fraction
+        :math:`\lambda / (\lambda + \sigma_{max}^2)` of the distance between the means of prior and
+        posterior with :math:`\eta = 1`, and the square root of it with :math:`\eta = 0`.
         """
         shape = (*batch_shape, *denoiser.event_shape)
         return self.start(denoiser, jax.random.normal(rng_key, shape, denoiser.dtype))
 
     def extrapolate(self, x_hat: jax.Array, x_hat_prev: jax.Array, levels: Levels) -> jax.Array:
-        r"""Return :math:`\tilde x`, the denoiser's mean for the whole of the step."""
+        r"""Return :math:`\tilde x`, extrapolated to the middle of the step."""
         if self.order == 1:
             return x_hat
-        # Differences of logarithms: infinite at the first step, with finite derivatives.
+        # Differences of logarithms are infinite at the first step, but their derivatives finite.
         step = jnp.log(levels.current) - jnp.log(levels.following)
         step_prev = jnp.log(levels.previous) - jnp.log(levels.current)
         squares = 1 + self.eta**2
@@ -173,7 +172,7 @@ class Sampler:
     def transition(
         self, x_t: jax.Array, x_tilde: jax.Array, levels: Levels
     ) -> tuple[jax.Array, jax.Array]:
-        r"""Return mean and deviation :math:`\tau` of :math:`x_s` given :math:`x_t`."""
+        r"""Return mean and standard deviation :math:`\tau` of :math:`x_s` given :math:`x_t`."""
         ratio = levels.following / levels.current
         tau = self.eta * levels.following * jnp.sqrt(1 - ratio**2)
         shrink = ratio * jnp.sqrt(1 - self.eta**2 + (self.eta * ratio) ** 2)
@@ -187,7 +186,7 @@ class Sampler:
         x_hat_prev: jax.Array,
         levels: Levels,
     ) -> tuple[jax.Array, jax.Array]:
-        r"""Return :math:`x_s` and :math:`\hat x`, the memory of the next step."""
+        r"""Return :math:`x_s`, and :math:`\hat x` for the extrapolation of the next step."""
         x_hat = denoiser(x_t, levels.current)
         x_tilde = self.extrapolate(x_hat, x_hat_prev, levels)
         mean, tau = self.transition(x_t, x_tilde, levels)
@@ -196,7 +195,7 @@ class Sampler:
         return mean, x_hat
 
     def run(self, rng_key: jax.Array, denoiser: Denoiser, x_t: jax.Array) -> jax.Array:
-        """Walk from ``x_t`` at the first noise level to events, with the same shape."""
+        """Run from ``x_t`` at the first noise level; return events of the same shape."""
         levels = self.levels(denoiser)
         keys = jax.random.split(rng_key, self.num_steps - 1)
 
@@ -205,7 +204,7 @@ class Sampler:
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             return self.step(inputs[0], denoiser, *carry, inputs[1]), None
 
-        # A gradient keeps x_t at each level, not what is inside of the denoiser.
+        # Reverse mode stores x_t at each level, not the intermediate values of the denoiser.
         body = jax.checkpoint(body, prevent_cse=False)  # a scan prevents it anyway
         (x_t, _), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
         return denoiser(x_t, levels.following[-1])
@@ -223,11 +222,11 @@ class Sampler:
 class DDPM(Sampler):
     r"""The ancestral sampler, first order (measured: 0.9).
 
-    Its draws are too narrow by :math:`O(1 / \text{num\_steps})`: 27 % of the variance with 24
-    levels over three decades, 8 % with 96.
+    The variance of its draws is too small by :math:`O(1 / \text{num\_steps})`: by 27 % with 24
+    levels over three decades, by 8 % with 96.
 
     Args:
-        eta: The share of fresh noise :math:`\eta`: 1 is ancestral, 0 is `DDIM`.
+        eta: The amount of fresh noise :math:`\eta`: 1 is the ancestral sampler, 0 is `DDIM`.
     """
 
     eta: float = 1.0  # type: ignore[misc]  # a field here, a constant of the class elsewhere
@@ -242,7 +241,7 @@ class DDPM(Sampler):
 class DDIM(Sampler):
     """The deterministic sampler of Song et al. (2021), first order (measured: 1.0).
 
-    Its draws are too narrow, by about half as much as those of `DDPM`.
+    The variance of its draws is too small, by about half as much as with `DDPM`.
     """
 
 
@@ -251,8 +250,8 @@ class DDIM(Sampler):
 class MultistepSDE(Sampler):
     """The ancestral sampler, second order (measured: 2.1) at one evaluation per step; the default.
 
-    The order is that on a `Karras` grid, where draws are too wide. On the default grid of equal
-    steps they are as wide as they should be.
+    The order is measured on a `Karras` schedule, where draws are too wide. On the default
+    `LogLinear` schedule, the variance of the draws has no such error; see the module docstring.
     """
 
     eta: ClassVar[float] = 1.0
@@ -262,10 +261,10 @@ class MultistepSDE(Sampler):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class MultistepODE(Sampler):
-    """The deterministic twin of `MultistepSDE`, second order (measured: 2.1).
+    """The deterministic version of `MultistepSDE`, second order (measured: 2.1).
 
-    On a guided denoiser it keeps more of where it started, the prior's marginal at `sigma_max`:
-    see `Sampler.initial`.
+    With a guided denoiser, its draws are more biased by the initial Gaussian; see
+    `Sampler.initial`.
     """
 
     order: ClassVar[int] = 2
@@ -276,7 +275,7 @@ class MultistepODE(Sampler):
 class Heun(Sampler):
     """The deterministic sampler of EDM (algorithm 1), second order (measured: 2.1).
 
-    It takes two evaluations per step; `MultistepODE` takes one, and errs less at equal steps.
+    It takes two evaluations per step; `MultistepODE` takes one and errs less at equal steps.
     """
 
     @property
@@ -308,11 +307,11 @@ class PredictorCorrector(Sampler):
 
     .. math:: x \leftarrow x - \delta (x - D(x, \sigma)) + \sigma \sqrt{2 \delta} \, \varepsilon
 
-    The official code of arXiv 2405.13712 has this form, with one correction of step size 0.1.
-    Predictions are too narrow and corrections too wide (at a level of its own, a Gaussian's
-    variance by :math:`1 / (1 - \delta \kappa / 2)`, with
+    The official code of arXiv 2405.13712 uses this sampler, with one correction of step size 0.1.
+    The predictor makes draws too narrow, the corrector too wide: corrections at one level would
+    multiply the variance of a Gaussian by :math:`1 / (1 - \delta \kappa / 2)`, with
     :math:`\kappa = \sigma^2 / (\sigma^2 + \lambda)` in a direction of prior variance
-    :math:`\lambda`); both vanish as steps are added, slowly (measured: 0.8 from 384 to 1,536).
+    :math:`\lambda`. Both errors vanish slowly (measured order: 0.8 from 384 to 1,536 steps).
 
     Args:
         num_corrections: The number of Langevin steps per level.

@@ -5,8 +5,8 @@ r"""Fit a denoiser to samples, by denoising score matching.
 
 with :math:`s` the data's scale, so that the loss does not depend on the data's units. Only the
 network's weights are trained: the ``nnx.Param`` of a flax nnx module, or all floating arrays of
-another pytree (`numpyro_diffprior.nets.adapters`). Other variables of a module, batch statistics
-say, are carried along as the module updates them.
+another pytree (`numpyro_diffprior.nets.adapters`). The module itself updates its other variables,
+such as batch statistics.
 
 References:
     Rozet, Andry, Lanusse, Louppe, *Learning diffusion priors from observations by expectation
@@ -64,7 +64,7 @@ class TrainState(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What `fit_denoiser` returns.
+    """The result of `fit_denoiser`.
 
     Attributes:
         denoiser: The denoiser with averaged weights.
@@ -83,24 +83,23 @@ def denoising_loss(
     *,
     rngs: nnx.Rngs | None = None,
 ) -> jax.Array:
-    r"""Weighted error of a denoiser on freshly noised events.
+    r"""Weighted mean squared error of a denoiser on freshly noised events.
 
     .. math:: \frac{1}{d} \left( \frac{1}{\sigma^2} + \frac{1}{s^2} \right)
         \lVert D(x + \sigma \varepsilon, \sigma) - x \rVert^2
 
-    on average over the batch. For data of scale :math:`s`, the error of predicting by scaling
-    alone is one at every noise level.
+    averaged over the batch. For data of scale :math:`s`, the best prediction that is a multiple of
+    :math:`x_t` has loss one at every noise level.
 
     Args:
         denoiser: Any denoiser.
         x: Clean events, with shape ``(*batch, *event_shape)``, in the denoiser's unit.
-        sigma: Noise levels, broadcastable to ``(*batch,)``, likewise.
-        rng_key: A key, of the noise.
-        rngs: Random streams of the dropout of a network, to train; without them there
-            is no dropout.
+        sigma: Noise levels, broadcastable to ``(*batch,)``, in the denoiser's unit.
+        rng_key: Random key for the noise.
+        rngs: Random streams for the dropout of a network (default: no dropout).
 
     Returns:
-        A scalar.
+        The loss, a scalar.
     """
     event_axes = tuple(range(-len(denoiser.event_shape), 0))
     sigma = jnp.expand_dims(jnp.asarray(sigma, x.dtype), event_axes)
@@ -110,8 +109,8 @@ def denoising_loss(
         x_hat = denoiser(x_t, level, rngs=rngs)
     else:
         x_hat = denoiser(x_t, level)
-    # The square of 1 / c_out, the factor of the network in `NetworkDenoiser`, where its
-    # preconditioning has the data's scale. In EM the base stays while the scale follows the draws.
+    # The square of 1 / c_out in `NetworkDenoiser`, if its base has the data's scale. In EM, the
+    # base is fixed while the scale follows the draws.
     weight = 1 / sigma**2 + 1 / denoiser.scale**2
     return jnp.mean(weight * (x_hat - x) ** 2)
 
@@ -119,7 +118,7 @@ def denoising_loss(
 def init_training(
     denoiser: NetworkDenoiser, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Start training from a denoiser.
+    """Return the initial state of training.
 
     Args:
         denoiser: The denoiser to start from; its mean, covariance and base stay as they are.
@@ -151,26 +150,26 @@ def train(
     r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
 
     Every step draws a minibatch of `x` with replacement and a noise level for each of its events.
-    The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` after step
-    :math:`t`, counted over all calls: it forgets the start at any number of steps.
+    The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` at step
+    :math:`t`, counted over all calls, so that it forgets the initial weights in a short run too.
 
-    The function compiles once for an optimizer (the very object), a shape of `x`, `num_steps`
-    and `batch_size`. New weights, data or `ema_decay` compile nothing.
+    The function compiles once per optimizer (compared by identity), shape of `x`, `num_steps`
+    and `batch_size`. New weights, data or values of `ema_decay` do not recompile it.
 
     Args:
-        rng_key: A key.
-        state: Where to go on, from `init_training` or from this function.
-        x: Clean events to fit, with shape ``(n, *event_shape)``.
+        rng_key: Random key.
+        state: The current state, from `init_training` or from a previous call.
+        x: Clean events to fit, in the data's units, with shape ``(n, *event_shape)``.
         optimizer: The optax transformation that `state` was initialized with.
         num_steps: Number of steps.
         batch_size: Number of events per step; it may exceed ``n``.
-        context: The events' contexts, with shape ``(n, *context_shape)``, of a denoiser that
-            waits for them.
+        context: The events' contexts, with shape ``(n, *context_shape)``, if the denoiser takes
+            contexts.
         noise: Distribution of the noise levels between the denoiser's `sigma_min` and
             `sigma_max`; the default is `LogNormal`, that of EDM.
-        ema_decay: Largest decay of the average of the weights, from 0 (no averaging) to 1.
-        mesh: Devices to spread every minibatch over (`jax.make_mesh`); the events and the weights
-            are copied to each.
+        ema_decay: Largest decay :math:`\gamma` of the average, from 0 (no averaging) to 1.
+        mesh: Devices over which every minibatch is sharded (`jax.make_mesh`); the events and the
+            weights are copied to each.
 
     Returns:
         The next state, and the loss of every minibatch before its step with shape
@@ -199,19 +198,19 @@ def measure_error(
     context: jax.Array | None = None,
     batch_size: int = 256,
 ) -> NetworkDenoiser:
-    """Measure a denoiser's error at noise levels from end to end; see `Denoiser.error_ratio`.
+    """Measure a denoiser's error over its range of noise levels; see `Denoiser.error_ratio`.
 
-    Events that the network was trained on make it look better than it is.
+    On the events that the network was trained on, the measured error is too small.
 
     Args:
-        rng_key: A key.
+        rng_key: Random key.
         denoiser: The denoiser; its mean and covariance should be those of `x`.
-        x: Clean events, with shape ``(n, *event_shape)``.
+        x: Clean events, in the data's units, with shape ``(n, *event_shape)``.
         context: Their contexts, see `train`.
         batch_size: Number of events, drawn from `x`, per noise level.
 
     Returns:
-        The denoiser with its ``error_ratios``.
+        The denoiser with the measured ``error_ratios``.
 
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite.
@@ -260,15 +259,15 @@ def fit_denoiser(
     rank: int | None = None,
     mesh: Mesh | None = None,
 ) -> FitResult:
-    """Fit a denoiser to clean events: its mean and covariance at once, then its network.
+    """Fit a denoiser to clean events: first its mean and covariance, then its network.
 
-    Where the denoiser's unit is far from the events' scale, it gets another one.
+    If the denoiser's unit is far from the events' scale, the result has another unit.
 
     Args:
-        rng_key: A key.
-        denoiser: A denoiser with a new network. (To go on with a trained one, whose
-            preconditioning must stay as it is, use `train`.)
-        x: Clean events, with shape ``(n, *event_shape)``.
+        rng_key: Random key.
+        denoiser: A denoiser with an untrained network. (To continue with a trained one, whose
+            preconditioning must not change, use `train`.)
+        x: Clean events, in the data's units, with shape ``(n, *event_shape)``.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -279,7 +278,7 @@ def fit_denoiser(
         mesh: Devices to spread minibatches over, see `train`.
 
     Returns:
-        The averaged denoiser, and the losses.
+        The denoiser with averaged weights and measured error ratios, and the losses.
 
     Raises:
         ValueError: See `train`.
@@ -307,13 +306,13 @@ def fit_denoiser(
 
 
 def _deviation(x: jax.Array) -> jax.Array:
-    """Return the largest deviation of an element, by squares of numbers near one."""
+    """Return the largest standard deviation of an element, without overflow or underflow."""
     size = jnp.abs(x).max()
     return size * jnp.std(x / size, axis=0).max()
 
 
 def _warn_of_divergence(losses: jax.Array) -> None:
-    """Warn where training met numbers that are not finite."""
+    """Warn if training met numbers that are not finite."""
     if isinstance(losses, jax.core.Tracer) or bool(jnp.isfinite(losses).all()):
         return
     step = int(jnp.argmin(jnp.isfinite(losses))) + 1
@@ -357,7 +356,7 @@ def _train(
         net = rebuild(_like(weights, narrow), rest)
         denoiser = _at(replace(fixed, net=net), context, index)
         loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
-        # Batch statistics and the counts of random streams go on.
+        # Batch statistics and the counts of random streams are passed to the next step.
         return loss, untrained(net)
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
@@ -371,7 +370,7 @@ def _train(
         (loss, new_rest), gradient = differentiate(weights, rest, index, key_loss)
         update, new_opt_state = optimizer.update(gradient, opt_state, weights)
         new_weights = optax.apply_updates(weights, update)
-        # A step that is not finite is not taken, nor is any after it: losses then are NaN.
+        # A step that is not finite is not taken, nor is any later one; their losses are NaN.
         is_finite = _are_finite((loss, new_weights)) & _are_finite(gradient)
         diverged = diverged | ~is_finite
 
@@ -393,8 +392,8 @@ def _train(
         )
         return (weights, rest, averaged, opt_state, count, diverged), loss
 
-    # In a dtype such as bfloat16, small steps of the weights and of their average would round to
-    # none, and the squares of the optimizer to zero.
+    # In a dtype such as bfloat16, small updates of the weights and of their average would round to
+    # zero, and so would the optimizer's averages of squared gradients.
     carry = (
         _widen(narrow),
         rest,
@@ -416,14 +415,14 @@ def _train(
 
 
 def _widen(weights: Any) -> Any:
-    """Return weights of at least float32."""
+    """Cast weights to float32, or keep them if they are wider."""
     return jax.tree.map(
         lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), weights
     )
 
 
 def _like(weights: Any, others: Any) -> Any:
-    """Return weights of the dtypes of others."""
+    """Cast weights to the dtypes of others."""
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), weights, others)
 
 
@@ -460,7 +459,7 @@ def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:
             f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
             f"and n > 0, got {x.shape}."
         )
-    # Under a transformation of the caller's there are no values to look at.
+    # Traced arrays have no values to check.
     if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
         bad = int(jnp.sum(~jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)))
         raise ValueError(
