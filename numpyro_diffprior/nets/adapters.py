@@ -22,10 +22,10 @@ class FunctionNetwork:
     """A function and its parameters as a network.
 
     Args:
-        function: ``function(params, x, noise)``, or ``function(params, x, noise, context)``, for
-            scaled noisy events ``x`` with shape ``(batch, *event)`` and ``noise = log(sigma / s) /
-            4`` with shape ``(batch,)`` or ``(1,)``, where ``s`` is the data's scale. It returns an
-            array with the shape of ``x``. Static under ``jit``, and compared by identity.
+        function: A function of ``(params, x, noise)``, or of ``(params, x, noise, context)``, that
+            returns an array with the shape of ``x``. ``x`` are scaled noisy events, with shape
+            ``(batch, *event)``; ``noise`` is ``log(sigma / s) / 4``, with the data's scale ``s``
+            and shape ``(batch,)`` or ``(1,)``. Static under ``jit``, and compared by identity.
         params: A pytree of arrays; all floating arrays are trained.
         event_shape: The shape of one event.
         context_shape: The shape of one context, or None.
