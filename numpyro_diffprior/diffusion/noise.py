@@ -109,8 +109,8 @@ class Karras(Schedule):
 class NoiseDistribution(ABC):
     """A distribution of noise levels between `sigma_min` and `sigma_max`.
 
-    A subclass must be a pytree, because it is an argument of the compiled training loop. Register
-    it, for example a frozen dataclass, by ``jax.tree_util.register_static``, or by
+    A subclass must be a pytree, because it is an argument of the compiled training loop. A frozen
+    dataclass, for example, can be registered by ``jax.tree_util.register_static``, or by
     ``register_dataclass`` with ``stratified`` marked static.
     """
 
@@ -149,7 +149,7 @@ class NoiseDistribution(ABC):
         """Draw noise levels.
 
         Args:
-            rng_key: A key.
+            rng_key: Random key.
             num: Number of draws.
             sigma_min: Smallest noise level, a positive scalar.
             sigma_max: Largest noise level, a scalar above `sigma_min`.
