@@ -25,7 +25,7 @@ __all__ = ["ConditionedDenoiser", "DenoiserWrapper", "PlateDenoiser", "ProductDe
 
 @dataclass(frozen=True, eq=False)
 class DenoiserWrapper(Denoiser):
-    """Base class of denoisers that wrap another one, and by default forward to it.
+    """Base class of denoisers that wrap another one, with its summary and contexts by default.
 
     Args:
         part: The wrapped denoiser.
