@@ -204,7 +204,7 @@ class _Posterior(GuidedDenoiser):
 
     def _matrix_at(self, x: jax.Array) -> jax.Array | None:
         """Return the likelihood's operator, where the solve takes matrices."""
-        if self.matrix is None and isinstance(self.solve, FactoredSolve):
+        if self.matrix is None and self.solve.takes_matrix:
             return self.likelihood.operator(x)
         return self.matrix
 

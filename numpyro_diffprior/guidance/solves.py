@@ -13,7 +13,7 @@ a learned Jacobian, in its eigenbasis; or matrix-free, by conjugate gradients.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,13 @@ class Solution(NamedTuple):
 
 
 class Solve(ABC):
-    """A way to solve for the mode."""
+    """A way to solve for the mode.
+
+    Attributes:
+        takes_matrix: Whether it needs the likelihood's operator as a matrix.
+    """
+
+    takes_matrix: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -69,6 +75,8 @@ class Solve(ABC):
 @dataclass(frozen=True)
 class FactoredSolve(Solve):
     r"""One Cholesky factor of :math:`\Sigma_y + A V A^T`, for a closed form of :math:`V`."""
+
+    takes_matrix: ClassVar[bool] = True
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None

@@ -104,12 +104,12 @@ def update_path(
     x_t = jnp.concatenate([path[:1], free])
     levels = sampler.levels(posterior)
     sigmas = sampler.sigmas(posterior)
-    x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path, sigmas))
+    x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path[1:], sigmas[1:]))
     # Behind the last level there is no transition: whatever stands there is not looked at.
     ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
     futures = _Future(
         path[1:],
-        x_hats[1:],
+        x_hats,
         jnp.concatenate([path[2:], path[-1:]]),
         ahead,
         jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
