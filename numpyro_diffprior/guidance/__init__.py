@@ -1,4 +1,4 @@
-"""Guidance: from a prior's denoiser and a likelihood to the denoiser of the posterior."""
+"""Guidance: the posterior's denoiser from the prior's denoiser and a likelihood."""
 
 from numpyro_diffprior.guidance.covariances import (
     CalibratedCovariance,

@@ -1,9 +1,9 @@
 r"""The covariance of :math:`x` given :math:`x_t`, as an operator.
 
-The exact one is Tweedie's second formula, :math:`V = \sigma^2 J` with the denoiser's Jacobian
-:math:`J`, at one vector-Jacobian product of the network per product. Closed forms need none: that
-of a Gaussian prior, as it is or scaled to the error that the denoiser makes, and two heuristics of
-the paper to compare with.
+Tweedie's second formula gives it exactly, :math:`V = \sigma^2 J` with the denoiser's Jacobian
+:math:`J`; a product with it is one vector-Jacobian product of the network. The closed forms need
+no Jacobian: the covariance under a Gaussian prior, optionally scaled to the denoiser's error, and
+two heuristics of the paper for comparison.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -40,9 +40,9 @@ class PosteriorOperator(NamedTuple):
     Attributes:
         x_hat: The denoiser's mean, with shape ``(*batch, *event)``.
         matvec: The product with :math:`V`, of flattened events.
-        pull: The product with :math:`\sigma^2 J^T`, of flattened events: guidance by a gradient
-            at :math:`\hat x`.
-        closed_form: :math:`V` itself where it needs no product with the Jacobian, or None.
+        pull: The product with :math:`\sigma^2 J^T`, of flattened events; it turns a gradient at
+            :math:`\hat x` into a correction of :math:`\hat x`.
+        closed_form: :math:`V` itself, or None if it needs products with the Jacobian.
     """
 
     x_hat: jax.Array
@@ -54,13 +54,13 @@ class PosteriorOperator(NamedTuple):
 class PosteriorCovariance(ABC):
     r"""A model of :math:`V`, the covariance of :math:`x` given :math:`x_t`.
 
-    A subclass is hashable and compared by value, as a frozen dataclass is: it is static in what is
-    compiled.
+    Subclasses are static under `jax.jit`: they must be hashable and compare by value, as frozen
+    dataclasses do.
     """
 
     @abstractmethod
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance | None:
-        r"""Return :math:`V` at a noise level, or None if it is :math:`\sigma^2 J`."""
+        r"""Return :math:`V` at a noise level, or None for Tweedie's :math:`\sigma^2 J`."""
 
     @property
     def has_closed_form(self) -> bool:
@@ -68,7 +68,7 @@ class PosteriorCovariance(ABC):
         return True
 
     def at(self, denoiser: Denoiser, x_t: jax.Array, sigma: jax.Array) -> PosteriorOperator:
-        """Evaluate the denoiser, and return the operator there.
+        """Evaluate the denoiser and return the operator at ``x_t``.
 
         Args:
             denoiser: The prior.
@@ -83,7 +83,7 @@ class PosteriorCovariance(ABC):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class GaussianCovariance(PosteriorCovariance):
-    r"""That of a Gaussian prior, :math:`(\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}`."""
+    r"""The covariance under a Gaussian prior, :math:`(\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}`."""
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
         return denoiser.cov.denoised(sigma**2)
@@ -92,15 +92,15 @@ class GaussianCovariance(PosteriorCovariance):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class CalibratedCovariance(PosteriorCovariance):
-    r"""That of a Gaussian prior, scaled to the error that the denoiser makes.
+    r"""The covariance under a Gaussian prior, scaled to the denoiser's error.
 
     .. math:: r(\sigma) \, (\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}, \quad
         r(\sigma) = E \lVert x - D(x_t, \sigma) \rVert^2
         / \mathrm{tr} (\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}
 
-    A prior that is not Gaussian leaves less open at medium noise than a Gaussian of its covariance
-    would: half as much, on digits. The ratio is that of `Denoiser.error_ratio`; without a measured
-    one, this is `GaussianCovariance`.
+    At medium noise levels, a prior that is not Gaussian has a smaller conditional variance than a
+    Gaussian with its covariance: about half, on digits. `Denoiser.error_ratio` gives the ratio;
+    it is one if no error was measured, and this is then `GaussianCovariance`.
     """
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
@@ -110,7 +110,7 @@ class CalibratedCovariance(PosteriorCovariance):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class FlatPriorCovariance(PosteriorCovariance):
-    r"""The heuristic :math:`\Sigma_t = \sigma^2 I`, that of a flat prior."""
+    r"""The heuristic :math:`\Sigma_t = \sigma^2 I`, the covariance under a flat prior."""
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
         return Isotropic(sigma**2, denoiser.event_size)
@@ -128,7 +128,7 @@ class IsotropicPriorCovariance(PosteriorCovariance):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class TweedieCovariance(PosteriorCovariance):
-    r"""The covariance of the prior itself, :math:`V = \sigma^2 J` (Tweedie's second formula).
+    r"""The covariance under the prior itself, :math:`V = \sigma^2 J` (Tweedie's second formula).
 
     The Jacobian of a learned denoiser is not symmetric positive semi-definite: directions without
     positive variance get no correction.
@@ -139,7 +139,7 @@ class TweedieCovariance(PosteriorCovariance):
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether `closed_form` returns a covariance: it does not."""
+        """Whether `closed_form` returns a covariance; here it does not."""
         return False
 
 

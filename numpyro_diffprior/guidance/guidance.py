@@ -1,13 +1,13 @@
-r"""Guidance: from a prior's denoiser and a likelihood to the denoiser of the posterior.
+r"""Guidance: the posterior's denoiser from the prior's denoiser and a likelihood.
 
 Tweedie's formula for :math:`p(x_t \mid y)` gives the posterior's denoiser
 
 .. math:: E[x \mid x_t, y] = \hat x + \sigma^2 \nabla_{x_t} \log p(y \mid x_t), \quad
     \hat x = D(x_t, \sigma).
 
-A guidance approximates it, from :math:`\hat x` and the likelihood of the observed batch; see
-`numpyro_diffprior.guidance.mmps` for the one to use. Its approximation of :math:`p(y \mid x_t)` is
-also the *twist* of the particle samplers.
+A `Guidance` approximates it from :math:`\hat x` and the likelihood of the observed batch;
+`numpyro_diffprior.guidance.mmps` has the recommended one. Its approximation of
+:math:`p(y \mid x_t)` is also the *twist* of the particle samplers.
 """
 
 from abc import ABC, abstractmethod
@@ -26,17 +26,17 @@ __all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead", "finest"]
 
 
 class Guided(NamedTuple):
-    r"""What guidance finds at one noise level.
+    r"""The result of guidance at one noise level.
 
     Attributes:
         x_hat: The prior's mean :math:`E[x \mid x_t]`, with shape ``(*batch, *event)``.
-        x_hat_y: The posterior's mean :math:`E[x \mid x_t, y]`, likewise.
+        x_hat_y: The posterior's mean :math:`E[x \mid x_t, y]`, with the same shape.
         log_twist: The approximate :math:`\log p(y \mid x_t)`, with shape ``(*batch,)``, without
             its log-determinant where the solve is matrix-free.
-        residual: The relative residual of the solve, with shape ``(*batch,)``; zero where
-            there was none, or an exact one.
-        num_truncated: The number of directions with negative prior variance, likewise; zero
-            where the solve is matrix-free.
+        residual: The relative residual of the solve, with shape ``(*batch,)``; zero if there is
+            no solve, or an exact one.
+        num_truncated: The number of directions with negative prior variance, with shape
+            ``(*batch,)``; zero where the solve is matrix-free.
     """
 
     x_hat: jax.Array
@@ -47,17 +47,17 @@ class Guided(NamedTuple):
 
 
 class LookAhead(NamedTuple):
-    r"""What a Gaussian prior predicts of the observations from a lower noise level.
+    r"""The predictive distribution of :math:`y` given :math:`x_s`, under a Gaussian prior.
 
     .. math:: y \sim \mathcal{N}\bigl(h(x) + G (x_s - x), S\bigr), \quad
         G = A V / \sigma_s^2, \quad S = \Sigma_y + A V A^T
 
     Attributes:
         residual: :math:`y - h(x)`, with shape ``(*extra, *batch, m)``.
-        matvec: The product with :math:`G`: from ``d`` to ``m`` elements.
-        transpose: The product with its transpose: from ``m`` to ``d``.
+        matvec: The product with :math:`G`, from ``d`` to ``m`` elements.
+        transpose: The product with :math:`G^T`, from ``m`` to ``d`` elements.
         cov: :math:`S`, with shape ``(*batch, m, m)``.
-        spread: :math:`G G^T`, likewise.
+        spread: :math:`G G^T`, with the same shape.
         event_size: The number ``d`` of an event's elements.
     """
 
@@ -71,14 +71,14 @@ class LookAhead(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GuidedDenoiser(DenoiserWrapper, ABC):
-    """The denoiser of a posterior: any sampler runs it. Made by `Guidance.condition`.
+    """The denoiser of a posterior, for any sampler; see `Guidance.condition`.
 
-    A subclass owns what its guidance precomputes for a likelihood.
+    Subclasses hold what their guidance precomputes for a likelihood.
 
     Args:
         part: The prior.
         likelihood: The likelihood of the observed batch.
-        precision: The largest precision of the likelihood, or None: what `sigma_min` follows.
+        precision: The largest precision of the likelihood, which bounds `sigma_min`, or None.
     """
 
     likelihood: Likelihood
@@ -86,10 +86,10 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
 
     @property
     def sigma_min(self) -> jax.Array:
-        """The noise level at which sampling stops: the prior's, or one that resolves the data.
+        """The noise level at which sampling stops.
 
-        That is a tenth of the deviation that observations alone leave of the direction that they
-        know best, if rounding allows it (`finest`).
+        It is the prior's, or lower for precise observations: a tenth of the likelihood's smallest
+        standard deviation in any direction, but not below `finest`.
         """
         low = self.part.sigma_min
         if self.precision is None:
@@ -114,28 +114,28 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
 
     @abstractmethod
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Do the work of `guide`, for an array of noise levels."""
+        """Implement `guide`, for an array of noise levels."""
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether particles are to look ahead, by `look_ahead`, rather than to be guided."""
+        """Whether particle proposals use `look_ahead` instead of `guide`."""
         return False
 
     def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return what is predicted of the observations around ``x`` from noise level ``sigma``."""
+        """Return the prediction of the observations, linearized at ``x``; see `LookAhead`."""
         raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 
 def finest(denoiser: Denoiser) -> jax.Array:
-    """Return the lowest noise level at which events of the prior's scale are told from noise."""
+    """Return the lowest noise level that rounding resolves for events of the prior's scale."""
     return 10 * jnp.finfo(denoiser.dtype).eps * denoiser.scale
 
 
 class Guidance(ABC):
     """An approximation of the posterior's denoiser.
 
-    A subclass is hashable and compared by value, as a frozen dataclass is: it is static in what is
-    compiled. It implements `bind`.
+    Subclasses implement `bind`. They are static under `jax.jit`: they must be hashable and compare
+    by value, as frozen dataclasses do.
     """
 
     def condition(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
@@ -155,4 +155,4 @@ class Guidance(ABC):
 
     @abstractmethod
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, of events of one shape; see `condition`."""
+        """Implement `condition`, for a prior and a likelihood with the same event shape."""

@@ -1,20 +1,20 @@
-r"""Likelihoods: what the observed sites say about the events of one latent site.
+r"""The likelihood of a batch of events, with the derivatives that guidance needs.
 
-A likelihood is read at events ``x`` through its first two moments,
+Guidance uses the first two moments of the observed values given events ``x``,
 
 .. math:: y \approx \mathcal{N}(h(x), \Sigma_y(x)), \quad
     h(x + v) \approx h(x) + A v, \quad A = \partial h / \partial x,
 
-for guidance, and through its exact log-density, for weights. Where it has no moments,
-:math:`h(x)` are its parameters and :math:`y` what its log-density would have them be: a
-pseudo-observation, with the inverse curvature for noise, made anew at every :math:`x`. A
-*potential* is a log-density of the event itself, read by its gradient :math:`g` and the products
-with its curvature :math:`H = -\nabla^2`. Nothing here depends on NumPyro:
+and particle samplers use the exact log-density for their weights. If a distribution has no
+moments to match, :math:`h(x)` are its parameters and :math:`y` is a pseudo-observation of them,
+with the inverse curvature of the log-density as noise; both depend on :math:`x`. A
+*potential* is a log-density of the event itself, used through its gradient :math:`g` and products
+with its negative Hessian :math:`H`. This module does not depend on NumPyro:
 `numpyro_diffprior.reading` makes a likelihood from a model.
 
-Shapes: ``x`` is ``(*extra, *batch, *event)``, where ``batch`` are the events that are observed (a
-plate) and ``extra`` are draws or particles of each. All observed values of an event form one
-vector of length ``m``; entries that are hidden by a mask have a zero row in :math:`A`.
+Shapes: ``x`` is ``(*extra, *batch, *event)``, where ``batch`` are the observed events (a plate)
+and ``extra`` the draws or particles of each. All observed values of an event form one vector of
+length ``m``; masked values have a zero row in :math:`A`.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ __all__ = ["Likelihood", "Linearization", "Reading", "linear_gaussian"]
 
 
 class Reading(NamedTuple):
-    """What is expected of a batch of events, and what was observed.
+    """The moments of the observations given a batch of events, and the observed values.
 
     Attributes:
         y_hat: The expected values, with shape ``(*batch, m)``.
-        noise: The covariance of the observed values given ``x``.
+        noise: The covariance of the observed values given ``x``, of size ``m``.
         y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
     """
 
@@ -46,15 +46,15 @@ class Reading(NamedTuple):
 
 
 class Linearization(NamedTuple):
-    r"""A likelihood at one set of events, to second order.
+    r"""The second-order approximation of a likelihood around given events.
 
     Attributes:
         residual: Observed minus expected values, with shape ``(*batch, m)``.
         matvec: The operator :math:`A`, from ``(*batch, d)`` to ``(*batch, m)``.
         transpose: Its transpose, from ``(*batch, m)`` to ``(*batch, d)``.
-        noise: The covariance of the observed values given ``x``.
+        noise: The covariance of the observed values given ``x``, of size ``m``.
         gradient: The gradient of the potential, with shape ``(*batch, d)``, or None.
-        curvature: The product with minus the potential's Hessian, or None.
+        curvature: The product with :math:`H`, the potential's negative Hessian, or None.
     """
 
     residual: jax.Array
@@ -75,7 +75,7 @@ class Linearization(NamedTuple):
         return product if self.curvature is None else product + self.curvature(v)
 
     def recenter(self, shift: jax.Array) -> "Linearization":
-        """Return the same approximation as seen from events that are ``shift`` lower."""
+        """Return the same approximation, expanded around the events minus ``shift``."""
         residual = self.residual + self.matvec(shift)
         if self.gradient is None or self.curvature is None:
             return self._replace(residual=residual)
@@ -88,20 +88,20 @@ class Likelihood:
     """The likelihood of a batch of independent events.
 
     Args:
-        y: Observed values, with shape ``(*batch, m)``; zero where masked. (Pseudo-observations
-            are those at the prior's mean.)
-        read: Maps ``x`` to the mean of ``y``, its covariance and ``y``.
-        log_prob: Maps ``x`` to its exact log-likelihood, without the event's axes.
+        y: Observed values, with shape ``(*batch, m)``; zero where masked. Pseudo-observations
+            are evaluated at the prior's mean.
+        read: Maps ``x`` to the mean and the covariance of ``y``, and to ``y``.
+        log_prob: Maps ``x`` to its exact log-likelihood, with shape ``(*extra, *batch)``.
         event_shape: The shape of one event.
         linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
-            there is no potential. Operator and solves are then shared by all draws and particles
-            of an event.
-        visible: Which values are observed, with shape ``(*batch, m)`` (default: all): neither
-            hidden by a mask nor pseudo-observations of the event itself.
-        has_values: Whether there are observed values at all, rather than log-densities of the
-            event only.
-        potential: Maps ``x`` to the part of the log-likelihood that is no observation of ``m``
-            values, without the event's axes, or None. It enters by gradient and curvature.
+            there is no potential. Draws and particles of an event then share the operator and
+            the solves.
+        visible: Which values are observed, that is neither masked nor pseudo-observations of the
+            event itself: booleans with shape ``(*batch, m)`` (default: all).
+        has_values: Whether any site has observed values; if not, all sites are log-densities of
+            the event.
+        potential: Maps ``x`` to the terms of the log-likelihood that ``read`` leaves out, with
+            shape ``(*extra, *batch)``, or None. Guidance uses its gradient and curvature.
     """
 
     y: jax.Array
@@ -120,28 +120,28 @@ class Likelihood:
 
     @property
     def num_observed(self) -> int:
-        """The number of observed values of one event, hidden ones included."""
+        """The number of observed values of one event, including masked ones."""
         return self.y.shape[-1]
 
     @property
     def num_visible(self) -> jax.Array:
-        """The number of observed values of each event, with shape ``batch``."""
+        """The number of visible values of each event, with shape ``(*batch,)``."""
         if self.visible is None:
             return jnp.full(self.batch_shape, self.num_observed)
         return self.visible.sum(-1)
 
     def reduced_chi_square(self, x: jax.Array) -> jax.Array:
-        r"""Return the mean of the squared residuals, in deviations of the noise.
+        r"""Return the reduced chi-square of the residuals, :math:`r^T \Sigma_y^{-1} r / m`.
 
-        Where noise is Gaussian, :math:`m` times it is :math:`\chi^2_m` over exact posterior
-        draws for data that the model itself has made: event and data are then a draw of both.
+        For Gaussian noise and data that were simulated from the model, :math:`m` times it follows
+        :math:`\chi^2_m` for exact posterior draws: event and data are then a joint draw.
 
         Args:
             x: Events, with shape ``(*extra, *batch, *event)``.
 
         Returns:
-            An array without the event's axes; zero where nothing is observed, and NaN where there
-            are log-densities of the event only (``numpyro.factor``), which have no residuals.
+            An array with shape ``(*extra, *batch)``; zero where nothing is observed, and NaN if
+            all sites are log-densities (``numpyro.factor``), which have no residuals.
         """
         y_hat, noise, y = self.read(x)
         residual = y - y_hat
@@ -180,10 +180,10 @@ class Likelihood:
         return local._replace(gradient=gradient.reshape(flat_shape), curvature=curvature)
 
     def largest_precision(self, x: jax.Array) -> jax.Array:
-        r"""Return the precision of the direction that observations know best, a scalar.
+        r"""Return the largest precision of the likelihood in any direction, a scalar.
 
-        The largest eigenvalue of :math:`A^T \Sigma_y^{-1} A + H` over all events at ``x``, by a
-        few power iterations: a lower bound.
+        This is the largest eigenvalue of :math:`A^T \Sigma_y^{-1} A + H` over all events,
+        estimated by a few power iterations.
 
         Args:
             x: A batch of events, with shape ``(*batch, *event)``.
@@ -192,7 +192,7 @@ class Likelihood:
         shape = (*self.batch_shape, prod(self.event_shape))
 
         def largest(v: jax.Array) -> jax.Array:
-            return jnp.abs(v).max(-1, keepdims=True)  # not the length, which has squares
+            return jnp.abs(v).max(-1, keepdims=True)  # no squares, which may overflow
 
         def step(_: int, v: jax.Array) -> jax.Array:
             w = local.precision(v)
@@ -251,6 +251,6 @@ def linear_gaussian(
 
 
 def gaussian_log_density(residual: jax.Array, solution: jax.Array, logdet: jax.Array) -> jax.Array:
-    r"""Return :math:`\log \mathcal{N}(r; 0, S)` for the residual r and S^-1 r, the solution."""
+    r"""Return :math:`\log \mathcal{N}(r; 0, S)` from :math:`r`, :math:`S^{-1} r` and log det S."""
     size = residual.shape[-1]
     return -0.5 * (jnp.sum(residual * solution, axis=-1) + logdet + size * jnp.log(2 * jnp.pi))

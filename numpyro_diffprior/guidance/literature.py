@@ -1,6 +1,6 @@
 r"""Guidance of the literature, to compare with: DPS, PiGDM and TMPD.
 
-They have the interface of `MMPS`, and take a simpler covariance of :math:`x` given :math:`x_t`, or
+They have the interface of `MMPS`, and use a simpler covariance of :math:`x` given :math:`x_t`, or
 none.
 """
 
@@ -27,8 +27,8 @@ __all__ = ["DPS", "TMPD", "PiGDM"]
 def PiGDM() -> MMPS:  # noqa: N802  # named as the method
     r"""Return pseudoinverse guidance (Song et al., ICLR 2023), for noisy linear observations.
 
-    MMPS with :math:`V = r^2 I`, :math:`r^2 = \sigma^2 s^2 / (\sigma^2 + s^2)`, where the paper has
-    data of unit scale :math:`s`; its guidance enters through the score, at full weight.
+    This is MMPS with :math:`V = r^2 I`, :math:`r^2 = \sigma^2 s^2 / (\sigma^2 + s^2)`; the paper's
+    data have unit scale :math:`s`. The guidance enters through the score, at full weight.
     """
     return MMPS(IsotropicPriorCovariance())
 
@@ -38,8 +38,8 @@ def PiGDM() -> MMPS:  # noqa: N802  # named as the method
 class TMPD(Guidance):
     r"""Tweedie moment projected diffusions (Boys et al., 2023, arXiv 2310.06721).
 
-    :math:`A V A^T` is replaced by the diagonal of its row sums, :math:`A V A^T 1`, at one further
-    vector-Jacobian product; negative sums are set to zero.
+    :math:`A V A^T` is replaced by the diagonal of its row sums, :math:`A V A^T 1`, which takes one
+    more vector-Jacobian product; negative sums are set to zero.
     """
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
@@ -70,10 +70,10 @@ class DPS(Guidance):
     .. math:: E[x \mid x_t, y] \approx \hat x - \zeta \, s \,
         \nabla_{x_t} \lVert y - h(\hat x) \rVert
 
-    The paper moves each step of its sampler by a multiple of this gradient. As a denoiser the
-    multiple is per unit of :math:`\log \sigma`, so that it does not depend on the number of steps;
-    the prior's scale :math:`s` stands for the unit scale of the paper's data (with :math:`y` in
-    the units of :math:`x`).
+    The paper shifts each step of its sampler by a multiple of this gradient. Here the multiple is
+    per unit of :math:`\log \sigma`, so that it does not depend on the number of steps; the prior's
+    scale :math:`s` replaces the unit scale of the paper's data, and :math:`y` is taken to be in
+    the units of :math:`x`.
 
     Args:
         strength: The factor :math:`\zeta`.
@@ -115,7 +115,7 @@ def _guided(
     solution: jax.Array,
     logdet: jax.Array,
 ) -> Guided:
-    """Guide by a correction that took no solver."""
+    """Return the result of guidance by a correction that needed no solver."""
     log_twist = gaussian_log_density(local.residual, solution, logdet)
     zeros = jnp.zeros_like(log_twist)
     return Guided(

@@ -11,14 +11,14 @@ where :math:`J = \partial D / \partial x_t` enters by one vector-Jacobian produc
 Gaussian priors with linear observations when :math:`V` is the conditional covariance.
 
 A nonlinear likelihood is expanded at the mode of
-:math:`p(y \mid x) \, \mathcal{N}(x; \hat x, V)`, which damped Gauss-Newton steps look for. The
-twist is Laplace's approximation there, which for a linear Gaussian likelihood is the Gaussian
-above: with the mode :math:`\hat x + V b`,
+:math:`p(y \mid x) \, \mathcal{N}(x; \hat x, V)`, found by damped Gauss-Newton steps. The twist is
+Laplace's approximation there, which for a linear Gaussian likelihood equals the Gaussian above:
+with the mode :math:`\hat x + V b` and the likelihood's precision :math:`\Lambda`,
 
 .. math:: \log p(y \mid x_t) \approx \log p(y \mid \hat x + V b) - \tfrac{1}{2} b^T V b
     - \tfrac{1}{2} \log \det (I + \Lambda V).
 
-The solve is made for each event alone: no inner product runs over the batch.
+Each event is solved on its own: no inner product runs over the batch.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -62,12 +62,12 @@ class MMPS(Guidance):
             solved as a matrix (default: 16 with Tweedie's covariance, else 1,024); beyond, it is
             solved by conjugate gradients without being built.
         rtol: The relative residual at which conjugate gradients stop.
-        max_steps: The budget of conjugate gradients (default: twice the observed values).
-        look_ahead: Whether particles look ahead where they can, with a closed form for :math:`V`
-            and dense solves of a linear mean, rather than being guided; see
-            `numpyro_diffprior.particles.proposals`.
-        num_iterations: The number of damped Gauss-Newton steps at each noise level where the
-            likelihood bends; one linearizes once, as the paper does.
+        max_steps: The maximum number of steps of conjugate gradients; see `ConjugateGradients`.
+        look_ahead: Whether particle proposals look ahead instead of being guided; see
+            `numpyro_diffprior.particles.proposals`. Without a closed form for :math:`V`, a linear
+            mean and dense solves, they are guided in any case.
+        num_iterations: The number of damped Gauss-Newton steps at each noise level for a
+            nonlinear likelihood; one is the linearization of the paper.
     """
 
     covariance: PosteriorCovariance = field(default=TweedieCovariance())
@@ -94,7 +94,7 @@ class MMPS(Guidance):
             set_numbers(self, max_steps=check_count("MMPS", "max_steps", self.max_steps))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with a constant operator built once."""
+        """Return the denoiser of the posterior; the operator of a linear mean is built once."""
         has_closed_form = self.covariance.has_closed_form
         limit = self.max_dense
         if limit is None:
@@ -111,11 +111,11 @@ class MMPS(Guidance):
 
 
 class _Mode(NamedTuple):
-    r"""The search for the mode :math:`\hat x + V b`.
+    r"""A candidate for the mode :math:`\hat x + V b`.
 
     Attributes:
         shift: :math:`V b`, with shape ``(*batch, d)``.
-        b: The gradient there, likewise.
+        b: The gradient of the log-likelihood there, with the same shape.
         log_joint: :math:`\log p(y \mid x) - b^T V b / 2`, with shape ``(*batch,)``.
     """
 
@@ -126,15 +126,15 @@ class _Mode(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Posterior(GuidedDenoiser):
-    """The denoiser of a posterior by moment matching.
+    """The denoiser of a posterior under `MMPS`.
 
     Args:
         part: The prior.
         likelihood: The likelihood.
         guidance: The options.
-        solve: How the posterior is solved for.
-        matrix: The likelihood's operator, where it is the same at every ``x`` and the solve
-            needs it.
+        solve: The solver.
+        matrix: The likelihood's operator, with shape ``(*batch, m, d)``, if it is the same at
+            every ``x`` and the solver needs it.
     """
 
     guidance: MMPS
@@ -183,11 +183,11 @@ class _Posterior(GuidedDenoiser):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether particles are to look ahead, and can."""
+        """Whether look-ahead proposals are asked for and possible."""
         return self.guidance.look_ahead and self.matrix is not None
 
     def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return what a Gaussian prior predicts of the observations; see `LookAhead`."""
+        """Return the prediction of the observations; see `LookAhead`."""
         assert self.matrix is not None
         local = self.likelihood.linearize(x)
         cov = self.guidance.covariance.closed_form(self.part, sigma)
@@ -203,8 +203,8 @@ class _Posterior(GuidedDenoiser):
         )
 
     def _matrix_at(self, x: jax.Array) -> jax.Array | None:
-        """Return the likelihood's operator, where the solve takes matrices."""
-        if self.matrix is None and self.solve.takes_matrix:
+        """Return the likelihood's operator as matrices, if the solver needs them."""
+        if self.matrix is None and self.solve.needs_matrix:
             return self.likelihood.operator(x)
         return self.matrix
 
@@ -214,7 +214,7 @@ class _Posterior(GuidedDenoiser):
         return _Mode(shift, b, log_joint)
 
     def _search(self, x_hat: jax.Array, mode: _Mode, shift: jax.Array, b: jax.Array) -> _Mode:
-        """Go to where the log-density is largest on the way to the next point."""
+        """Return the point of largest log-density on the way to the next one (a line search)."""
 
         def at(length: jax.Array) -> _Mode:
             found = self._at(

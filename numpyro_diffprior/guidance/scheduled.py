@@ -1,7 +1,7 @@
-"""Guidance that changes along the path: another one at low noise, or a flatter twist at high.
+"""Guidance that depends on the noise level: piecewise, or with a tempered twist.
 
-What is cheap and good while noise hides the prior's shape need not be right once modes have come
-apart.
+A cheap approximation may suffice at high noise levels, where the noisy prior is nearly Gaussian,
+but not at low ones, where its modes are separate.
 """
 
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ __all__ = ["Piecewise", "Tempered"]
 class Piecewise(Guidance):
     """One guidance at high noise levels, another at low ones.
 
-    A Gaussian's covariance is good enough while noise hides what is not Gaussian, and asks for
-    one vector-Jacobian product; Tweedie's matters where modes have come apart.
+    By default, the Gaussian covariance at high noise levels, which needs a single vector-Jacobian
+    product, and Tweedie's at low ones, where the modes of the prior are separate.
 
     Args:
         high: The guidance above the threshold.
         low: The guidance below it.
-        threshold: The noise level, in units of the prior's scale.
+        threshold: The noise level between the two, in units of the prior's scale.
     """
 
     high: Guidance = field(default=MMPS(GaussianCovariance()))
@@ -43,7 +43,7 @@ class Piecewise(Guidance):
         set_numbers(self, threshold=check_number("Piecewise", "threshold", self.threshold))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, of two parts."""
+        """Return the denoiser of the posterior, with one part for each guidance."""
         high, low = (part.condition(denoiser, likelihood) for part in (self.high, self.low))
         return _PiecewisePosterior(denoiser, likelihood, high, low, self.threshold)
 
@@ -77,13 +77,13 @@ class _PiecewisePosterior(GuidedDenoiser):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Tempered(Guidance):
-    r"""A guidance whose twist is flatter where noise is high.
+    r"""Guidance whose twist is tempered at high noise levels.
 
     .. math:: \psi_t^{\gamma}, \quad \gamma = 1 - (1 - p) \frac{\sigma^2}{\sigma^2 + s^2}
 
-    with the prior's scale :math:`s`. Particles are guided as before, but resampled less on what a
-    Gaussian approximation says of a posterior that it does not resemble yet. The limit of many
-    particles is exact with any twist.
+    with the prior's scale :math:`s`. The guidance of particles is unchanged, but at high noise
+    levels, where the Gaussian approximation is poor, resampling depends on it less. The limit of
+    many particles is exact with any positive twist.
 
     Args:
         guidance: The guidance.
@@ -100,14 +100,14 @@ class Tempered(Guidance):
         set_numbers(self, power=power)
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with a flatter twist."""
+        """Return the denoiser of the posterior, with a tempered twist."""
         posterior = self.guidance.condition(denoiser, likelihood)
         return _TemperedPosterior(denoiser, likelihood, posterior, self.power)
 
 
 @dataclass(frozen=True, eq=False)
 class _TemperedPosterior(GuidedDenoiser):
-    """The denoiser of a posterior with a flatter twist."""
+    """The denoiser of a posterior with a tempered twist."""
 
     posterior: GuidedDenoiser
     power: float
@@ -121,9 +121,9 @@ class _TemperedPosterior(GuidedDenoiser):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether particles look ahead: as with the guidance itself."""
+        """Whether the proposals of the tempered guidance look ahead."""
         return self.posterior.looks_ahead
 
     def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return what is predicted of the observations; see `LookAhead`."""
+        """Return the prediction of the observations, which is not tempered; see `LookAhead`."""
         return self.posterior.look_ahead(x, sigma)

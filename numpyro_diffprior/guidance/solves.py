@@ -1,4 +1,4 @@
-r"""How a moment-matched posterior is solved for, at one noise level.
+r"""Solvers for the mode of a moment-matched posterior, at one noise level.
 
 For :math:`x \sim \mathcal{N}(\hat x, V)` and a likelihood with score :math:`s` and precision
 :math:`\Lambda = A^T \Sigma_y^{-1} A + H` at :math:`\hat x`, the posterior's mode is
@@ -7,8 +7,8 @@ For :math:`x \sim \mathcal{N}(\hat x, V)` and a likelihood with score :math:`s` 
 .. math:: (I + \Lambda V) \, b = s, \quad \text{for } H = 0: \;
     b = A^T (\Sigma_y + A V A^T)^{-1} r.
 
-A `Solve` finds :math:`b`: with the matrix of the observed values, by one Cholesky factor or, for
-a learned Jacobian, in its eigenbasis; or matrix-free, by conjugate gradients.
+A `Solve` computes :math:`b` from the matrix :math:`\Sigma_y + A V A^T`, by a Cholesky factor or,
+for a learned Jacobian, its eigenvectors; or without the matrix, by conjugate gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -36,11 +36,11 @@ class Solution(NamedTuple):
 
     Attributes:
         b: The gradient of the log-likelihood at the mode, with shape ``(*batch, d)``.
-        shift: :math:`V b`, likewise.
+        shift: :math:`V b`, with the same shape.
         logdet: :math:`\log \det (I + \Lambda V)`, with shape ``(*batch,)``; zero where the solve
             is matrix-free.
-        residual: The relative residual, likewise.
-        num_truncated: The number of directions with negative prior variance, likewise.
+        residual: The relative residual, with shape ``(*batch,)``.
+        num_truncated: The number of directions with negative prior variance, ``(*batch,)``.
     """
 
     b: jax.Array
@@ -51,32 +51,32 @@ class Solution(NamedTuple):
 
 
 class Solve(ABC):
-    """A way to solve for the mode.
+    """A method that solves for the mode.
 
     Attributes:
-        takes_matrix: Whether it needs the likelihood's operator as a matrix.
+        needs_matrix: Whether it needs the likelihood's operator as a matrix.
     """
 
-    takes_matrix: ClassVar[bool] = False
+    needs_matrix: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
     ) -> Solution:
-        """Solve.
+        """Solve for the mode.
 
         Args:
-            local: The likelihood.
-            cov: The prior's covariance.
-            matrix: The likelihood's operator, with shape ``(*batch, m, d)``, where it was built.
+            local: The linearized likelihood.
+            cov: The covariance :math:`V`.
+            matrix: :math:`A`, with shape ``(*batch, m, d)``, or None if it was not built.
         """
 
 
 @dataclass(frozen=True)
 class FactoredSolve(Solve):
-    r"""One Cholesky factor of :math:`\Sigma_y + A V A^T`, for a closed form of :math:`V`."""
+    r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form."""
 
-    takes_matrix: ClassVar[bool] = True
+    needs_matrix: ClassVar[bool] = True
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
@@ -92,7 +92,7 @@ class FactoredSolve(Solve):
 
 @dataclass(frozen=True)
 class EigenSolve(Solve):
-    r"""The eigenvectors of :math:`A V A^T` in units of the noise, for a learned Jacobian.
+    r"""Solve in the eigenbasis of :math:`A V A^T` in units of the noise, for a learned Jacobian.
 
     It takes one product with :math:`V` per observed value. Directions with negative variance get
     no correction.
@@ -120,11 +120,11 @@ class EigenSolve(Solve):
 
 @dataclass(frozen=True)
 class ConjugateGradients(Solve):
-    """Matrix-free: one product with the covariance per step, preconditioned by it.
+    r"""Solve without matrices: one product with :math:`V`, the preconditioner, per step.
 
     Args:
-        rtol: The relative residual at which an event is done.
-        max_steps: The budget of an event (default: twice the observed values, or elements).
+        rtol: The relative residual at which the steps of an event stop.
+        max_steps: The largest number of steps (default: twice the full rank of :math:`\Lambda`).
     """
 
     rtol: float = 1e-5
@@ -144,8 +144,8 @@ class ConjugateGradients(Solve):
             rtol=self.rtol,
             max_steps=2 * size if self.max_steps is None else self.max_steps,
         )
-        # Without matrices the determinant is left out of the twist. With a closed form for V and a
-        # linear mean it is the same for all particles of an event, and would cancel. In general
-        # twists may be any positive function: particle samplers stay exact.
+        # Without matrices the twist lacks its determinant. With a closed form for V and a linear
+        # mean this is the same for all particles of an event and cancels. Otherwise particle
+        # samplers stay exact, since any positive function is a valid twist.
         zeros = jnp.zeros_like(found.residual)
         return Solution(found.b, found.shift, zeros, found.residual, zeros.astype(int))
