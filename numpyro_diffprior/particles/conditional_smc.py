@@ -1,15 +1,15 @@
 r"""Conditional SMC: a Markov kernel on paths that leaves the posterior invariant.
 
-A *path* is a walk :math:`x_{\sigma_{max}}, \ldots, x_{\sigma_{min}}` of a stochastic sampler,
-which ends in the event :math:`x = D(x_{\sigma_{min}}, \sigma_{min})`. Under the prior's chain and
-the exact likelihood of :math:`x` paths have a posterior. The particles of the twisted SMC
-(`numpyro_diffprior.particles.smc`), with the retained path as one of them, move it and leave this
-posterior invariant, for any number of particles from two on. Where particles are resampled, the
-retained path finds a new past among them (ancestor sampling), so that few particles are enough for
-it to move at all noise levels.
+A *path* is a draw :math:`x_{\sigma_{max}}, \ldots, x_{\sigma_{min}}` of a stochastic sampler's
+chain, which ends in the event :math:`x = D(x_{\sigma_{min}}, \sigma_{min})`. The prior's chain and
+the exact likelihood of :math:`x` define a posterior of paths. An update runs the twisted SMC
+(`numpyro_diffprior.particles.smc`) with the current path retained as one of the particles, which
+leaves this posterior invariant for any number of particles from two on. Where particles are
+resampled, the retained path gets a new ancestor (ancestor sampling), so that few particles are
+enough to move it at all noise levels.
 
-The chain of a multistep sampler remembers one denoised mean: the future of the retained path
-weighs a past by two transitions,
+The chain of a multistep sampler also depends on the previous denoised mean, so that two
+transitions of the retained path weight its ancestor,
 
 .. math:: w^i \, p(x_s \mid x_t^i, \hat x_{prev}^i) \, p(x_r \mid x_s, \hat x_t^i),
     \quad r < s < t.
@@ -47,14 +47,14 @@ __all__ = ["PathDraw", "diffuse_path", "update_path"]
 
 
 class PathDraw(NamedTuple):
-    """A path, its event and what is known of the update that led to it.
+    """A path, its event and the statistics of the update.
 
     Attributes:
         path: The events at all noise levels, with shape ``(num_steps, *batch, *event)``.
         draws: The event and the statistics; arrays of shape ``(*batch, ...)``. The evidence is
-            that of particles of which one is retained, and not unbiased.
-        updated: The fraction of the noise levels at which the path is another than before, with
-            shape ``(*batch,)``.
+            not unbiased, since one particle is retained.
+        updated: The fraction of the noise levels at which the path changed, with shape
+            ``(*batch,)``.
     """
 
     path: jax.Array
@@ -65,11 +65,11 @@ class PathDraw(NamedTuple):
 def diffuse_path(
     rng_key: jax.Array, denoiser: Denoiser, sampler: Sampler, x: jax.Array
 ) -> jax.Array:
-    """Return a path that ends near given events, by adding noise: a path to start from.
+    """Return an initial path, ``(num_steps, *batch, *event)``: events with growing noise.
 
     Args:
         rng_key: A random key.
-        denoiser: The denoiser of prior or posterior, for the last noise level.
+        denoiser: The denoiser of prior or posterior, which sets the last noise level.
         sampler: The sampler whose noise levels the path has.
         x: Events, with shape ``(*batch, *event)``.
     """
@@ -86,12 +86,12 @@ def update_path(
     settings: Settings,
     path: jax.Array,
 ) -> PathDraw:
-    """Move every event's path by conditional SMC; NumPyro-free and traceable.
+    """Update every event's path by conditional SMC; traceable.
 
     Args:
         rng_key: A random key.
         denoiser: The prior.
-        likelihood: What was observed.
+        likelihood: The likelihood.
         settings: How the particles move; at least two of them, and a stochastic sampler of one
             evaluation per step.
         path: The retained path, with shape ``(num_steps, *batch, *event)``.
@@ -105,7 +105,7 @@ def update_path(
     levels = sampler.levels(posterior)
     sigmas = sampler.sigmas(posterior)
     x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path[1:], sigmas[1:]))
-    # Behind the last level there is no transition: whatever stands there is not looked at.
+    # There is no transition from the last level: its entries are padding and not used.
     ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
     futures = _Future(
         path[1:],
@@ -139,7 +139,7 @@ def update_path(
 
 
 class _Future(NamedTuple):
-    """What the retained path does next: at level s, and behind it at level r."""
+    """The retained path at the next two levels, s and r, if there is a second one."""
 
     x_s: jax.Array
     x_hat_s: jax.Array
@@ -149,7 +149,7 @@ class _Future(NamedTuple):
 
 
 def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Future) -> Policy:
-    """Return the policy by which the retained path finds a new past among the particles."""
+    """Return the policy that draws a new ancestor of the retained path (ancestor sampling)."""
     event_axes = tuple(range(-len(posterior.event_shape), 0))
 
     def log_transition(x: jax.Array, mean: jax.Array, tau: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Fut
         mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
         mean, tau = step.proposal.mean, step.proposal.tau
         log_past = system.log_weight + log_transition(future.x_s, mean, tau)
-        # Without extrapolation the factor is the same for all pasts.
+        # Without extrapolation this factor is the same for all ancestors.
         log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
         shape = (len(log_weight) - 1, *log_weight.shape[1:])
         free = jax.random.categorical(key_free, log_weight, axis=0, shape=shape)

@@ -1,31 +1,31 @@
-r"""Proposals of the particle samplers: where particles go from one noise level to the next.
+r"""Proposals of the particle samplers, from one noise level to the next.
 
-The prior's chain goes to :math:`x_s = \mu + \tau \varepsilon`. A proposal shifts it towards the
-observations, and says by how much its density is off,
+The prior's chain draws :math:`x_s = \mu + \tau \varepsilon`. A proposal :math:`q` shifts it to the
+observations, and gives the log-ratio of the two densities,
 
 .. math:: \log \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)},
 
-in closed form. Two kinds:
+in closed form. There are two kinds:
 
-- *Guided* (TDS): the guided mean :math:`\mu_y`, and the deviation :math:`\tau` of the prior's
-  chain.
+- *Guided* (TDS): a Gaussian with the guided mean :math:`\mu_y` and the standard deviation
+  :math:`\tau` of the prior's chain.
 - *Looking ahead*: for a mean linear in :math:`x`, a closed form for :math:`V` and a matrix small
-  enough to be factored, :math:`p(y \mid x_s)` is taken for the Gaussian
+  enough to be factored, :math:`p(y \mid x_s)` is approximated by the Gaussian
   :math:`\mathcal{N}(r; G (x_s - \mu), S)` with
 
   .. math:: r = y - h(\hat x), \quad G = A V_s / \sigma_s^2, \quad
       S = \Sigma_y + A V_s A^T, \quad M = S + \tau^2 G G^T,
 
-  :math:`V_s / \sigma_s^2` being a Gaussian prior's Jacobian of the denoiser. The product of the
-  chain's Gaussian and this one is the proposal, its integral :math:`\mathcal{N}(r; 0, M)` the
-  twist before the step, and by Bayes' rule
+  where :math:`V_s / \sigma_s^2` is the Jacobian of a Gaussian prior's denoiser. The proposal is
+  the product of the chain's Gaussian and this one, normalized; the integral of the product,
+  :math:`\mathcal{N}(r; 0, M)`, is the twist before the step, and by Bayes' rule
 
   .. math:: \log \frac{p}{q} = \log \mathcal{N}(r; 0, M) - \log \mathcal{N}(r; G (x_s - \mu), S).
 
-  On a Gaussian prior the weights stay equal, but for the steps' own error. It asks for no
-  vector-Jacobian product of the network. Guided steps keep the chain's deviation where the
-  observations leave less, and each observed value then adds to the spread of the weights. But
-  they follow the network's own Jacobian, which on a curve is far from a Gaussian's.
+  For a Gaussian prior the weights stay equal up to the discretization error. No vector-Jacobian
+  product of the network is needed. Guided proposals keep the chain's standard deviation even
+  where observations are more precise, so that each observed value adds variance to the weights.
+  But they use the network's own Jacobian, which on a curve is far from a Gaussian's.
 
 References:
     | Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*
@@ -54,8 +54,8 @@ class Particles(NamedTuple):
 
     Attributes:
         x_t: The particles.
-        x_hat: The prior's means at the level before, the memory of multistep samplers.
-        x_hat_y: The guided means there.
+        x_hat: The prior's denoised means at the previous level, for multistep samplers.
+        x_hat_y: The guided denoised means there.
     """
 
     x_t: jax.Array
@@ -64,11 +64,11 @@ class Particles(NamedTuple):
 
 
 class Proposal(ABC):
-    r"""The next level's Gaussians, of the prior's chain and of the proposal.
+    r"""A Gaussian proposal for the next level, and the transition of the prior's chain.
 
     Attributes:
         mean: The chain's mean :math:`\mu`, with shape ``(num_particles, *batch, *event)``.
-        tau: Its deviation, scalar.
+        tau: Its standard deviation, a scalar.
         log_twist: The approximate :math:`\log p(y \mid x_t)`, with shape
             ``(num_particles, *batch)``.
     """
@@ -79,7 +79,7 @@ class Proposal(ABC):
 
     @abstractmethod
     def take(self, index: jax.Array) -> "Proposal":
-        """Return the proposal of other particles, by index of shape ``(n, *batch)``."""
+        """Return the proposals of the particles at an index of shape ``(n, *batch)``."""
 
     @abstractmethod
     def draw(self, rng_key: jax.Array) -> jax.Array:
@@ -87,12 +87,12 @@ class Proposal(ABC):
 
     @abstractmethod
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
-        """Return the log-density of the chain less that of the proposal, without event's axes."""
+        """Return the chain's minus the proposal's log-density, ``(num_particles, *batch)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class _GuidedProposal(Proposal):
-    r"""With :math:`\delta = (\mu_y - \mu) / \tau`, ``shift``."""
+    r"""The chain's Gaussian, shifted by :math:`(\mu_y - \mu) / \tau` (``shift``)."""
 
     mean: jax.Array
     tau: jax.Array
@@ -117,7 +117,7 @@ class _GuidedProposal(Proposal):
 
 @dataclass(frozen=True, eq=False)
 class _LookAheadProposal(Proposal):
-    """The product of the chain's Gaussian and an outlook on the observations."""
+    """The product of the chain's Gaussian and that of a `LookAhead`, the ``outlook``."""
 
     mean: jax.Array
     tau: jax.Array
@@ -130,7 +130,7 @@ class _LookAheadProposal(Proposal):
     @classmethod
     def make(cls, mean: jax.Array, tau: jax.Array, outlook: LookAhead) -> "_LookAheadProposal":
         ahead, spread = outlook.cov, tau**2 * outlook.spread
-        # The least that rounding asks for, in both, so that one is still the other's marginal.
+        # A jitter against rounding, in S and in M, so that the second is still the marginal.
         trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
         identity = jnp.eye(ahead.shape[-1], dtype=ahead.dtype)
         ahead = ahead + jnp.finfo(ahead.dtype).eps * trace * identity
@@ -148,7 +148,7 @@ class _LookAheadProposal(Proposal):
         )
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
-        """Draw from chain and outlook, and update by what was observed (Matheron's rule)."""
+        """Draw from chain and outlook jointly, then condition on ``y`` (Matheron's rule)."""
         key_chain, key_outlook = jax.random.split(rng_key)
         shape, dtype = self.residual.shape, self.residual.dtype
         noise = self.tau * jax.random.normal(
@@ -168,14 +168,14 @@ class _LookAheadProposal(Proposal):
 
 
 class Step(NamedTuple):
-    """What a level's evaluation of the denoiser gives.
+    """The result of evaluating the denoiser at one noise level.
 
     Attributes:
-        proposal: Where particles go.
+        proposal: The proposal for the next level.
         x_hat: The prior's means, with shape ``(num_particles, *batch, *event)``.
-        x_hat_y: The guided means, likewise.
+        x_hat_y: The guided means, with the same shape.
         residual: The relative residual of guidance's solve, ``(num_particles, *batch)``.
-        num_truncated: The number of directions that guidance left out, likewise.
+        num_truncated: The number of directions that guidance left out, same shape.
     """
 
     proposal: Proposal
@@ -188,7 +188,7 @@ class Step(NamedTuple):
 def propose(
     posterior: GuidedDenoiser, sampler: Sampler, previous: Particles, levels: Levels
 ) -> Step:
-    """Evaluate the denoiser at ``previous.x_t``, and say where particles go from there."""
+    """Evaluate the denoiser at ``previous.x_t`` and return the proposal from there."""
     if posterior.looks_ahead:
         x_hat = posterior.part(previous.x_t, levels.current)
         x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
@@ -213,12 +213,12 @@ def propose(
 
 
 def _mend(guided: Guided) -> Guided:
-    """Replace guidance that is not finite: such particles follow the prior's own step.
+    """Replace guidance that is not finite, so that its particles follow the prior's chain.
 
     Their log-twist is set `_HANDICAP` below the largest of their system.
 
-    Where the log-density at the denoised mean is NaN or minus infinity, that of the event may
-    still be a number. A twist may be any positive function of all particles of a system: the
+    If the log-density at the denoised mean is NaN or minus infinity, that of the event may still
+    be finite. Any positive function of all particles of a system is a valid twist, since the
     weights of the next level are divided by it.
     """
     event_axes = tuple(range(guided.log_twist.ndim, guided.x_hat.ndim))
@@ -231,7 +231,7 @@ def _mend(guided: Guided) -> Guided:
     )
 
 
-_HANDICAP = 2.0  # keeps weights within a factor of seven of each other
+_HANDICAP = 2.0  # a factor of about seven below the largest twist
 
 
 def gather(leaf: jax.Array, index: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-r"""Posterior draws as arrays: guided sampling, and the twisted SMC that corrects it.
+r"""Posterior draws as arrays, by guided sampling or by the twisted SMC that corrects it.
 
-One particle is plain guided sampling: a sampler walks on the posterior's denoiser (MMPS of arXiv
-2405.13712). With :math:`K > 1` particles per draw there is a sequential Monte Carlo sampler whose
+With one particle, a sampler runs on the posterior's denoiser: guided sampling (MMPS of arXiv
+2405.13712). With :math:`K > 1` particles per draw, a sequential Monte Carlo sampler is run; its
 target at each noise level is the prior's chain times a *twist* :math:`\psi_t`, a moment-matched
 :math:`p(y \mid x_t)`. Its proposal :math:`q` (`numpyro_diffprior.particles.proposals`) depends on
 the observations, and the weight of a step has a closed form,
@@ -11,8 +11,8 @@ the observations, and the weight of a step has a closed form,
 
 and the last weight is the exact likelihood of the user's sites. Any positive twist leaves the
 limit of many particles exact; the product of mean weights is an unbiased estimate of the evidence
-:math:`p(y)` under the prior that the chain samples. Each element of a plate, and each draw of it,
-is a particle system of its own.
+:math:`p(y)` under the prior that the chain samples. Every element of a plate has particle systems
+of its own.
 
 References:
     | Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*
@@ -50,12 +50,12 @@ def draw_posterior(
     settings: Settings,
     num_draws: int = 1,
 ) -> Draws:
-    """Make draws for every event of a likelihood; traceable.
+    """Draw from the posterior of every event of a likelihood; traceable.
 
     Args:
         rng_key: A random key.
         denoiser: The prior.
-        likelihood: What was observed.
+        likelihood: The likelihood.
         settings: How the draws are made.
         num_draws: The number of draws per event, made at once.
 
@@ -81,10 +81,10 @@ def draw_posterior(
 
 
 def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
-    """Return how far observations move the mean, with shape ``(*batch, *event)``.
+    """Return the posterior's minus the prior's mean at ``sigma_max``, ``(*batch, *event)``.
 
-    A deterministic sampler never forgets where it started: from the prior's mean, it would end off
-    the posterior's by the shift times deviation over ``sigma_max``, however many steps it takes.
+    A deterministic sampler does not forget its start: started at the prior's mean, it would miss
+    the posterior's mean by this shift times the posterior's standard deviation over ``sigma_max``.
     """
     location = posterior.part.location(posterior.likelihood.batch_shape)
     return posterior(location, sampler.sigmas(posterior)[0]) - location
@@ -93,7 +93,7 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
 def _guided_walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
-    """Walk the posterior's chain once per draw, and keep the worst of guidance's solves."""
+    """Run the sampler once per draw, and record the largest residual of guidance's solves."""
     batch_shape = x_t.shape[: x_t.ndim - len(posterior.event_shape)]
     zeros = jnp.zeros(batch_shape, x_t.dtype)
 

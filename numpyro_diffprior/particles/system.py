@@ -1,4 +1,4 @@
-"""Systems of particles: weights, resampling, and what is known of the draws."""
+"""Particle systems: weights, resampling and the statistics of draws."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,20 +30,20 @@ __all__ = [
 
 
 class ParticleInfo(NamedTuple):
-    """What is known of the quality of draws, with the shape of their batch.
+    """Statistics of posterior draws, with the draws' batch shape.
 
     Attributes:
-        residual: The largest relative residual of guidance's solves along the path (of samplers of
-            several evaluations per step, at its end).
+        residual: The largest relative residual of guidance's solves along the path (at its end
+            only, for samplers with several evaluations per step).
         num_truncated: The largest number of directions that guidance left out.
-        ess: The lowest effective number of particles along the path.
+        ess: The smallest effective sample size along the path.
         num_resamplings: The number of resamplings of the particles.
-        log_evidence: The estimate of the log-density of the event's observations; NaN with one
-            particle. With a retained path among the particles it is not unbiased.
-        reduced_chi_square: The mean squared residual of the draw in deviations of the noise (see
-            `Likelihood.reduced_chi_square`): near one where guidance has worked.
-        ess_path: The effective number of particles at every noise level before resampling, the
-            exact weights last, with shape ``(*batch, num_steps)``.
+        log_evidence: The estimated log-density of the event's observations; NaN with one
+            particle. The estimate of the density is biased if a path is retained.
+        reduced_chi_square: The mean squared residual of the draw in units of the noise (see
+            `Likelihood.reduced_chi_square`); near one if guidance succeeded.
+        ess_path: The effective sample size at every noise level before resampling, with shape
+            ``(*batch, num_steps)``; the last one is that of the exact weights.
     """
 
     residual: jax.Array
@@ -58,7 +58,7 @@ class ParticleInfo(NamedTuple):
     def zeros(
         cls, batch_shape: tuple[int, ...], num_steps: int, dtype: jax.typing.DTypeLike
     ) -> "ParticleInfo":
-        """Return the statistics of what was not drawn."""
+        """Return statistics of zero, for events that were not drawn."""
         zeros, count = jnp.zeros(batch_shape, dtype), jnp.zeros(batch_shape, int)
         path = jnp.zeros((*batch_shape, num_steps), dtype)
         return cls(
@@ -73,7 +73,7 @@ class ParticleInfo(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Independent draws of a batch of events.
+    """Draws of a batch of events.
 
     Attributes:
         x: Events, with shape ``(*batch, *event)``.
@@ -85,14 +85,14 @@ class Draws(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How posterior draws are made; static when compiled.
+    """The options of posterior sampling; static under `jax.jit`.
 
     Attributes:
         num_particles: Particles per draw; one is plain guided sampling.
         sampler: The sampler.
         guidance: The guidance.
         independent: Whether every draw has a particle system of its own; otherwise each system
-            gives as many draws as it has particles.
+            yields as many draws as it has particles.
     """
 
     num_particles: int
@@ -102,16 +102,16 @@ class Settings(NamedTuple):
 
 
 class System(NamedTuple):
-    """Particle systems between two noise levels.
+    """The state of particle systems between two steps.
 
     Attributes:
         particles: The particles.
-        log_weight: Their weights, without the twist at the level of ``particles.x_t``, with shape
-            ``(num_particles, *batch)``.
-        residual: The largest residual of guidance's solves so far, with shape ``(*batch,)``.
-        num_truncated: The largest number of directions that guidance left out, likewise.
-        num_resamplings: The number of resamplings, likewise.
-        log_evidence: The logarithm of the product of mean weights at resamplings, likewise.
+        log_weight: Their log-weights, without the twist at the level of ``particles.x_t``, with
+            shape ``(num_particles, *batch)``.
+        residual: The largest residual of guidance's solves so far, ``(*batch,)``.
+        num_truncated: The largest number of directions that guidance left out, ``(*batch,)``.
+        num_resamplings: The number of resamplings, ``(*batch,)``.
+        log_evidence: The log of the product of mean weights at resamplings, ``(*batch,)``.
     """
 
     particles: Particles
@@ -123,12 +123,12 @@ class System(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What a step leaves.
+    """The result of one step.
 
     Attributes:
         x_s: The particles at the next level, with shape ``(num_particles, *batch, *event)``.
         ancestor: Their ancestors, with shape ``(num_particles, *batch)``.
-        ess: The effective number of particles before resampling, with shape ``(*batch,)``.
+        ess: The effective sample size before resampling, with shape ``(*batch,)``.
     """
 
     x_s: jax.Array
@@ -137,9 +137,9 @@ class Moved(NamedTuple):
 
 
 Policy = Callable[[jax.Array, Step, System, jax.Array], tuple[jax.Array, jax.Array | None]]
-"""An ancestor policy: from a key, the step, the system and the weights of the particles to the
-ancestors of all particles, with shape ``(num_particles, *batch)``, and what the first particle is
-to be, or None."""
+"""An ancestor policy. It maps a key, the step, the system and the log-weights of the particles to
+the ancestors of all particles, with shape ``(num_particles, *batch)``, and to the new position of
+the first particle, or None to draw it like the others."""
 
 
 def start(x_t: jax.Array, event_ndim: int) -> System:
@@ -167,7 +167,7 @@ def advance(
 ) -> tuple[System, Moved]:
     """Move particle systems one noise level down.
 
-    Systems with fewer than half of their particles effective are resampled.
+    A system is resampled if its effective sample size is below half of its particles.
 
     Args:
         rng_key: A random key.
@@ -175,7 +175,7 @@ def advance(
         sampler: The sampler whose chain the particles follow.
         system: The systems.
         levels: The noise levels.
-        policy: Who descends from whom where particles are resampled.
+        policy: The choice of ancestors where particles are resampled.
     """
     key_policy, key_move = jax.random.split(rng_key)
     step = propose(posterior, sampler, system.particles, levels)
@@ -209,20 +209,20 @@ def finish(
     chosen: jax.Array,
     ess: jax.Array,
 ) -> Draws:
-    """Return draws: of each system's last events, weighted exactly, the chosen one.
+    """Return the chosen event of each system and its statistics.
 
     Args:
         system: The systems at the last noise level.
-        likelihood: What was observed.
+        likelihood: The likelihood.
         x: Their events, with shape ``(num_particles, *batch, *event)``.
         log_weight: The exact weights, with shape ``(num_particles, *batch)``.
         chosen: The chosen particles, with shape ``(*batch,)``.
-        ess: The effective numbers of particles at the levels before, ``(num_levels, *batch)``.
+        ess: The effective sample sizes at the earlier levels, ``(num_levels, *batch)``.
     """
     draw = gather(x, chosen[None])[0]
     ess = jnp.concatenate([ess, effective_sample_size(log_weight)[None]])
     log_evidence = system.log_evidence + log_mean_exp(log_weight)
-    # No particle of a system without weight can have made what was observed.
+    # If all weights of a system are zero, no particle explains the observations.
     misfit = jnp.where(jnp.isneginf(log_evidence), jnp.inf, likelihood.reduced_chi_square(draw))
     return Draws(
         draw,
@@ -257,12 +257,12 @@ def systematic(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
 
 
 def discard_nan(log_weight: jax.Array) -> jax.Array:
-    """Give no weight to particles whose weight is not a number."""
+    """Give zero weight to particles whose weight is NaN."""
     return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
 
 
 def effective_sample_size(log_weight: jax.Array) -> jax.Array:
-    """Return the effective number of particles of each system."""
+    """Return the effective sample size of each system."""
     return 1 / jnp.sum(jax.nn.softmax(log_weight, axis=0) ** 2, axis=0)
 
 
