@@ -2,8 +2,8 @@ r"""`DiffusionPrior`: a prior given by a denoiser, as a NumPyro distribution.
 
 The distribution of :math:`x` is defined by :math:`D(x_t, \sigma) = E[x \mid x_t]`, with
 :math:`x_t = x + \sigma \varepsilon`. Draws come from a sampler
-(`numpyro_diffprior.diffusion.samplers`), and the log-density is that of the probability flow: a
-real density, which HMC can use.
+(`numpyro_diffprior.diffusion.samplers`), and the log-density is that of the probability flow, a
+normalized density that HMC can use.
 
 References:
     Song et al., *Score-based generative modeling through stochastic differential equations*, ICLR
@@ -40,35 +40,36 @@ _NUM_PROBES = 16
 class DiffusionPrior(Distribution):
     r"""The distribution over events that a denoiser defines.
 
-    A prior has no batch shape of its own: plates and ``expand`` repeat it; one that is conditioned
-    (`condition`) has that of its contexts. It is a pytree whose leaves are the denoiser's arrays,
-    so that functions compiled for one prior run with the new weights of another; sampler and
-    limits are static.
+    The batch shape of a prior is empty: plates and ``expand`` repeat it. A conditioned prior
+    (`condition`) has the batch shape of its contexts. A prior is a pytree whose leaves are the
+    denoiser's arrays, so that functions compiled for one prior also run with new weights; the
+    sampler and the other options are static.
 
-    `sample` and `log_prob` work on ``max_batch_size`` events at a time, which bounds their memory.
-    The same key gives the same draws; with another ``max_batch_size`` they are other draws.
+    `sample` and `log_prob` process ``max_batch_size`` events at a time, which bounds their memory.
+    Draws depend on the key and on ``max_batch_size``.
 
     Events and noise levels are in the data's units, whatever the denoiser's (`Denoiser.unit`); a
-    sampler's own limits are in the denoiser's. The elements of an event should share a unit
-    (standardize columns of a catalogue): draws end at the denoiser's ``sigma_min``, a thousandth
-    of the elements' root-mean-square deviation, and elements that vary by less than ten times
-    that come out too narrow. Draws have the bias of the sampler, which more steps make smaller.
+    sampler's own limits are in the denoiser's. The elements of an event should have similar scales
+    (standardize the columns of a catalog): sampling stops at the denoiser's ``sigma_min``, a
+    thousandth of the elements' root-mean-square deviation, and draws of elements with a deviation
+    below ten times ``sigma_min`` are too narrow. More steps reduce the sampler's bias.
     `log_prob` is the density of the probability flow, smoothed by noise of the denoiser's
     ``sigma_min``; it is differentiable at the cost of some ten evaluations of the denoiser's
-    Jacobian. Where an event cannot be integrated it is NaN, which NUTS takes for a divergence.
+    Jacobian. If the integration of an event fails it is NaN, a divergence for NUTS.
 
     Args:
         denoiser: The denoiser, of events of any shape.
-        sampler: How draws are made, and by default how posterior draws are.
+        sampler: The sampler of prior draws, and the default for posterior draws.
         num_probes: The number of Hutchinson probes for the divergence in `log_prob`, the same for
             all calls. By default the divergence is exact up to 64 elements, and estimated with 16
-            probes beyond; it is exact for as many probes as an event has elements, or more.
-        max_batch_size: The number of events that are worked on at once.
-        validate_args: Whether to check the values that `log_prob` gets.
+            probes beyond. With at least as many probes as elements it is exact.
+        max_batch_size: The number of events that are processed at once.
+        validate_args: Whether `log_prob` validates the values that it gets.
 
     Raises:
         ValueError: If an argument is of the wrong type or out of its range, if the denoiser's mean
-            and covariance differ in size or are not finite, or if it is not of floating type.
+            and covariance differ in size or are not finite, or if its dtype is neither float32
+            nor float64.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -96,7 +97,7 @@ class DiffusionPrior(Distribution):
         max_batch_size: int = 1024,
         validate_args: bool | None = None,
     ) -> None:
-        # JAX rebuilds pytrees without __init__, so that placeholders never get here.
+        # JAX rebuilds pytrees without __init__, so that these checks never see placeholders.
         _check_denoiser(denoiser)
         denoiser = _near_one(denoiser)
         _check_sampler(sampler)
@@ -131,19 +132,19 @@ class DiffusionPrior(Distribution):
         return self._repeat(self.denoiser.to_data(self.denoiser.to_data(variance)))
 
     def condition(self, context: ArrayLike) -> "DiffusionPrior":
-        """Return the prior given a context, of a denoiser whose network has a ``context_shape``.
+        """Return the prior given contexts, for networks with a ``context_shape``.
 
-        A model says what belongs to an element of a plate, and passes it by `numpyro.subsample`.
-        A context may be another site of the model, which must then have a kernel of its own, NUTS
-        say, that asks for `log_prob` (do not `mask_priors`): sites with diffusion priors are drawn
-        together only where these do not depend on each other.
+        In a plate, pass contexts through `numpyro.subsample`. A context may be another latent site
+        of the model. That site then needs a kernel of its own that evaluates `log_prob`, such as
+        NUTS (without `mask_priors`): sites with diffusion priors are drawn together only if the
+        priors do not depend on each other.
 
         Args:
             context: Contexts, with shape ``(*batch, *context_shape)``; ``batch`` is the batch
                 shape of the prior returned.
 
         Raises:
-            ValueError: If the prior's network has no contexts, or those of another shape.
+            ValueError: If the network takes no contexts, or contexts of another shape.
 
         Example:
             >>> import jax.numpy as jnp, numpyro
@@ -161,7 +162,7 @@ class DiffusionPrior(Distribution):
         return self.replace_denoiser(ConditionedDenoiser(self.denoiser, context))
 
     def replace_denoiser(self, denoiser: Denoiser) -> "DiffusionPrior":
-        """Return a prior with another denoiser, and sampler and limits as they are."""
+        """Return a prior with another denoiser and the same options."""
         return DiffusionPrior(
             denoiser,
             sampler=self.sampler,
@@ -187,7 +188,7 @@ class DiffusionPrior(Distribution):
             Log-densities, with shape ``(*batch,)``.
 
         Raises:
-            ValueError: If the last axes of ``value`` are not an event's.
+            ValueError: If the last axes of ``value`` do not have the event shape.
         """
         x, size = self._events(value), prod(self.event_shape)
         batch_shape = jnp.broadcast_shapes(x.shape[: x.ndim - self.event_dim], self.batch_shape)
@@ -206,27 +207,26 @@ class DiffusionPrior(Distribution):
             sigma: Noise levels, broadcastable to shape ``(*batch,)``.
 
         Raises:
-            ValueError: If the last axes of ``x_t`` are not an event's.
+            ValueError: If the last axes of ``x_t`` do not have the event shape.
         """
         return self.denoiser.to_data(self.denoiser(self._events(x_t), self._level(sigma)))
 
     def score(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
-        r"""Return :math:`\nabla_{x_t} \log p(x_t)`, the score of the prior with noise.
+        r"""Return :math:`\nabla_{x_t} \log p(x_t)`, the score of the noisy prior.
 
         Args:
             x_t: Noisy events, with shape ``(*batch, *event)``.
             sigma: Noise levels, broadcastable to shape ``(*batch,)``.
 
         Raises:
-            ValueError: If the last axes of ``x_t`` are not an event's.
+            ValueError: If the last axes of ``x_t`` do not have the event shape.
         """
         return self.denoiser.from_data(self.denoiser.score(self._events(x_t), self._level(sigma)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the denoiser to a safetensors file; see `save_denoiser`.
 
-        The sampler and the other options are not stored: they belong to a use of the prior, and
-        `load` takes them again.
+        The sampler and the other options are not stored; pass them to `load` again.
         """
         save_denoiser(path, self.denoiser)
 
@@ -241,12 +241,12 @@ class DiffusionPrior(Distribution):
         max_batch_size: int = 1024,
         validate_args: bool | None = None,
     ) -> Self:
-        """Read a prior from a file of `save` or `save_denoiser`; see `load_denoiser`.
+        """Read a prior from a file written by `save` or `save_denoiser`; see `load_denoiser`.
 
         Args:
             path: The file.
-            networks: Networks of your own by the name of their class.
-            sampler: See `DiffusionPrior`, as for the arguments that follow.
+            networks: Your own network classes, by name.
+            sampler: See `DiffusionPrior`.
             num_probes: See `DiffusionPrior`.
             max_batch_size: See `DiffusionPrior`.
             validate_args: See `DiffusionPrior`.
@@ -260,11 +260,11 @@ class DiffusionPrior(Distribution):
         )
 
     def _repeat(self, x: jax.Array) -> jax.Array:
-        """Repeat for all contexts."""
+        """Broadcast an event to the batch shape."""
         return jnp.broadcast_to(x, (*self.batch_shape, *jnp.shape(x)))
 
     def _events(self, x: ArrayLike) -> jax.Array:
-        """Return events in the denoiser's unit."""
+        """Check events and return them in the denoiser's unit."""
         shape = jnp.shape(x)
         if shape[max(len(shape) - self.event_dim, 0) :] != self.event_shape:
             raise ValueError(
@@ -277,7 +277,7 @@ class DiffusionPrior(Distribution):
         return self.denoiser.from_data(jnp.asarray(sigma, self.denoiser.dtype))
 
 
-# Compiled here: called eagerly, their loops would be compiled anew at every call.
+# Compiled here: eager calls would compile the loops anew every time.
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _sample(
     rng_key: jax.Array,
@@ -329,13 +329,13 @@ def _log_prob(
 
 
 def _chunks(num: int, max_batch_size: int) -> tuple[int, int]:
-    """Return number and size of the fewest chunks, as even as can be."""
+    """Return the number and the size of the fewest chunks, as even as possible."""
     num_chunks = -(-num // max_batch_size)
     return num_chunks, -(-num // num_chunks)
 
 
 def _cut(x: jax.Array | None, num_chunks: int, size: int) -> jax.Array | None:
-    """Cut into chunks, filled up with elements that are there, which are known to be finite."""
+    """Cut into chunks of one size, padded with copies of the first elements."""
     if x is None:
         return None
     x = jnp.concatenate([x, x[: num_chunks * size - len(x)]])
@@ -351,14 +351,14 @@ def _check_denoiser(denoiser: Denoiser) -> None:
     if any(leaf is denoiser for leaf in jax.tree.leaves(denoiser)):
         raise ValueError(
             f"DiffusionPrior: the denoiser {type(denoiser).__name__} is no pytree; decorate its "
-            "class with `jax.tree_util.register_dataclass` (above `@dataclass`), so that its "
-            "arrays are seen, or use FunctionDenoiser."
+            "class with `jax.tree_util.register_dataclass` (above `@dataclass`), so that JAX sees "
+            "its arrays, or use FunctionDenoiser."
         )
     if denoiser.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"DiffusionPrior: expected a denoiser of type float32 or float64, got "
-            f"{denoiser.dtype}; convert its mean and covariance (a network inside of it may be of "
-            "half precision)."
+            f"{denoiser.dtype}; convert its mean and covariance (its network may have half "
+            "precision)."
         )
     if denoiser.cov.size != denoiser.event_size:
         raise ValueError(
@@ -366,14 +366,14 @@ def _check_denoiser(denoiser: Denoiser) -> None:
             f"{denoiser.event_size}, got one of size {denoiser.cov.size}; fit mean and covariance "
             "to the same flattened events."
         )
-    with jax.ensure_compile_time_eval():  # also where a model builds its prior inside jit
+    with jax.ensure_compile_time_eval():  # also if a model builds its prior inside jit
         finite = jnp.all(jnp.isfinite(denoiser.mean))
         scale = denoiser.scale
         positive = jnp.all((scale > 0) & jnp.isfinite(scale))
     if not_jax_tracer(finite) and not finite:
         raise ValueError(
-            "DiffusionPrior: expected a finite mean, got NaN or infinity; look for them in the "
-            "data that the mean was fitted to."
+            "DiffusionPrior: expected a finite mean, got NaN or infinity; check the data that "
+            "the mean was fitted to."
         )
     if not_jax_tracer(positive) and not positive:
         raise ValueError(
@@ -384,7 +384,7 @@ def _check_denoiser(denoiser: Denoiser) -> None:
 
 
 def _near_one(denoiser: Denoiser) -> Denoiser:
-    """Return a denoiser in a unit in which squares, and squares of squares, are numbers."""
+    """Return the denoiser in a unit in which powers of its scale do not over- or underflow."""
     scale, limits = denoiser.scale, jnp.finfo(denoiser.dtype)
     low, high = float(limits.tiny) ** (1 / 6), float(limits.max) ** (1 / 4)
     if not not_jax_tracer(scale) or scale.ndim or low < float(scale) < high:
@@ -402,6 +402,6 @@ def _check_sampler(sampler: Sampler) -> None:
         hash(sampler)
     except TypeError as error:
         raise ValueError(
-            f"DiffusionPrior: expected a hashable sampler, for it is static under jit, got "
-            f"{sampler}; give it Python numbers instead of arrays."
+            f"DiffusionPrior: expected a hashable sampler, since it is static under jit, "
+            f"got {sampler}; give it Python numbers instead of arrays."
         ) from error
