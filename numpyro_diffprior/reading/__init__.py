@@ -1,1 +1,1 @@
-"""From a NumPyro model to its latent sites and their likelihood."""
+"""Reading a NumPyro model: its latent sites and their likelihood."""

@@ -1,19 +1,19 @@
-r"""Gaussian pseudo-observations: what a log-density says where there are no moments to match.
+r"""Gaussian pseudo-observations from the curvature of a log-density.
 
-Around parameters :math:`\theta` a log-density with gradient :math:`g` and curvature :math:`-H`
-is that of a Gaussian observation of :math:`\theta`,
+Around parameters :math:`\theta`, a log-density with gradient :math:`g` and Hessian :math:`-H` is,
+to second order, that of a Gaussian observation of :math:`\theta`,
 
 .. math:: \theta + H^{-1} g \sim \mathcal{N}(\theta, H^{-1}),
 
-made anew wherever the latent is. Guidance by it is :math:`(I + V H)^{-1} V g` in the space of
-:math:`\theta`. Where the log-density is not concave, the curvature of a direction :math:`u` is
-:math:`(u^T g)^2`: what is known of it then moves the direction by no more than a unit of its
-log-density. Student's and Cauchy's distributions are taken for scale mixtures of Gaussians at the
-residual where they are, :math:`H = (\nu + 1) / (\nu s^2 + r^2)`. A normal distribution whose scale
-depends on the latent is observed twice, its location by the value and the logarithm of its scale
-by the squared residual, with Fisher's information for a curvature: :math:`1 / s^2` and 2. A
-mixture (or a zero-inflated count) is observed once for each component, with its variance over
-the probability :math:`r_k` that the value is the component's: :math:`H_k = r_k / s_k^2`.
+which is recomputed at every latent value. Its guidance is :math:`(I + V H)^{-1} V g` in the space
+of :math:`\theta`. In a direction :math:`u` in which the log-density is not concave, the curvature
+is taken to be :math:`(u^T g)^2`, which limits the change of the log-density along :math:`u` to
+about one. Student's t and Cauchy distributions are read as scale mixtures of Gaussians, with
+:math:`H = (\nu + 1) / (\nu s^2 + r^2)` at the residual :math:`r`. A normal distribution whose
+scale depends on the latent is observed twice, its location by the value and the logarithm of its
+scale by the squared residual, with the Fisher information as curvature: :math:`1 / s^2` and 2. A
+mixture (or a zero-inflated count) is observed once for each component, with the component's
+variance divided by its responsibility :math:`r_k` for the value: :math:`H_k = r_k / s_k^2`.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,10 +36,10 @@ class PseudoObservation(NamedTuple):
 
     Attributes:
         theta: The parameters, with shape ``(*batch, p)``.
-        y: What was observed of them, likewise.
-        variances: The variances of the noise, likewise.
-        directions: Its directions, in columns, with shape ``(*batch, p, p)``; None where they are
-            the axes.
+        y: Their observed values, with shape ``(*batch, p)``.
+        variances: The variances of the noise, with shape ``(*batch, p)``.
+        directions: The principal axes of the noise, as columns, with shape ``(*batch, p, p)``;
+            None if they are the coordinate axes.
     """
 
     theta: jax.Array
@@ -58,7 +58,7 @@ def pseudo_observe(
 
     Args:
         fn: A distribution, unwrapped.
-        batch_shape: The shape of its elements, of which each is observed on its own.
+        batch_shape: The shape of its elements, each of which is observed on its own.
         value: The observed values, with shape ``batch_shape + fn.event_shape``.
         depends: Which of the distribution's leaves depend on the latent.
     """
@@ -89,7 +89,7 @@ def pseudo_observe(
 
 
 def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
-    """Whether it is a normal distribution whose scale is among the leaves that depend."""
+    """Whether it is a normal distribution whose scale depends on the latent."""
     if not isinstance(fn, dist.Normal):
         return False
     leaves = jax.tree.leaves(fn)
@@ -99,10 +99,10 @@ def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
 def from_log_prob(
     log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
 ) -> PseudoObservation:
-    """Return the pseudo-observation of parameters by a log-density.
+    """Return the pseudo-observation of the parameters of a log-density.
 
     Args:
-        log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, each on its own.
+        log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, elementwise.
         theta: The parameters.
     """
     gradient, hessian = _derivatives(log_prob, theta)
@@ -111,7 +111,7 @@ def from_log_prob(
     eps = jnp.finfo(theta.dtype).eps
     rounding = eps * theta.shape[-1] * jnp.abs(curvature).max(-1, keepdims=True)
     curvature = jnp.where(curvature > rounding, curvature, along**2)
-    # What rounding leaves of a direction of which nothing is known would drown the others.
+    # Rounding errors in directions without information would swamp the others.
     known = curvature > rounding
     along = jnp.where(known, along, 0)
     curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
@@ -156,7 +156,7 @@ def _location_and_scale(
 ) -> PseudoObservation:
     loc, scale = (jnp.broadcast_to(leaf, batch_shape) for leaf in (fn.loc, fn.scale))
     log_scale = jnp.log(scale)
-    # Beyond three deviations it is the location that is wrong rather than the scale.
+    # Beyond three deviations, the location is wrong rather than the scale.
     excess = (jnp.minimum(((value - loc) / scale) ** 2, 9) - 1) / 2
     theta, y, variances = (
         jnp.stack(pair, axis=-1)
@@ -172,9 +172,9 @@ def _location_and_scale(
 def _by_component(
     fn: dist.Distribution, batch_shape: tuple[int, ...], value: jax.Array, depends: Sequence[bool]
 ) -> PseudoObservation | None:
-    """Observe the components of a mixture, where their means tell of the latent.
+    """Observe the components of a mixture whose means depend on the latent.
 
-    None where weights depend on it, or the scale of a normal component.
+    None if the weights or a normal component's scale depend on it, or if moments are missing.
     """
     match fn:
         case dist.MixtureSameFamily():
@@ -207,7 +207,7 @@ def _by_component(
             for v in ([m.mean for m in known], [m.cov for m in known])
         )
     probability = jnp.exp(log_joint - fn.log_prob(value)[..., None])
-    # A component that is all but excluded tells nothing, but is not divided by zero.
+    # The floor avoids a division by zero for a component of negligible responsibility.
     variance = variance / jnp.maximum(probability, jnp.finfo(mean.dtype).eps)
     shape = (*batch_shape, mean.shape[-1])
     mean, y, variance = (jnp.broadcast_to(v, shape) for v in (mean, value[..., None], variance))

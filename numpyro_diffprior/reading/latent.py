@@ -1,7 +1,7 @@
-"""The diffusion sites of a model, and which of them are drawn together.
+"""The diffusion sites of a model, and the groups in which they are drawn jointly.
 
-Events are the elements of a site's plates, drawn apart from each other. Sites on which one
-observed site depends are drawn together, as one. Where an observed site couples the elements of
+Events are the elements of a site's plates, and are drawn independently. Sites on which the same
+observed site depends are drawn jointly, as one event. If an observed site couples the elements of
 their plates (it is not in all of these plates, or the sites are in different ones), whole plates
 are one event.
 """
@@ -41,7 +41,7 @@ class LatentSite(NamedTuple):
     Attributes:
         name: Its name.
         event_shape: The shape of one event.
-        batch_shape: The shape of its batch: that of a block, where a plate is divided.
+        batch_shape: Its batch shape; that of a block, if a plate is divided.
         plates: Its plates, outermost first.
         sampler: The prior's sampler.
     """
@@ -60,11 +60,11 @@ class LatentSite(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentGroup:
-    """Latent sites that are drawn together, as one; static. Most models have one site anyway.
+    """Latent sites that are drawn jointly; static. Most models have a single site.
 
     Attributes:
         sites: The sites.
-        is_joined: Whether whole plates are one event, since observations couple their elements.
+        is_joined: Whether whole plates are one event, because observations couple their elements.
     """
 
     sites: tuple[LatentSite, ...]
@@ -77,7 +77,7 @@ class LatentGroup:
 
     @property
     def plates(self) -> tuple[Plate, ...]:
-        """The plates whose elements are events, outermost first; none where they are joined."""
+        """The plates whose elements are events, outermost first; none if they are joined."""
         return () if self.is_joined else self.sites[0].plates
 
     @property
@@ -108,7 +108,7 @@ class LatentGroup:
         return max(1, prod(plate.size for plate in self.plates))
 
     def denoiser(self, parts: Sequence[Denoiser]) -> Denoiser:
-        """Return the denoiser of all sites together, from those of their priors."""
+        """Return the joint denoiser of all sites, given those of their priors."""
         if self.is_joined:
             parts = [
                 PlateDenoiser(part, site.batch_shape)
@@ -117,11 +117,11 @@ class LatentGroup:
         return parts[0] if len(parts) == 1 else ProductDenoiser(tuple(parts))
 
     def split(self, denoiser: Denoiser, x: jax.Array) -> dict[str, jax.Array]:
-        """Return events by site, in the data's units.
+        """Split joint events into those of each site, in the data's units.
 
         Args:
-            denoiser: The denoiser of all sites together.
-            x: What it sees of them; it may have further axes in front.
+            denoiser: The joint denoiser of all sites.
+            x: Events of the denoiser; they may have further leading axes.
         """
         parts = _parts(denoiser)
         values = [x] if len(parts) == 1 else cast(ProductDenoiser, denoiser).split(x)
@@ -157,7 +157,7 @@ def read_latent_site(
         sizes: The full sizes of the model's plates.
 
     Raises:
-        ValueError: If its batch was made part of the event.
+        ValueError: If ``to_event`` has made batch axes part of the event.
     """
     fn = site["fn"]
     if fn.shape() != (*fn.batch_shape, *prior.event_shape):
@@ -175,7 +175,7 @@ def group_sites(
 ) -> tuple[LatentGroup, ...]:
     """Group latent sites by the observed sites that depend on them.
 
-    Sites on which nothing depends are drawn from their priors, together with the first group.
+    A site on which no observed site depends is a group of its own, drawn from its prior.
 
     Args:
         sites: The latent sites.
@@ -200,7 +200,7 @@ def group_sites(
 
 
 def couples(site: Mapping[str, Any], latent: LatentSite) -> bool:
-    """Whether an observed site is not in all of a latent's plates, with an element for each.
+    """Whether an observed site lacks a plate of a latent site, or has another size there.
 
     Args:
         site: The entry of the observed site in the trace.

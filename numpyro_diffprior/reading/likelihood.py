@@ -1,11 +1,10 @@
 r"""The likelihood of a group of latent sites, from the outputs of a model's program.
 
-Every observed site that depends on the group is read: mean and covariance of the observed values
-for guidance, or gradient and curvature of the log-density where there are none
-(`numpyro_diffprior.reading.curvature`); the exact log-density for weights; masks; and the factor
-of `numpyro.handlers.scale`. Values that were put through a fixed transformation, as those of a
-`LogNormal`, are transformed back. The factor of a subsampled plate does not touch what is local to
-the plate.
+For every observed site that depends on the group, a `LikelihoodReader` evaluates the mean and the
+covariance of the observed values for guidance, or the gradient and curvature of the log-density if
+there are none (`numpyro_diffprior.reading.curvature`); the exact log-density for weights; masks;
+and the factor of `numpyro.handlers.scale`. Values of a distribution with a fixed elementwise
+transformation are transformed back. The factor of a subsampled plate is removed for latents in it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ Evaluate = Callable[[jax.Array], Sequence[Mapping[str, Any]]]
 
 
 class LikelihoodReader:
-    """How the observed sites of a group are read; static.
+    """The likelihood of a group of latent sites, given outputs of the program; static.
 
     Args:
         group: The latent sites.
@@ -72,19 +71,19 @@ class LikelihoodReader:
         means, noises, values, masks = zip(*parts, strict=True)
         noise = noises[0] if len(noises) == 1 else Blocks(noises)
         mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
-        # All in the events' floating type, whatever type the model's constants bring in.
+        # All in the events' floating type, whatever the type of the model's constants.
         mean, noise, value = jax.tree.map(lambda a: a.astype(x.dtype), (mean, noise, value))
         return Reading(mean, noise, value), visible
 
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
     ) -> jax.Array:
-        """Return the log-likelihood of one batch of events, with shape ``batch``.
+        """Return the log-likelihood of one batch of events, with shape ``(*batch,)``.
 
         Args:
             evaluate: See `read`.
             x: The events.
-            sites: The positions of the sites that count (default: all).
+            sites: The positions of the sites to include (default: all).
         """
         outputs = evaluate(x)
         total = jnp.zeros(self.group.batch_shape, x.dtype)
@@ -97,8 +96,8 @@ class LikelihoodReader:
 
         Args:
             evaluate: See `read`.
-            template: Events of the batch, to read observed values at.
-            linear: Whether mean and values are affine, and noise does not depend on the events.
+            template: Events of the batch, at which observed values and noise are evaluated.
+            linear: Whether means are affine in the events, and noise and values are constant.
         """
         (_, noise, y), visible = self.read(evaluate, template)
 
@@ -127,7 +126,7 @@ class LikelihoodReader:
         )
 
     def _nothing(self, x: jax.Array) -> tuple[Reading, jax.Array]:
-        """Read one hidden value: the posterior is the prior."""
+        """Return one masked value, so that the posterior is the prior."""
         zero = jnp.zeros((*self.group.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.group.batch_shape, -1)[..., :1]
         return Reading(mean, Diagonal(jnp.ones_like(zero)), zero), zero.astype(bool)
@@ -135,7 +134,7 @@ class LikelihoodReader:
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> SiteReading:
-        """Return a site's mean, noise and value without hidden entries, and which are visible."""
+        """Return a site's mean, noise and values, neutral where masked, and the visible ones."""
         read, found = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
         directions = None
@@ -225,7 +224,7 @@ class LikelihoodReader:
         return array
 
     def _over_extra_axes(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-        """Apply a function of a batch of events to draws or particles of it."""
+        """Map a function of a batch of events over draws or particles of it."""
         return _map_leading(f, x, self._value_ndim)
 
     @property

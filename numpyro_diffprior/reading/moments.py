@@ -1,10 +1,10 @@
 r"""The first two moments of NumPyro's distributions, for guidance.
 
-Moment matching takes an observation :math:`y \sim p(y \mid \theta)` for a Gaussian one with the
-mean and the variance of :math:`p`, evaluated anew wherever the latent is. For exponential families
-that is Fisher scoring. A distribution without moments, or whose moments say little of its shape (a
-Laplace distribution is found by the median, not by the mean), enters by the curvature of its
-log-density instead (`numpyro_diffprior.reading.curvature`).
+Moment matching replaces an observation :math:`y \sim p(y \mid \theta)` by a Gaussian one with the
+mean and the variance of :math:`p` at the current latent value. For exponential families this is
+Fisher scoring. A distribution that has no moments, or that its moments describe badly (the median
+locates a Laplace distribution better than the mean), enters by the curvature of its log-density
+instead (`numpyro_diffprior.reading.curvature`).
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
             last axis of the mean, with shape ``mean.shape + mean.shape[-1:]``.
         full: Whether ``cov`` holds matrices.
         mask: Which values were observed, broadcastable to the mean.
-        transform: What the moments are of: this function of each value (None: the value itself).
+        transform: The function of each value that has these moments (None: the value itself).
     """
 
     mean: jax.Array
@@ -47,8 +47,8 @@ class Moments(NamedTuple):
 def gaussian_moments(fn: dist.Distribution) -> Moments | None:
     """Return mean and covariance of a distribution; register your own distributions here.
 
-    None says that there are no moments to match: guidance then goes by the curvature of the
-    log-density in the distribution's parameters.
+    A return value of None means that there are no moments to match: guidance then uses the
+    curvature of the log-density with respect to the distribution's parameters.
 
     Raises:
         ValueError: If the distribution's type is not registered.
@@ -56,7 +56,7 @@ def gaussian_moments(fn: dist.Distribution) -> Moments | None:
     raise ValueError(
         f"no moments are known for observations from {type(fn).__name__}; register them with "
         f"`@gaussian_moments.register({type(fn).__name__})`, a function of the distribution that "
-        "returns `Moments(mean, variance)`, or None to go by the curvature of its log-density."
+        "returns `Moments(mean, variance)`, or None to use the curvature of its log-density."
     )
 
 
@@ -97,7 +97,7 @@ def _masked(fn: dist.MaskedDistribution) -> Moments | None:
 
 @gaussian_moments.register
 def _transformed(fn: dist.TransformedDistribution) -> Moments | None:
-    """Affine maps of a distribution with moments have moments; others go by curvature."""
+    """Return the moments of an affine map; None for other maps, which are read by curvature."""
     base = gaussian_moments(fn.base_dist)
     is_affine = all(type(t) is AffineTransform for t in fn.transforms)
     if base is None or base.full or base.transform or not is_affine:
@@ -114,8 +114,8 @@ def _transformed(fn: dist.TransformedDistribution) -> Moments | None:
 def _by_element(fn: dist.Distribution) -> Moments:
     """Return NumPyro's own mean and variance.
 
-    A variance that rounding takes for zero, of a count that is all but certain, is raised to what
-    rounding leaves.
+    The variance of a discrete distribution is at least machine epsilon: it may be zero to
+    rounding.
     """
     mean, variance = (jnp.broadcast_to(v, fn.shape()) for v in (fn.mean, fn.variance))
     if fn.is_discrete:
@@ -145,7 +145,7 @@ for _family in (
     dist.Poisson,
     dist.Uniform,
     dist.Weibull,
-    # What bounds a distribution with moments.
+    # Truncated families whose moments NumPyro has.
     dist.LeftTruncatedGamma,
     dist.RightTruncatedGamma,
     dist.TwoSidedTruncatedGamma,
@@ -177,22 +177,22 @@ def _of_logs(fn: dist.Beta | dist.Dirichlet) -> Moments:
 
 
 def _log_parts(y: jax.Array) -> jax.Array:
-    """Of a part that rounding takes for one, the rest is what rounding leaves."""
+    """Return the logarithms of y and 1 - y, with 1 - y at least machine epsilon."""
     return _log(jnp.stack([y, jnp.maximum(1 - y, jnp.finfo(y.dtype).eps)], axis=-1))
 
 
 def _log(y: jax.Array) -> jax.Array:
-    """Of zero, the logarithm of the smallest number."""
+    """Return the logarithm, which is finite at zero."""
     return jnp.log(jnp.maximum(y, jnp.finfo(y.dtype).tiny))
 
 
 @gaussian_moments.register(dist.MultinomialLogits)
 @gaussian_moments.register(dist.MultinomialProbs)
 def _of_counts(fn: dist.Distribution) -> Moments:
-    """Of independent counts with the same means, whose sum happens to be what was counted.
+    """Return the moments of independent Poisson counts with the same means.
 
-    As the sum does not depend on the latent, they tell what counts with the full, singular
-    covariance tell.
+    Since their total does not depend on the latent, they carry the same information as the full,
+    singular covariance of multinomial counts.
     """
     mean = jnp.broadcast_to(fn.mean, fn.shape())
     return Moments(mean, jnp.maximum(mean, jnp.finfo(mean.dtype).eps))
@@ -200,7 +200,7 @@ def _of_counts(fn: dist.Distribution) -> Moments:
 
 @gaussian_moments.register
 def _of_spread_counts(fn: dist.DirichletMultinomial) -> Moments | None:
-    """As multinomial counts, with the spread of their probabilities, where they are many."""
+    """Return the moments of overdispersed multinomial counts; None for few categories."""
     if fn.event_shape[0] <= _MAX_CATEGORIES:
         return None
     mean, variance, *_ = _of_counts(fn)
@@ -216,7 +216,7 @@ _MAX_CATEGORIES = 16
 @gaussian_moments.register(dist.RightTruncatedDistribution)
 @gaussian_moments.register(dist.TwoSidedTruncatedDistribution)
 def _truncated(fn: dist.Distribution) -> Moments | None:
-    """NumPyro knows the moments of a truncated normal distribution."""
+    """Return the moments of a truncated normal; NumPyro has none for other bases."""
     return _by_element(fn) if isinstance(fn.base_dist, dist.Normal) else None
 
 
@@ -227,7 +227,7 @@ def _truncated(fn: dist.Distribution) -> Moments | None:
 @gaussian_moments.register(dist.LowRankMultivariateNormal)
 @gaussian_moments.register(dist.GaussianCopula)
 def _(fn: dist.Distribution) -> Moments:
-    """A copula's covariance is taken for its normal scores' correlation times deviations."""
+    """Return a Gaussian's moments; a copula's correlation is taken from its normal scores."""
     size = fn.event_shape[0]
     if isinstance(fn, dist.GaussianCopula):
         deviation = jnp.sqrt(fn.variance)
@@ -268,7 +268,7 @@ def _(fn: dist.MatrixNormal) -> Moments:
 @gaussian_moments.register(dist.GaussianStateSpace)
 @gaussian_moments.register(dist.ZeroSumNormal)
 def _affine(fn: dist.TransformedDistribution) -> Moments:
-    """An affine map of independent Gaussian vectors, whose matrix its derivative gives."""
+    """Return the moments of an affine map of Gaussian vectors, by the map's Jacobian."""
     base = gaussian_moments(fn.base_dist)
     assert base is not None
     blocks = base.mean.shape[len(fn.batch_shape) :]
@@ -345,7 +345,7 @@ for _family in (
 @gaussian_moments.register(dist.MixtureSameFamily)
 @gaussian_moments.register(dist.ZeroInflatedProbs)
 def _of_components(fn: dist.Distribution) -> None:
-    """Those of the components, by the value: see `reading.curvature.pseudo_observe`."""
+    """Return None: `reading.curvature.pseudo_observe` uses the components' moments."""
     return None
 
 
@@ -353,7 +353,7 @@ def _of_components(fn: dist.Distribution) -> None:
 def _refuse_delta(fn: dist.Delta) -> Moments:
     raise ValueError(
         "a Delta observation has no noise, and its posterior no density; observe it through a "
-        "Normal with the scale at which it was recorded."
+        "Normal whose scale is the error of the recorded values."
     )
 
 
@@ -369,7 +369,7 @@ def _refuse_delta(fn: dist.Delta) -> Moments:
 def _refuse(fn: dist.Distribution) -> Moments:
     raise ValueError(
         f"observations from {type(fn).__name__} are not read; add its log-density to the model by "
-        "`numpyro.factor`, of which guidance takes gradient and curvature."
+        "`numpyro.factor`, whose gradient and curvature guidance uses."
     )
 
 
@@ -393,7 +393,7 @@ _LABELS = {
 
 
 def handling(family: type[dist.Distribution]) -> str:
-    """Say how observations from a family of distributions are read: a row of the docs' table."""
+    """Describe how observations from a family are read, for the table in the docs."""
     rule = gaussian_moments.dispatch(family)
     label = _LABELS.get(rule, "mean and covariance")
     invertible = issubclass(family, dist.TransformedDistribution) and rule in _WHERE_TRANSFORMED

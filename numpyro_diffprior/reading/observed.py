@@ -1,9 +1,9 @@
-"""The observed sites of a model, and what is read of each.
+"""The observed sites of a model, and how each is read.
 
-A site is read by the moments of its distribution where its mean depends on the latent, or else
-by its log-density; see `ObservedSite`. What its parameters, moments and values depend on is found
-from the model's program. A site is therefore described twice: by its arrays, which are outputs of
-the program (`describe`), and by a static form, from which `decide` chooses how to read it once the
+A site is read by the moments of its distribution if its mean depends on the latent, or else by
+its log-density; see `ObservedSite`. The dependencies of its parameters, moments and values are
+found from the model's program. Therefore `describe` returns both the arrays of a site, which are
+outputs of the program, and its static form, from which `decide` chooses how to read it once the
 dependencies are known.
 """
 
@@ -31,19 +31,19 @@ By = Literal["moments", "parameters", "event", "potential"]
 
 
 class Rule(NamedTuple):
-    """What to read of a distribution, by which parts of it depend on the latent.
+    """How to read a distribution, given which of its parts depend on the latent.
 
-    Matched moments find what moves the mean. They do not see what moves only the covariance of a
-    Gaussian family or the spread of counts, and little of the shape of a gamma or a Weibull
-    distribution.
+    Moment matching is sensitive to the mean. It is insensitive to a change of only the covariance
+    of a Gaussian family or the dispersion of counts, and nearly so to the shape of a gamma or a
+    Weibull distribution.
 
     Attributes:
-        shape: The positions of leaves that decide by themselves.
-        by_shape: What to read where one of these depends on the latent.
-        by_cov: What to read where the covariance does, or None if that decides nothing.
-        by_mean: What to read where the mean does.
-        otherwise: What to read elsewhere.
-        is_residual: Whether the density depends on the difference of value and mean only.
+        shape: The positions of the shape parameters among the leaves.
+        by_shape: The quantity to read if one of these depends on the latent.
+        by_cov: The quantity to read if the covariance does; None to ignore the covariance.
+        by_mean: The quantity to read if the mean does.
+        otherwise: The quantity to read in all other cases.
+        is_residual: Whether the density depends only on the difference of value and mean.
     """
 
     shape: tuple[int, ...]
@@ -59,9 +59,9 @@ class Form(NamedTuple):
 
     Attributes:
         fn: The distribution without its arrays.
-        rule: What to read of it.
+        rule: How to read it.
         is_full: Whether its moments have covariance matrices.
-        error: Why it has no moments although it should, or None.
+        error: The message of the error that its moments raised, or None.
     """
 
     fn: StaticArguments
@@ -78,8 +78,8 @@ class SiteForm(NamedTuple):
         family: The name of its distribution's class, unwrapped.
         batch_shape: The batch shape of its distribution.
         plates: The names and sizes of its plates, as taken.
-        forms: Its distribution as it is and, where there are transformations of each value to
-            undo, that of the values transformed back.
+        forms: The form of its distribution and, if that has elementwise transformations, the
+            form for the values transformed back.
     """
 
     name: str
@@ -95,11 +95,11 @@ class ObservedSite(NamedTuple):
     Attributes:
         position: Its position among the observed sites of the model.
         form: The position of the form that is read.
-        by: What is read: the moments; the curvature of the log-density in those of its parameters
-            that depend on the latent, or in the event itself, as a matrix for each event; or, of
-            large events, gradient and products with the curvature, as a potential.
+        by: The quantity that is read: the moments; the curvature of the log-density in the
+            parameters that depend on the latent, or in the event itself (one matrix per event);
+            or, for large events, a potential (gradient and products with the curvature).
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
-        is_residual: Whether value and mean are read as their difference, as both depend on the
+        is_residual: Whether the difference of value and mean is read, since both depend on the
             latent.
     """
 
@@ -114,9 +114,9 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
     """Describe an observed site of a trace.
 
     Returns:
-        Its form, and its arrays: the log-density, of which hidden values are zero; the scale; and
-        for every form the leaves of the distribution, unwrapped, and the values; and what is read
-        of it, in units of the noise: distribution, values, and moments.
+        Its form, and its arrays: the log-density, zero for masked values; the scale; the
+        transformations; and for every form the leaves of the unwrapped distribution, the values,
+        and the distribution, the values and the moments in units of the noise.
 
     Raises:
         ValueError: If the values have another shape than the distribution.
@@ -125,8 +125,8 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
     if value.shape != fn.shape() and not isinstance(fn, dist.Unit):
         raise ValueError(
             f"observed site '{name}': expected values of shape {fn.shape()}, got "
-            f"{value.shape}; what belongs to a plate's elements must pass "
-            "through `numpyro.subsample` inside of the plate."
+            f"{value.shape}; pass arrays with an axis for a plate "
+            "through `numpyro.subsample` inside the plate."
         )
     if is_complex(fn, value):
         try:
@@ -136,7 +136,7 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
     mask, event_dim = unwrap(fn).mask, unwrap(fn).fn.event_dim
     safe = value
     if not isinstance(mask, bool) and jnp.issubdtype(value.dtype, jnp.inexact):
-        # Hidden values may be NaN, of which derivatives are NaN.
+        # Masked values may be NaN, which would make derivatives NaN.
         seen = mask.reshape(*mask.shape, *(1,) * event_dim)
         safe = jnp.where(seen | jnp.isfinite(value), value, 0)
     transforms = elementwise_transforms(fn)
@@ -182,7 +182,7 @@ def _describe_form(fn: dist.Distribution, value: jax.Array) -> tuple[Form, dict[
 
 
 def _rule(fn: dist.Distribution, moments: Moments | None) -> Rule:
-    """Say what is to be read of a distribution, unwrapped, with its moments."""
+    """Return the rule for an unwrapped distribution and its moments."""
     leaves = jax.tree.leaves(fn)
 
     def positions(parameter: Any) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def decide(
     Args:
         position: The site's position among the observed sites.
         form: The site's form.
-        marks: A tree like that of the arrays of `describe`: which depend on the latent.
+        marks: Which arrays of `describe` depend on the latent, a tree of the same structure.
         event_size: The number of elements of an event.
 
     Returns:
@@ -227,7 +227,7 @@ def decide(
     """
     if not marks["log_prob"]:
         return None
-    # Values are transformed back where the transformation is fixed.
+    # Values are transformed back if the transformation does not depend on the latent.
     chosen = len(form.forms) - 1 if not any(marks["transforms"]) else 0
     if marks["forms"][0]["value"]:
         chosen = 0  # the transformation's volume depends on the latent, too
@@ -251,10 +251,10 @@ def decide(
     if by == "parameters" and not any(own):
         raise ValueError(
             f"observed site '{form.name}': {form.family} has no moments, and none of its "
-            "parameters depends on the latent; add its log-density by `numpyro.factor` instead."
+            "parameters depends on the latent; add its log-density with `numpyro.factor` instead."
         )
     return ObservedSite(position, chosen, by, own, is_residual)
 
 
-# Up to this size of an event, matrices of second derivatives are made.
+# The largest size of an event for which its Hessian matrix is computed.
 _MAX_MATRIX = 64

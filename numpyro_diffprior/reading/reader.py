@@ -1,10 +1,10 @@
-"""The reader: a NumPyro model is executed once, abstractly, and known by its program from then on.
+"""The reader traces a NumPyro model; all later work uses the traced program.
 
-`read` runs a model on the shapes of its arguments, never on their values. What comes out is a
-`ModelReading`, which is static and hashable, and the arrays that the model takes: its arguments
-and whatever arrays it encloses. Code is compiled for the reading, with the arrays as arguments. So
-whatever a model reads is seen: a changed number makes another program, which is compiled anew; a
-changed array does not; and an unchanged model compiles nothing.
+`read` runs a model on the shapes of its arguments, never on their values. It returns a
+`ModelReading`, which is static and hashable, and the arrays that the model uses: its arguments and
+the arrays that it closes over. Functions are compiled for the reading, with the arrays as
+arguments. A changed number gives another program, which is compiled anew; a changed array or an
+unchanged model compiles nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,19 +56,18 @@ def read(
 
     Args:
         model: A NumPyro model.
-        args: Its arguments, of which only the shapes are looked at.
-        kwargs: Its keyword arguments, likewise.
-        block_size: How many elements of its largest plate a block of a group's events has, where
-            that is fewer than all (default: plates are whole).
+        args: Its positional arguments; tracing uses only the shapes of arrays.
+        kwargs: Its keyword arguments.
+        block_size: Maps a group of latent sites to the number of elements of its largest plate
+            in a block (default: plates are not divided).
         mesh: Devices to copy the arrays to.
-        params: The values of ``numpyro.param`` sites, by name (default: their first values).
-        purpose: Whose block size it is: how plates were divided the last time is remembered for
-            each purpose.
+        params: The values of ``numpyro.param`` sites, by name (default: their initial values).
+        purpose: The use of the reading; the last division of plates is cached for each purpose.
 
     Raises:
         ValueError: If the model has no diffusion site, or latent sites that have no sampler; if
             samplers of priors differ; if it fails on a part of a plate. Errors of the model on
-            whole plates are its own.
+            whole plates propagate.
     """
     arrays, static = split_arguments((tuple(args), dict(kwargs)))
     specs = [_spec(array) for array in arrays]
@@ -79,7 +78,7 @@ def read(
     if blocks:
         try:
             traced = _execute(model, specs, static, blocks)
-        except Exception:  # on whole plates it is the model's own, or does not come again
+        except Exception:  # is raised again on whole plates, if it is the model's
             blocks = {}
     if traced is None:
         traced = _execute(model, specs, static, {})
@@ -92,12 +91,12 @@ def read(
             _PLANS.pop(next(iter(_PLANS)))
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
     positions = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
-    # Those that are mapped into memory are read part by part.
+    # Memory-mapped arrays are read part by part.
     data = [x if isinstance(x, np.memmap) else replicate(x, mesh) for x in data]
     return Read(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
-# How plates were divided the last time, so that a model is executed once. Only a guess.
+# The last division of plates: a guess that saves a second execution of the model.
 _PLANS: dict[Any, dict[str, int]] = {}
 _MAX_PLANS = 64
 
@@ -114,7 +113,7 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _plan(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> dict[str, int]:
-    """Return how many elements of which plates a block has."""
+    """Return the number of elements in a block, by divided plate."""
     whole = {plate.name for g in reading.groups for plate in g.group.joined_plates}
     plan: dict[str, int] = {}
     for found in reading.groups:
@@ -129,7 +128,7 @@ def _plan(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> di
 
 class _Executed(NamedTuple):
     reading: ModelReading
-    kept: list[Any]  # positions of the arguments' arrays, and arrays that the model encloses
+    kept: list[Any]  # positions of the arguments' arrays, and arrays that the model closes over
 
 
 def _execute_on_part(
@@ -142,7 +141,7 @@ def _execute_on_part(
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the model fails on a part of its plates {sorted(blocks)}, but not on all of them: "
-            "what belongs to a plate's elements must pass through `numpyro.subsample` inside of "
+            "pass arrays with an axis for a plate through `numpyro.subsample` inside "
             f"the plate. ({error})"
         ) from error
 
@@ -166,10 +165,10 @@ def _execute(
     missing = [site.name for site in form.latents if Latent(site.name) not in traced.names]
     if missing:
         raise ValueError(
-            f"the latent sites {missing} are sampled inside of compiled code or of a loop; sample "
+            f"the latent sites {missing} are sampled inside a compiled function or a loop; sample "
             "them in the model itself."
         )
-    # The inputs in the program's order: enclosed arrays, arguments, elements, named inputs.
+    # The inputs in the program's order: closed-over arrays, arguments, elements, named inputs.
     kept: list[Any] = list(traced.data)
     positions: dict[int, int] = {}
 
@@ -196,7 +195,7 @@ def _execute(
             case Latent():
                 latents[name.name] = after + i
     sources += [(latents[site.name], Source()) for site in form.latents]
-    # An array of a prior that is an argument, unchanged, is the very variable.
+    # An array of a prior that is an unchanged argument has the argument's variable.
     variables = {id(v): i for i, v in enumerate(traced.program.jaxpr.invars[len(traced.data) :])}
     outvars = jax.tree.unflatten(traced.treedef, traced.program.jaxpr.outvars)
     origins = tuple(
@@ -228,14 +227,14 @@ def _describe(
     if not priors:
         raise ValueError(
             "no latent site with a DiffusionPrior was found in the model; expected one, such as "
-            f'`numpyro.sample("x", prior)`. Its latent sites: {sorted(latents)}. (One inside of '
+            f'`numpyro.sample("x", prior)`. Its latent sites: {sorted(latents)}. (A prior inside '
             "another distribution is not found: transform its draw, not the prior.)"
         )
     if others := sorted(set(latents) - set(priors)):
         raise ValueError(
             f"the latent sites {others} have no sampler: pass their values if they are "
-            "observed, give them values with `numpyro.handlers.condition`, or sample them beside "
-            "this one in `numpyro.infer.Gibbs`."
+            "observed, give them values with `numpyro.handlers.condition`, or sample them by "
+            "another kernel in `numpyro.infer.Gibbs`."
         )
     samplers = {prior.sampler for prior in priors.values()}
     if len(samplers) > 1:

@@ -1,9 +1,9 @@
-"""One execution of a NumPyro model: its sites, on chosen elements of its plates.
+"""Execution of a NumPyro model on chosen elements of its plates.
 
-A model runs under one handler, `Execution`, that decides what is an input of the model's program:
+A model runs under one handler, `Execution`, which chooses the inputs of the model's program:
 
-- the elements of divided plates; all other plates are taken whole, also those that the model
-  itself would subsample;
+- the elements of divided plates; all other plates are taken whole, even if the model would
+  subsample them;
 - the slices that the model takes of its arguments with `numpyro.subsample`;
 - the values of its diffusion sites (no sampler runs) and of its ``numpyro.param`` sites.
 """
@@ -70,8 +70,8 @@ class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
 
     Args:
         fn: The model.
-        indices: The elements by the plate's name. What the model slices with
-            `numpyro.subsample` follows.
+        indices: The indices of the elements, by plate; `numpyro.subsample` slices arrays by
+            them, too.
     """
 
     def __init__(self, fn: Model | None = None, indices: Mapping[str, jax.Array] | None = None):
@@ -90,7 +90,7 @@ class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
 
 
 class Execution(fix_plates):
-    """Run a model, and make inputs of what changes between its blocks and its latent values.
+    """Run a model with plates, slices, latent values and parameters as inputs.
 
     Args:
         fn: The model.
@@ -127,18 +127,18 @@ class Execution(fix_plates):
             msg["stop"] = True
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """Make inputs of the parameters that have no value but their first one."""
+        """Turn parameters that only have an initial value into inputs."""
         if msg["type"] == "param" and msg["name"] not in self._given:
             first = jnp.asarray(msg["value"], jnp.result_type(float, msg["value"]))
             self.params[msg["name"]] = first
             msg["value"] = name_input(first, Param(msg["name"]))
 
     def _slice(self, msg: dict[str, Any]) -> None:
-        """Make a slice of an argument an input, in place of the plates."""
+        """Turn a slice of an argument into an input, so that the plates do not slice it."""
         found = [i for i, argument in enumerate(self._arguments) if argument is msg["value"]]
         if not found:
             return
-        # The message does not say in which plates it is; a message to all of them does.
+        # The message does not list its plates; that of a deterministic site does.
         self._frames = []
         numpyro.deterministic(_PROBE, 0.0)
         value, axes = msg["value"], []
@@ -147,7 +147,7 @@ class Execution(fix_plates):
             if axis < 0 or value.shape[axis] == 1:
                 continue
             if value.shape[axis] != self.sizes[frame.name]:
-                return  # NumPyro says what is wrong
+                return  # NumPyro raises the error
             if frame.name in self.indices:
                 axes.append((axis, frame.name))
         if axes:
@@ -156,7 +156,7 @@ class Execution(fix_plates):
                 shape[axis] = self.indices[plate].shape[0]
             template = jnp.zeros(shape, value.dtype)
             msg["value"] = name_input(template, Slice(found[0], tuple(axes)))
-            msg["type"] = "sliced"  # which plates leave alone
+            msg["type"] = "sliced"  # which plates ignore
 
 
 _PROBE = "__numpyro_diffprior_plates__"
@@ -170,33 +170,33 @@ def run_model(
     indices: Mapping[str, jax.Array] | None = None,
     arguments: Sequence[jax.Array] = (),
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Run a model under `Execution`; return its trace and its parameters' first values.
+    """Run a model under `Execution`; return its trace and its parameters' initial values.
 
-    What the model draws on its own has the same key at every run.
+    Random draws of the model itself use the same key in every run.
 
     Raises:
-        ValueError: If the model fails on a part of a plate, or picks elements by a boolean array
-            among its arguments. Other errors of the model are its own.
+        ValueError: If the model indexes with a boolean array among its arguments. Other errors
+            of the model propagate.
     """
     execution = Execution(model, indices, arguments)
     try:
         trace = handlers.trace(handlers.seed(execution, rng_seed=0)).get_trace(*args, **kwargs)
     except jax.errors.NonConcreteBooleanIndexError as error:
         raise ValueError(
-            "the model picks elements by a boolean array among its arguments, whose number is "
-            "not known when it is compiled; hide values with `.mask(mask)` on the observed "
-            "site's distribution, or let the model enclose the array."
+            "the model indexes with a boolean array among its arguments, so that shapes are not "
+            "known at compile time; hide values with `.mask(mask)` on the observed site's "
+            "distribution instead, or let the model close over the array."
         ) from error
     return trace, execution.params
 
 
 class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
-    """Leave out the diffusion priors' own densities.
+    """Mask the log-densities of diffusion priors.
 
-    For `numpyro.infer.Gibbs`, in which a kernel samples other sites while the diffusion site
-    stands still: its density is then a constant, but would be solved for anew at every leapfrog
-    step. The kernels of this package do not ask for it. Only for that: a kernel that samples the
-    diffusion site by its density would find it without a prior.
+    For kernels in `numpyro.infer.Gibbs` that sample other sites with the diffusion site fixed:
+    the prior's density is then constant, but NUTS would integrate the probability flow at every
+    leapfrog step. The kernels of this package do not use the density. Do not mask priors for a
+    kernel that samples the diffusion site by its density: the site would have no prior.
 
     Args:
         fn: The model. Its priors must not depend on the sites that are sampled.
@@ -212,10 +212,10 @@ class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
 
 
 class complex_noise(Messenger):  # noqa: N801  # a NumPyro handler
-    """Draw complex values with noise in real and imaginary part, as observed ones are read.
+    """Sample complex observations with noise in the real and in the imaginary part.
 
-    NumPyro draws real noise alone around a complex mean. For `numpyro.infer.Predictive` and the
-    like; `calibrate` needs no help.
+    NumPyro samples real noise only around a complex mean. Wrap the model in this handler for
+    `numpyro.infer.Predictive`; `calibrate` does so itself.
 
     Args:
         fn: The model.
@@ -229,30 +229,30 @@ class complex_noise(Messenger):  # noqa: N801  # a NumPyro handler
             return
         key, fn = msg["kwargs"]["rng_key"], msg["fn"]
         if key is None:
-            key = numpyro.prng_key()  # of the handler that seeds, which is further out
+            key = numpyro.prng_key()  # of the enclosing seed handler
         if key is not None:
             pairs, _ = to_pairs(fn)
             msg["value"] = from_pairs(fn, pairs.sample(key, msg["kwargs"]["sample_shape"]))
 
 
 def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:
-    """Return the diffusion prior inside of what plates, masks and `to_event` wrap around it."""
+    """Return the diffusion prior inside the wrappers of plates, masks and `to_event`, or None."""
     while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
         fn = fn.base_dist
     return fn if isinstance(fn, DiffusionPrior) else None
 
 
 def check_names(owner: Callable[..., Any], model: Model, num_args: int, **options: Any) -> None:
-    """Refuse an option that may have been meant for the model.
+    """Reject an option that may have been meant for the model.
 
     Args:
-        owner: The function that takes the options beside the model's keyword arguments.
+        owner: The function that takes the options and the model's keyword arguments.
         model: The model.
-        num_args: How many arguments the model gets by position.
+        num_args: The number of the model's positional arguments.
         **options: The options that were given.
 
     Raises:
-        ValueError: If the model has an argument of the name of an option that is not its default.
+        ValueError: If an option that differs from its default has the name of a model argument.
     """
     try:
         names = list(inspect.signature(model).parameters)[num_args:]
@@ -268,6 +268,6 @@ def check_names(owner: Callable[..., Any], model: Model, num_args: int, **option
 
 
 def is_unobserved(name: str, trace: Mapping[str, Any]) -> bool:
-    """Whether a latent site stands for the hidden part of an observed one (``obs_mask=``)."""
+    """Whether a latent site is the unobserved part of an observed one (``obs_mask=``)."""
     stem = name.removesuffix("_unobserved")
     return stem != name and f"{stem}_observed" in trace

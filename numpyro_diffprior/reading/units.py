@@ -1,8 +1,8 @@
 r"""Observed values in units of their own noise.
 
-Guidance needs variances, and in float32 the square of a deviation of 1e-26 underflows. So a
-distribution that has a scale is read as that of :math:`y / u`, where :math:`u` is the power of two
-next below the scale: dividing by it rounds nothing. The log-density is evaluated in the same way,
+Guidance needs variances, and in float32 the square of a deviation of 1e-26 underflows. Hence a
+distribution with a scale is read as that of :math:`y / u`, where :math:`u` is the power of two
+next below the scale: an exact division. The log-density is evaluated in the same way,
 as :math:`\log p_u(y / u) - \log u`, since its derivatives divide by the square of the scale.
 """
 
@@ -26,7 +26,7 @@ class Standardized(NamedTuple):
     Attributes:
         fn: Their distribution.
         value: The values.
-        exponent: The exponent of two that they were multiplied by, broadcastable to them.
+        exponent: The exponent of the power of two that multiplied them, broadcastable to them.
     """
 
     fn: dist.Distribution
@@ -43,7 +43,7 @@ def standardize(fn: dist.Distribution, value: jax.Array) -> Standardized:
 
     Returns:
         The divided values and their distribution, of the same structure. The exponent is zero if
-        the distribution has no scale, or is of a type whose scale is not known here.
+        the distribution has no scale, or its type is not supported here.
     """
     scale = _scale(fn)
     if scale is not None:
@@ -57,20 +57,20 @@ def standardize(fn: dist.Distribution, value: jax.Array) -> Standardized:
 
 
 def standardized_log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
-    """Return the log-density of values by that of the divided ones; see `log_density`."""
+    """Return the log-density of values, from that of the divided ones; see `log_density`."""
     divided = standardize(fn, value)
     own, batch_shape, mask = unwrap(fn)
     log_factor = divided.exponent * jnp.log(jnp.asarray(2.0))
     volume = jnp.broadcast_to(log_factor, (*batch_shape, *own.event_shape))
     volume = volume.sum(tuple(range(len(batch_shape), volume.ndim)))
     if isinstance(own, dist.LeftCensoredDistribution | dist.RightCensoredDistribution):
-        mask = jnp.logical_and(mask, jnp.logical_not(own.censored))  # others have probabilities
+        mask = jnp.logical_and(mask, jnp.logical_not(own.censored))  # not for probabilities
     volume = jnp.where(mask, volume, 0).sum(tuple(range(len(fn.batch_shape), len(batch_shape))))
     return log_density(divided.fn, divided.value) + volume
 
 
 def _exponent(scale: ArrayLike) -> jax.Array:
-    """Return the exponent of the power of two next below a scale, zero if that is no number."""
+    """Return the exponent of the power of two next below a scale, zero if it is out of range."""
     scale = jnp.asarray(scale, jnp.result_type(float, scale))
     limits, exponent = jnp.finfo(scale.dtype), near_exponent(scale)
     valid = (scale > 0) & (exponent > limits.minexp) & (exponent < limits.maxexp - 1)

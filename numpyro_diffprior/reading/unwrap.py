@@ -1,8 +1,8 @@
-r"""Wrappers of distributions: what expands, masks, joins and transforms them, and complex values.
+r"""Expanded, masked, independent and transformed distributions, and complex values.
 
-A complex observation is read as a pair of real ones: real and imaginary part each have the
-distribution with the scale that the model states. (NumPyro's own density of a complex value is
-another thing: it squares complex residuals.)
+A complex observation is read as a pair of real ones: the real and the imaginary part each have
+the distribution and the scale that the model states. (NumPyro's own log-density of complex values
+differs: it squares complex residuals.)
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ __all__ = [
 
 
 class Unwrapped(NamedTuple):
-    """A distribution without what expands, masks and joins it.
+    """A distribution without its expanded, masked and independent wrappers.
 
     Attributes:
         fn: The distribution.
-        batch_shape: The shape of its elements: batch and joined axes of what wrapped it.
-        mask: Which elements were observed, broadcastable to that.
+        batch_shape: The batch axes of the outermost wrapper and those that `to_event` took.
+        mask: Which elements were observed, broadcastable to ``batch_shape``.
     """
 
     fn: dist.Distribution
@@ -39,7 +39,7 @@ class Unwrapped(NamedTuple):
 
 
 def unwrap(fn: dist.Distribution) -> Unwrapped:
-    """Take off what expands, masks and joins a distribution."""
+    """Remove the expanded, masked and independent wrappers of a distribution."""
     match fn:
         case dist.Independent():
             return unwrap(fn.base_dist)
@@ -59,10 +59,10 @@ def unwrap(fn: dist.Distribution) -> Unwrapped:
 
 
 def log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
-    """Return NumPyro's log-density, with that of Dirichlet's family as one sum.
+    """Return NumPyro's log-density, but that of Beta and Dirichlet as a single sum.
 
-    NumPyro's difference of two sums is wrong where jaxlib 0.10.2 makes more than 32,768 at once on
-    CPUs.
+    NumPyro's difference of two sums is wrong for more than 32,768 densities at once with jaxlib
+    0.10.2 on CPUs.
     """
     own, batch_shape, mask = unwrap(fn)
     match own:
@@ -88,14 +88,14 @@ def is_complex(fn: dist.Distribution, value: jax.Array | None = None) -> bool:
 def to_pairs(
     fn: dist.Distribution, value: jax.Array | None = None
 ) -> tuple[dist.Distribution, jax.Array | None]:
-    """Return the distribution of pairs of real and imaginary parts, and a value of it.
+    """Return the distribution and the value as pairs of real and imaginary parts.
 
-    The pairs are a further axis of the event: the last one, or that before the vector of a
+    The pairs are an additional event axis: the last one, or the one before the vectors of a
     multivariate distribution.
 
     Raises:
-        ValueError: If the distribution says nothing of complex values, its scale is complex, or
-            the value is real where the mean is not.
+        ValueError: If the distribution does not support complex values, its scale is complex, or
+            the mean is complex and the value real.
     """
     axis = -1 - len(unwrap(fn).fn.event_shape)
     paired = _pair(fn)
@@ -152,14 +152,14 @@ def _real(parameter: jax.Array) -> jax.Array:
     parameter = jnp.asarray(parameter)
     if jnp.issubdtype(parameter.dtype, jnp.complexfloating):
         raise ValueError(
-            "a scale or covariance is complex; expected that of real and imaginary part each, a "
-            "real one."
+            "a scale or covariance is complex; expected a real one, that of the real part and of "
+            "the imaginary part."
         )
     return parameter
 
 
 def elementwise_transforms(fn: dist.Distribution) -> list[Any]:
-    """Return the transformations that `peel` takes off: of each value for itself."""
+    """Return the elementwise transformations, which `peel` inverts."""
     while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
         fn = fn.base_dist
     if not isinstance(fn, dist.TransformedDistribution) or isinstance(fn, dist.FoldedDistribution):
@@ -170,7 +170,7 @@ def elementwise_transforms(fn: dist.Distribution) -> list[Any]:
 
 
 def peel(fn: dist.Distribution, value: jax.Array) -> tuple[dist.Distribution, jax.Array]:
-    """Transform values back to those of the base distribution."""
+    """Return the base distribution and the values, transformed back elementwise."""
     match fn:
         case dist.Independent():
             base, value = peel(fn.base_dist, value)
