@@ -1,9 +1,9 @@
-r"""Simulation-based calibration: whether posterior draws are what they claim to be.
+r"""Simulation-based calibration of posterior draws.
 
-Latents drawn from the model, data drawn given them, posterior draws given the data: if the draws
-are exact, the truth's rank among them is uniform, for every element of every latent site. So is
-the rank of its distance to a point that knows nothing of it, which sees errors of the joint
-posterior that no single element shows.
+Latents are drawn from the model, data given the latents, and posterior draws given the data. If
+the posterior draws are exact, the rank of the truth among them is uniform, for every element of
+every latent site. So is the rank of its distance to a point that does not depend on it, which
+detects errors of the joint posterior that no single element shows.
 
 References:
     Talts et al., *Validating Bayesian inference algorithms with simulation-based calibration*,
@@ -59,8 +59,8 @@ class Calibration(NamedTuple):
     Attributes:
         ranks: The number of draws below the truth, element by element, integers with shape
             ``(num_simulations, *batch, *event)``; ties are broken at random.
-        distance_ranks: The number of draws closer than the truth to the truth of another
-            simulation, integers with shape ``(num_simulations, *batch)``.
+        distance_ranks: The number of draws that are closer than the truth to another simulation's
+            truth, integers with shape ``(num_simulations, *batch)``.
         num_samples: The number of draws per simulation.
     """
 
@@ -77,14 +77,14 @@ class Calibration(NamedTuple):
         return self._test(self.ranks, num_bins)
 
     def distance_pvalues(self, num_bins: int = 10) -> dict[str, jax.Array]:
-        """Return chi-square p-values of uniform distance ranks, by site, of shape ``batch``."""
+        """Return chi-square p-values of uniform distance ranks, by site, shape ``(*batch,)``."""
         return self._test(self.distance_ranks, num_bins)
 
     def coverage(self, levels: Sequence[float] = (0.5, 0.8, 0.95)) -> dict[str, jax.Array]:
-        """Return the part of all elements inside their central intervals, with shape ``levels``.
+        """Return the fraction of elements inside their central intervals, one for each level.
 
-        Intervals between draws cannot have every probability: take ``num_samples + 1`` a multiple
-        of 40 for these levels.
+        Intervals between draws cannot have every probability: let ``num_samples + 1`` be a
+        multiple of 40 for the default levels.
         """
         centered = {name: jnp.abs(2 * u - 1) for name, u in self.pit().items()}
         return {
@@ -93,15 +93,15 @@ class Calibration(NamedTuple):
         }
 
     def pit(self) -> dict[str, np.ndarray]:
-        """Return probability integral transforms, uniform on (0, 1): for plots of their ECDF."""
-        # Of NumPy, which ArviZ sorts in place.
+        """Return probability integral transforms of `ranks`, uniform on (0, 1) for exact draws."""
+        # NumPy arrays, since ArviZ sorts them in place.
         return {name: np.array(self._transform(rank)) for name, rank in self.ranks.items()}
 
     def to_datatree(self) -> "xr.DataTree":
-        """Return the group ``prior_sbc`` that ArviZ's ``plot_ecdf_pit`` takes and simuk makes.
+        """Return a group ``prior_sbc``, as simuk does, for ArviZ's ``plot_ecdf_pit``.
 
-        Its values are `pit`, by site, and those of ``{site}_distance``; its dimensions are
-        ``chain`` (one), ``draw`` (the simulations) and a site's own.
+        It holds `pit` by site, and that of the distance ranks as ``{site}_distance``; its
+        dimensions are ``chain`` (one), ``draw`` (the simulations) and a site's own.
         """
         import xarray as xr  # slow to import
 
@@ -153,12 +153,12 @@ def calibrate(
         num_particles: Particles per draw, see `sample_posterior`.
         sampler: The sampler, see `sample_posterior`.
         guidance: The guidance, see `sample_posterior`.
-        kernel: A function that makes a kernel of a model, to calibrate that kernel in `MCMC` in
-            place of `sample_posterior`: ``NUTS``, say. It sees all latent sites.
-        num_warmup: Warm-up of the kernel's chains.
+        kernel: A function from a model to a kernel, such as ``NUTS``, to calibrate in `MCMC`
+            instead of `sample_posterior`. It must sample all latent sites.
+        num_warmup: The number of warm-up steps of the kernel's chains.
         num_chains: The number of the kernel's chains, run as a batch; they share the draws.
-        thinning: Keep one of so many of the kernel's draws: ranks ask for independent ones.
-        max_batch_size: How many draws are made at once by `sample_posterior`.
+        thinning: The thinning of the kernel's draws; uniform ranks need independent draws.
+        max_batch_size: The number of particles in memory at once, see `sample_posterior`.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -167,7 +167,7 @@ def calibrate(
     Raises:
         ValueError: If nothing is observed, an observed site cannot be simulated,
             ``num_samples`` is not a multiple of ``num_chains``, or ``kernel`` is not a function of
-            the model or comes with settings that it does not see; see also `sample_posterior`.
+            the model or comes with options of `sample_posterior`; see also `sample_posterior`.
     """
     check_names(
         calibrate,
@@ -202,12 +202,12 @@ def calibrate(
         )
     if isinstance(kernel, MCMCKernel):
         raise ValueError(
-            "calibrate: expected as kernel a function of the model, such as "
+            "calibrate: expected kernel to be a function of the model, such as "
             f"`lambda model: {type(kernel).__name__}(model, ...)`, got a kernel."
         )
     if kernel is not None and (num_particles, sampler, guidance) != (1, None, None):
         raise ValueError(
-            "calibrate: num_particles, sampler and guidance are those of `sample_posterior`; give "
+            "calibrate: num_particles, sampler and guidance are for `sample_posterior`; give "
             "them to the kernel, in the function that makes it."
         )
     arguments, static = split_arguments(((prior, *args), kwargs))
@@ -273,7 +273,7 @@ def calibrate(
 
 
 class _Sites(NamedTuple):
-    """What a trace says, all static."""
+    """The observed and the latent sites of a trace; static."""
 
     observed: tuple[str, ...]
     event_dims: tuple[tuple[str, int], ...]
@@ -297,8 +297,8 @@ def _find_sites(trace: Mapping[str, Any]) -> _Sites:
     observed = tuple(name for name, site in sites.items() if site["is_observed"])
     if not observed:
         raise ValueError(
-            "calibrate: the model has no observed site; pass its observed values, whose place "
-            "simulated ones take."
+            "calibrate: the model has no observed site; pass its observed values, which simulated "
+            "ones replace."
         )
     factors = sorted(name for name in observed if isinstance(sites[name]["fn"], dist.Unit))
     if factors:
@@ -338,10 +338,10 @@ def _simulate(
 
 
 def _distance_ranks(samples: jax.Array, truth: jax.Array, event_dim: int) -> jax.Array:
-    """Count the draws closer than the truth to the truth of the next simulation."""
+    """Count the draws that are closer than the truth to the next simulation's truth."""
     point = jnp.roll(truth, 1, axis=0)
     axes = tuple(range(-event_dim, 0))
     size = jnp.abs(truth).max()
-    unit = jnp.where(size > 0, size, 1)  # squares of small units are no numbers
+    unit = jnp.where(size > 0, size, 1)  # squares of small numbers underflow
     distances = jnp.square((samples - point[:, None]) / unit).sum(axes)
     return sbc_ranks(distances, jnp.square((truth - point) / unit).sum(axes))

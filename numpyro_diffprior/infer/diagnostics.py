@@ -1,4 +1,4 @@
-r"""A check of draws of one particle against those of particle systems.
+r"""Comparison of draws of one particle with draws of particle systems.
 
 Guidance is exact where prior and observations are Gaussian. Elsewhere, draws :math:`x` of one
 particle are compared with draws of particle systems for the same events, which have the mean
@@ -37,14 +37,14 @@ class _Comparison(NamedTuple):
 
     Attributes:
         ratio: The root-mean-square distance from the systems' mean, over that of their own draws.
-        z: How significant it is that their squares differ.
+        z: The difference of the mean squares, in standard errors.
     """
 
     ratio: jax.Array
     z: jax.Array
 
 
-# What was looked at already: a model and the settings of its draws.
+# The models and the settings of draws that were compared already.
 _seen: dict[Any, None] = {}
 
 
@@ -57,16 +57,16 @@ def warn_of_bias(
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
 ) -> None:
-    """Warn where particles draw other events than one particle did; once for a model.
+    """Warn if draws of one particle differ from those of particle systems; once per model.
 
-    Particle systems draw no more often than the call itself did, so that nothing is said of few
-    draws.
+    The particle systems use no more particles than the call itself, so that calls with few draws
+    are not checked.
 
     Args:
         rng_key: A random key.
         model: The model.
         arguments: Its arguments, and its keyword arguments.
-        found: The model, read.
+        found: The model as read.
         settings: How its draws were made, with one particle.
         samples: Its draws by site, with shape ``(num_samples, *batch, *event)``.
         mesh: See `read`.
@@ -97,7 +97,7 @@ def warn_of_bias(
         ratio, z = _compare(samples[name], particles)
         if ratio > _LARGE_RATIO and z > _LARGE_Z:
             warnings.warn(
-                f"draws of one particle are biased for site '{name}': of {most} of its events "
+                f"draws of one particle are biased for site '{name}': for {most} of its events "
                 f"they lie {float(ratio):.2g} times as far from the posterior's mean as draws of "
                 f"{_NUM_PARTICLES} particles. Pass num_particles={2 * _NUM_PARTICLES}, or more.",
                 stacklevel=3,
@@ -105,7 +105,7 @@ def warn_of_bias(
 
 
 def _is_exact(found: Read) -> bool:
-    """Whether guidance has nothing to approximate: a linear mean and Gaussian priors."""
+    """Whether guidance is exact: the means are linear and the priors Gaussian."""
 
     def parts(data: ModelData) -> Any:
         return [part.parts(data) for part in found.reading.groups]
@@ -119,11 +119,11 @@ def _is_exact(found: Read) -> bool:
 
 @jax.jit
 def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
-    """Compare draws with those of particle systems for the first events, draws first."""
+    """Compare draws with those of particle systems for the first events; axis 0 is draws."""
     sizes = particles.shape[1:]
     samples = samples[(slice(None), *(slice(size) for size in sizes))]
     x, reference = (draws.reshape(len(draws), -1) for draws in (samples, particles))
-    unit = jnp.abs(reference).max(0)  # squares of small units are no numbers
+    unit = jnp.abs(reference).max(0)  # squares of small numbers underflow
     x, reference = (draws / jnp.where(unit > 0, unit, 1) for draws in (x, reference))
 
     def distance(x: jax.Array, mean: jax.Array, variance: jax.Array, count: int) -> jax.Array:
@@ -133,7 +133,7 @@ def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
 
     num = len(reference)
     found = distance(x, reference.mean(0), reference.var(0, ddof=1), num)
-    # Of each of the reference's draws to the others.
+    # The distance of each reference draw to the others.
     others = jnp.stack([jnp.delete(reference, i, axis=0) for i in range(num)])
     expected = distance(reference, others.mean(1), others.var(1, ddof=1), num - 1)
     error = expected.std(ddof=1) * jnp.sqrt(1 / num + 1 / len(x))

@@ -1,8 +1,8 @@
-r"""Evidence: how probable a prior makes the observations.
+r"""The evidence (marginal likelihood) of observations under a prior.
 
 The twisted SMC (`numpyro_diffprior.particles.smc`) estimates :math:`p(y)` of every event without
 bias, under the prior that the sampler draws. Independent estimates are averaged; their spread
-gives the error. The logarithm of an average is too low on average, by half of its squared error.
+gives the standard error. The log of the average has a bias of minus half its squared error.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class LogEvidence(NamedTuple):
 
     Attributes:
         value: The estimates of :math:`\log p(y)`, with the shape of the plates.
-        standard_error: Their standard errors, likewise.
+        standard_error: Their standard errors, with the same shape.
     """
 
     value: jax.Array
@@ -53,11 +53,11 @@ class LogEvidence(NamedTuple):
     def to_elpd(self) -> "az.ELPDData":
         """Return the evidences as ArviZ's expected log predictive density, for `arviz.compare`.
 
-        For observations that the prior was not learned from, log-evidence is log predictive
-        density. ArviZ's standard errors say how much its sum varies with the choice of events;
-        the estimates' own error (`total_standard_error`) comes on top.
+        For observations that the prior was not learned from, the log-evidence is the log
+        predictive density. ArviZ's standard error is that of the choice of events; the estimates'
+        own error (`total_standard_error`) adds to it.
         """
-        import arviz as az  # slow to import, and loud before 1.0
+        import arviz as az  # slow to import, and warns before 1.0
         import xarray as xr
 
         value = np.asarray(self.value, float).ravel()
@@ -70,7 +70,7 @@ class LogEvidence(NamedTuple):
             "scale": "log",
             "good_k": 0.7,
         }
-        # ArviZ knows only of leave-one-out and its like; nothing was left out here, hence p = 0.
+        # ArviZ has leave-one-out and similar results only; nothing is left out here, so p = 0.
         if hasattr(az, "ELPDDataLOO"):
             return az.ELPDDataLOO(elpd=elpd, se=se, p=0.0, elpd_i=pointwise, **fields)
         # Before ArviZ 1.0: a series, whose first three entries are printed.
@@ -100,17 +100,17 @@ def log_evidence(
         *args: The model's other arguments.
         num_estimates: The number of independent estimates, at least two: their spread is the
             standard error.
-        num_particles: Particles per estimate, at least two. The error falls with their number
-            faster than with that of the estimates.
+        num_particles: Particles per estimate, at least two. More particles reduce the error
+            faster than more estimates do.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
-        max_batch_size: How many particles are in memory at once on one device.
+        max_batch_size: The number of particles in memory at once on one device.
         mesh: Devices to spread the work over, see `sample_posterior`.
         **kwargs: The model's keyword arguments.
 
     Returns:
-        The estimates and their standard errors. An error that is not small against one is itself
-        not to be trusted: take more particles.
+        The estimates and their standard errors. A standard error that is not much smaller than
+        one is itself unreliable: use more particles.
 
     Raises:
         ValueError: If there are fewer than two estimates or particles, or the model cannot be

@@ -34,7 +34,7 @@ class MMPSState(NamedTuple):
     Attributes:
         z: The diffusion sites' values by name.
         rng_key: The random key.
-        info: The statistics of the last draw, ``extra_fields=("info.ess",)``; see `ParticleInfo`.
+        info: The statistics of the last draw, see `ParticleInfo` (``extra_fields=("info.ess",)``).
     """
 
     z: dict[str, jax.Array]
@@ -48,8 +48,8 @@ class ParticleGibbsState(NamedTuple):
     Attributes:
         z: The diffusion sites' values by name.
         rng_key: The random key.
-        path: The retained paths, each with shape ``(num_steps, *batch, *event)``: one, or one for
-            each group of sites that no observation connects.
+        path: The retained paths, each with shape ``(num_steps, *batch, *event)``: one for each
+            group of sites that share observations.
         updated: The fraction of noise levels at which the path moved in the last update, with the
             sites' batch shape.
         info: The statistics of the last update; see `ParticleInfo`.
@@ -69,7 +69,7 @@ _Blocks = list[tuple[LatentGroup, Block]]
 
 
 class _DiffusionKernel(MCMCKernel):
-    """What the kernels of a diffusion site share."""
+    """The base class of the kernels of diffusion sites."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _DiffusionKernel(MCMCKernel):
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
     ) -> _State:
-        """Read the model, and start at ``init_params`` where they name the site.
+        """Read the model and return the first state, at ``init_params`` if they hold all sites.
 
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
@@ -140,7 +140,7 @@ class _DiffusionKernel(MCMCKernel):
     def sample(
         self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> _State:
-        """Return the next state (of each chain, where the state has several)."""
+        """Return the next state (of every chain, if the state has several)."""
         if self._sample_fn is None:
             raise RuntimeError(f"{type(self).__name__}: `init` must be called before `sample`.")
         if is_prng_key(state.rng_key):
@@ -173,7 +173,7 @@ class _DiffusionKernel(MCMCKernel):
         """Return a function that adds the model's deterministic sites to a draw.
 
         Observed sites completed under ``obs_mask=`` are left out, since their hidden values are
-        not drawn; for these see `numpyro.infer.Predictive`.
+        not drawn; for these use `numpyro.infer.Predictive`.
         """
         whole = handlers.seed(fix_plates(self.model), rng_seed=0)
 
@@ -264,12 +264,12 @@ class MMPSKernel(_DiffusionKernel):
 
 
 class ParticleGibbs(_DiffusionKernel):
-    """A chain of exact draws of a diffusion site by conditional SMC with ancestor sampling.
+    """Exact draws of a diffusion site by conditional SMC with ancestor sampling.
 
-    The posterior under the prior that the sampler draws and the exact likelihood of the observed
-    sites stays what it is under an update, for any number of particles from two on. Updates are
-    correlated: more particles move more of the path. The chain starts at a draw of the twisted
-    SMC, which needs little warm-up. Alone in `MCMC`, or beside other kernels in
+    An update leaves the posterior invariant, under the prior that the sampler draws and the exact
+    likelihood of the observed sites, for any number of particles from two on. Successive draws
+    are correlated; more particles move more of the path. The chain starts at a draw of the
+    twisted SMC, so that it needs little warm-up. Use it alone in `MCMC`, or with other kernels in
     `numpyro.infer.Gibbs`.
 
     Args:
@@ -307,7 +307,7 @@ class ParticleGibbs(_DiffusionKernel):
         settings: Settings,
         values: list[jax.Array] | None,
     ) -> ParticleGibbsState:
-        """Start at a draw of the twisted SMC, with a path of added noise."""
+        """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
         if values is None:
             values = [

@@ -1,7 +1,7 @@
 """Posterior draws of a NumPyro model's diffusion site.
 
-The model's trace gives the likelihood (`numpyro_diffprior.reading`), guided sampling or the
-twisted SMC the draws (`numpyro_diffprior.particles.smc`), in compiled blocks of bounded size.
+The likelihood is read from the model's trace (`numpyro_diffprior.reading`). Guided sampling or the
+twisted SMC makes the draws (`numpyro_diffprior.particles.smc`), in blocks of bounded size.
 """
 
 import warnings
@@ -43,14 +43,14 @@ def resolve_settings(
 ) -> Settings:
     """Fill in the defaults: the prior's sampler, and `MMPS`.
 
-    MMPS takes Tweedie's covariance for one particle; more look ahead with the Gaussian one.
+    MMPS uses Tweedie's covariance for one particle, and looks ahead with the Gaussian for more.
 
     Args:
         default: The prior's sampler.
-        num_particles: See `sample_posterior`, as for the other arguments.
-        sampler: A sampler in its place, or None.
-        guidance: A guidance, or None.
-        independent: Whether every draw is one of a particle system of its own.
+        num_particles: See `sample_posterior`.
+        sampler: A sampler to use instead, or None.
+        guidance: The guidance, or None for the default.
+        independent: Whether every draw comes from a particle system of its own.
 
     Raises:
         ValueError: If ``sampler`` is not a `Sampler` or ``guidance`` not a `Guidance`, or if there
@@ -97,29 +97,29 @@ def sample_posterior(
     Args:
         rng_key: A random key.
         model: A NumPyro model; its observed sites are the likelihood.
-        prior: The model's first argument: a prior, or several in a dict. Sites in one plate are
-            drawn together.
+        prior: The model's first argument: a prior, or several in a dict. Sites on which the same
+            observed site depends are drawn jointly.
         *args: The model's other arguments.
         num_samples: The number of draws per event.
-        num_particles: Particles of a system: one is MMPS, more correct its approximation.
+        num_particles: Particles per system; one is guided sampling, more correct its bias.
         sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle; more
-            look ahead with the Gaussian one).
-        independent: Whether every draw is one of a particle system of its own. Otherwise each
-            system gives as many draws as it has particles, at a fraction of the cost: a thousand
-            draws of one system of a thousand particles, say. They are exact in the limit of many
-            particles, but not independent: an event may be drawn more than once.
-        max_batch_size: How many particles (with one particle: draws) are in memory at once on one
-            device. Only the largest of several plates is divided.
-        mesh: Devices to spread the work over (`jax.make_mesh`), by the elements of the largest
-            plate; where they are fewer than the devices, by the draws. Data and prior are copied
-            to each. Other meshes give other draws.
+        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
+            with the Gaussian covariance and look-ahead proposals for more).
+        independent: Whether every draw comes from a particle system of its own. Otherwise each
+            system yields as many draws as it has particles, at a fraction of the cost: a thousand
+            draws from one system of a thousand particles, say. They are exact in the limit of
+            many particles, but not independent: an event may be drawn more than once.
+        max_batch_size: The number of particles (with one particle: draws) in memory at once on
+            one device. Only the largest of several plates is divided.
+        mesh: Devices to spread the work over (`jax.make_mesh`): by elements of the largest plate,
+            or by draws if these elements are fewer than the devices. Data and prior are copied to
+            every device. Draws depend on the mesh.
         **kwargs: The model's keyword arguments.
 
     Returns:
-        The draws and their statistics, see `PosteriorSamples`. A warning says where draws do not
-        fit what was observed. Of 128 draws of one particle or more, a few are compared with those
-        of particles, once for a model; a warning says where they are biased.
+        The draws and their statistics, see `PosteriorSamples`. A warning is given if draws do not
+        fit the observations. From 128 draws of one particle on, some are compared with draws of
+        particle systems, once per model, and a warning is given if they are biased.
 
     Raises:
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
@@ -164,7 +164,7 @@ def sample_posterior(
 
 
 def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) -> None:
-    """Warn where draws are far from what was observed, by size and by significance."""
+    """Warn if residuals of draws are large and significantly so."""
     if isinstance(reduced_chi_square, jax.core.Tracer):
         return
     num_visible = merge_stats([{"num_visible": count} for count in counts])["num_visible"]
@@ -181,8 +181,8 @@ def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) 
             f"{count} of {reduced_chi_square.size} posterior draws do not fit what was observed: "
             f"their stats['reduced_chi_square'] goes up to {largest:.3g} and should be near 1. "
             "Either guidance failed (more steps of the sampler, or more particles, may help), or "
-            "the model and its prior cannot explain these data. (Rare counts and other values far "
-            "from Gaussian may look so in the best of draws.)",
+            "the model and its prior cannot explain these data. (For rare counts and other values "
+            "far from Gaussian, exact draws may look so, too.)",
             stacklevel=3,
         )
 

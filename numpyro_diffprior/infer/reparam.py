@@ -3,11 +3,11 @@ r"""`DiffusionReparam`: a diffusion site as a function of standard normal noise.
 A deterministic sampler is a map :math:`x = S(z)` from noise :math:`z \sim \mathcal{N}(0, I)` to
 the draws of the prior. With :math:`z` in place of :math:`x` as the model's latent, NumPyro's
 inference (NUTS, SVI, SteinVI, ...) runs on the model unchanged, with gradients through the
-sampler. It is exact for the prior that the sampler draws, which more steps bring to the flow's.
+sampler. It is exact for the distribution of the sampler's draws, which approaches that of the
+probability flow with more steps.
 
 One evaluation of the model's density costs as many evaluations of the denoiser as the sampler has
-steps, and its gradient three times as much; memory is that of one step and of ``x_t``
-at every step.
+steps, and its gradient three times as much; memory holds one step, and ``x_t`` at every step.
 """
 
 import jax
@@ -26,8 +26,8 @@ __all__ = ["DiffusionReparam"]
 class DiffusionReparam(Reparam):
     """Reparametrize a site with a `DiffusionPrior` by the noise of `MultistepODE`.
 
-    The noise is the site ``{name}_base``; the site itself becomes deterministic. Posterior draws
-    start a sampler of the noise where its posterior is, by `invert`.
+    The noise is the site ``{name}_base``; the site itself becomes deterministic. `invert` turns
+    posterior draws into initial values of the noise.
 
     Args:
         num_steps: The number of steps of the sampler.
@@ -53,7 +53,7 @@ class DiffusionReparam(Reparam):
     def __call__(
         self, name: str, fn: dist.Distribution, obs: jax.Array | None
     ) -> tuple[None, jax.Array]:
-        """Sample the noise, and return no distribution and the sampler's draw.
+        """Sample the noise; return None (no distribution) and the sampler's draw.
 
         Raises:
             ValueError: If the site is observed, or has another distribution.
@@ -72,12 +72,12 @@ class DiffusionReparam(Reparam):
         noise = self._wrap(normal.to_event(prior.event_dim), batch_shape, event_dim)
         z = numpyro.sample(f"{name}_base", noise)
         x_t = self.sampler.start(prior.denoiser, z)
-        # No noise enters on the way, so that the key is never looked at.
+        # The sampler is deterministic, so that the key is not used.
         x = self.sampler.run(jax.random.key(0), prior.denoiser, x_t)
         return None, prior.denoiser.to_data(x)
 
     def invert(self, prior: DiffusionPrior, x: jax.Array) -> jax.Array:
-        """Return the noise that leads to events: values of ``{name}_base`` to start from.
+        """Return the noise of given events: initial values of ``{name}_base``.
 
         It inverts the probability flow, which the sampler follows up to its own error.
 
