@@ -27,9 +27,9 @@ class EStep:
         num_particles: The number of particles per draw.
         num_draws: The number of draws per event.
         sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS` with the Gaussian covariance of the current draws,
-            guided by the network; with Tweedie's covariance for one particle).
-        batch_size: How many particles are in memory at once on one device.
+        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
+            with the Gaussian covariance of the current draws, without look-ahead, for more).
+        batch_size: The number of particles in memory at once on one device.
     """
 
     num_particles: int = 4
@@ -50,8 +50,8 @@ class EStep:
         """
         guidance = self.guidance
         if guidance is None and self.num_particles > 1:
-            # No look-ahead: it takes the prior for a Gaussian, which fails where the prior is a
-            # curve.
+            # No look-ahead: it approximates the prior by a Gaussian, which fails for a prior on
+            # a curve.
             guidance = MMPS(GaussianCovariance())
         return resolve_settings(default, self.num_particles, self.sampler, guidance)
 

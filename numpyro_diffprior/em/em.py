@@ -8,12 +8,12 @@ linear and Gaussian; an untrained `NetworkDenoiser` is exactly that Gaussian.
 A model may have several priors, passed as a dict: of a sum of sources, say. Sites that
 observations connect are drawn together, and each prior learns from the draws of its sites; priors
 without a network stay as they are. Sites of ``numpyro.param`` (a noise level, a gain) are learned
-beside the priors: the M-step raises the observed sites' expected log-density over them too.
+jointly with the priors: the M-step increases the observed sites' expected log-density.
 
-Draws are renewed often and the network takes few steps between: long M-steps on fixed draws
+Draws are renewed often, with few training steps in between: long M-steps on fixed draws
 over-sharpen the prior. Particles correct the draws (`numpyro_diffprior.particles`); with one
-particle, an E-step is the paper's. The log-evidence of observations that were kept out says which
-iteration to keep, without looking at the truth.
+particle, an E-step is the paper's. The log-evidence of held-out observations selects an iteration
+without knowledge of the true events.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -68,17 +68,17 @@ class EM:
     """Fit the diffusion prior of a model to the model's observations.
 
     The interface is that of `numpyro.infer.SVI`: `init`, `update`, `run`. The model takes the
-    prior (or a dict of priors) as its first argument and has the prior's site in a plate; what
-    belongs to the plate's elements it passes through `numpyro.subsample`.
+    prior (or a dict of priors) as its first argument and has the prior's site in a plate. It
+    passes arrays with an axis for the plate through `numpyro.subsample`.
 
     Args:
         model: A NumPyro model.
-        optimizer: Any optimizer of optax, for the networks.
+        optimizer: An optimizer of optax, for the networks.
         e_step: How events are drawn.
         m_step: How networks (and ``numpyro.param`` sites) are trained.
         start: How the first, Gaussian prior is fitted.
-        mesh: Devices to spread E-steps and minibatches over (`jax.make_mesh`), of whose number
-            the batch size of the M-step is a multiple; see `sample_posterior`.
+        mesh: Devices to spread E-steps and minibatches over (`jax.make_mesh`); the batch size of
+            the M-step must be a multiple of their number. See `sample_posterior`.
 
     Raises:
         ValueError: If ``optimizer`` is not optax's, or a batch size is not a multiple of the
@@ -121,9 +121,9 @@ class EM:
 
         Args:
             rng_key: A random key.
-            prior: A prior whose denoiser is a `NetworkDenoiser`, trained or not: its network is
-                the start, its Gaussian is fitted anew. Or several priors in a dict, of which one
-                at least has a network.
+            prior: A prior whose denoiser is a `NetworkDenoiser`, trained or not: training starts
+                from its network, and its Gaussian is fitted anew. Or a dict of priors, at least
+                one of which has a network.
             *args: The model's arguments after the prior.
             **kwargs: The model's keyword arguments.
 
@@ -186,10 +186,9 @@ class EM:
     def update(self, state: EMState, *args: Any, **kwargs: Any) -> tuple[EMState, EMMetrics]:
         """Make one iteration: an E-step, then an M-step on its draws.
 
-        An event whose draw is not finite keeps its last one (in the first iteration, the prior's
-        mean), and a warning says how many there were. Where the training meets a loss, gradient or
-        weight that is not finite, the weights stay what they were before, and `EMMetrics.diverged`
-        says so.
+        An event whose draw is not finite keeps its previous one (in the first iteration, the
+        prior's mean), and a warning gives their number. If the training meets a loss, gradient or
+        weight that is not finite, the previous weights are kept and `EMMetrics.diverged` is True.
 
         Args:
             state: The state, from `init` or from this function.
@@ -207,9 +206,9 @@ class EM:
         samples, num_failed = mend(draws.samples, state.draws, state.priors, state.sites)
         if num_failed:
             warnings.warn(
-                f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite, "
-                "their events keep the last ones; more steps of the sampler, or another guidance, "
-                "may help.",
+                f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite; "
+                "their events keep the previous ones. Try more steps of the sampler, or another "
+                "guidance.",
                 stacklevel=2,
             )
         distance = jax.block_until_ready(self._compare(key_compare, samples, state))
@@ -269,33 +268,33 @@ class EM:
         patience: int | None = None,
         **kwargs: Any,
     ) -> EMResult:
-        """Make iterations from the start or from a state.
+        """Run EM iterations from a prior or from a state.
 
-        A run ends early where the training diverges (with a warning) or is interrupted from the
-        keyboard: the result is that of the iterations until then. Another exception, of
-        ``callback`` say, has the last state as its attribute ``em_state``.
+        A run ends early if the training diverges or the user interrupts it, both with a warning;
+        the result is that of the iterations so far. Another exception, raised by ``callback`` for
+        example, has the last state as its attribute ``em_state``.
 
         Args:
-            rng_key: A random key, of a start and of the held-out log-evidence.
+            rng_key: A random key, for `init` and for the held-out log-evidence.
             num_iterations: The number of iterations.
             prior: The prior to start from, or several in a dict.
             *args: The model's arguments after the prior.
             progress_bar: Whether to show a progress bar.
-            callback: A function of state and metrics, called after every iteration; where it
-                returns True, the run ends.
-            init_state: A state to go on from, in place of ``prior``.
-            heldout: The model's arguments for events that were kept out: a tuple of all of those
-                after the prior, or a dict of the keyword arguments that differ. After every
-                iteration `log_evidence` judges the prior on them, with the same random numbers
-                and at least 16 particles, which need a stochastic sampler. A state to go on from
-                is judged as well.
-            patience: End the run when so many iterations in a row have not raised the held-out
-                log-evidence.
+            callback: A function of state and metrics, called after every iteration; if it returns
+                True, the run ends.
+            init_state: A state to continue from, in place of ``prior``.
+            heldout: The model's arguments for held-out events: a tuple of all of those after the
+                prior, or a dict of the keyword arguments that differ. After every iteration,
+                `log_evidence` evaluates the prior on them, with the same random numbers and at
+                least 16 particles, which need a stochastic sampler. ``init_state`` is evaluated
+                as well.
+            patience: The number of successive iterations without an increase of the held-out
+                log-evidence after which the run ends.
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: See `init`; if there are no iterations to make; if there is patience but
-                nothing held out; or if events are held out, but the sampler is deterministic.
+            ValueError: See `init`; if ``num_iterations`` is not positive; if ``patience`` is
+                given without ``heldout``; or if ``heldout`` is, but the sampler is deterministic.
         """
         check_names(
             EM.run,
@@ -309,13 +308,13 @@ class EM:
         )
         self._check_run(num_iterations, prior, init_state, heldout, patience)
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
-        # `init` has split the key in two.
+        # `init` splits the key in two; this is a third one.
         key_heldout = jax.random.fold_in(rng_key, 2)
         best, best_evidence, waited, history = state, -math.inf, 0, []
         try:
             if heldout is not None and init_state is not None:
                 judged = self._judge(key_heldout, state, heldout, (args, kwargs))
-                # In this order, in which NaN is the smaller.
+                # In this order, `max` ignores NaN.
                 best_evidence = max(best_evidence, float(judged.total))
             with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
                 for _ in iterations:
@@ -336,9 +335,9 @@ class EM:
                     if metrics.diverged:
                         warnings.warn(
                             f"EM: the training of iteration {state.num_iterations} diverged: its "
-                            "loss is not finite. The run ends with the weights before that; a "
-                            "smaller learning rate, or gradients clipped by "
-                            "`optax.clip_by_global_norm`, may help.",
+                            "loss is not finite. The run ends with the previous weights. Try a "
+                            "smaller learning rate, or clip gradients with "
+                            "`optax.clip_by_global_norm`.",
                             stacklevel=2,
                         )
                         break
@@ -406,7 +405,7 @@ class EM:
         params: dict[str, jax.Array] | None = None,
         batch_size: int | None = None,
     ) -> Read:
-        """Read the model, in the blocks of the E-step or in those of a batch size."""
+        """Read the model, in blocks of the E-step or of a batch size."""
         args, kwargs = arguments
         size = block_size(
             self.e_step.num_particles, self.e_step.num_draws, self.e_step.batch_size, self.mesh
@@ -436,7 +435,7 @@ class EM:
     def _compare(
         self, rng_key: jax.Array, samples: dict[str, jax.Array], state: EMState
     ) -> jax.Array:
-        """Return the mean distance of the draws to the last ones, over the sites."""
+        """Return the mean distance of the draws to the previous ones, over the sites."""
         distances = []
         for site, key in state.sites.keys:
             shape = (-1, *state.priors[key].event_shape)
@@ -522,7 +521,7 @@ _MAX_NUM_COMPARED = 32_768
 
 @jax.jit
 def _distance(rng_key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    # All projections are in memory at once.
+    # Of a subset, since all projections are in memory at once.
     x, y = (events[:: -(-len(events) // _MAX_NUM_COMPARED)] for events in (x, y))
     return sliced_wasserstein(rng_key, x, y)
 

@@ -2,8 +2,8 @@ r"""A Gaussian over events, fitted to linear observations of them alone.
 
 Events :math:`x \sim \mathcal{N}(\mu, \Sigma)` are observed as :math:`y = A x + b + n`, with noise
 :math:`n \sim \mathcal{N}(0, N)`; :math:`A, b, N` differ between events, and each may hide much of
-its event. Expectation maximization finds the Gaussian that makes all observations most likely;
-both of its steps are closed. They are done where prior and noise are white: with
+its event. Expectation maximization maximizes the marginal likelihood of all observations; both
+of its steps have a closed form, in coordinates in which prior and noise are white: with
 :math:`x = \mu + L \epsilon`, :math:`\Sigma = L L^T` and :math:`B = N^{-1/2} A L`,
 
 .. math:: \begin{pmatrix} B^T \\ I \end{pmatrix} =
@@ -13,9 +13,9 @@ both of its steps are closed. They are done where prior and noise are white: wit
 
 This QR decomposition never squares the ratio of signal to noise, so that float32 is enough.
 
-Small events have a full covariance. Large ones are factor analysed,
-:math:`x = \mu + F z + D^{1/2} e`, that is :math:`L = (D^{1/2}, F)`. Where each of their elements
-is observed on its own (through a mask, say), an event costs no more than its factors do.
+Small events have a full covariance. Large ones have that of factor analysis,
+:math:`x = \mu + F z + D^{1/2} e`, that is :math:`L = (D^{1/2}, F)`. If each of their elements is
+observed on its own (through a mask, say), the cost of an event is that of its factors only.
 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
@@ -50,7 +50,7 @@ class GaussianFit(NamedTuple):
         mean: Its mean, with shape ``event_shape``.
         cov: Its covariance, over flattened events.
         log_evidence: The log-density of all observed values under the Gaussian before each
-            iteration, with shape ``(num_iterations,)``. It does not fall, but for rounding.
+            iteration, with shape ``(num_iterations,)``. It does not decrease, up to rounding.
     """
 
     mean: jax.Array
@@ -64,7 +64,7 @@ class _Observations(NamedTuple):
     Attributes:
         operator: :math:`N^{-1/2} A`, with shape ``(n, m, d)``, or its diagonals, ``(n, d)``.
         residual: :math:`N^{-1/2} (y - b)`, with shape ``(n, m)``.
-        constant: What the log-evidence owes to the units, with shape ``(n,)``.
+        constant: The terms of the log-evidence without the Gaussian, with shape ``(n,)``.
         num_values: The number of values that depend on the event, with shape ``(n,)``.
     """
 
@@ -84,7 +84,7 @@ class _Full(NamedTuple):
 class _FullMoments(NamedTuple):
     """Averages over events of the first two moments of the white coordinates given ``y``.
 
-    From the second ones the prior's, the identity, is subtracted.
+    The prior's second moment, the identity, is subtracted from the second moments.
     """
 
     mean: jax.Array
@@ -100,7 +100,7 @@ class _Factors(NamedTuple):
 
 
 class _FactorMoments(NamedTuple):
-    """The same averages, of the elements' own coordinates ``e`` and of the factors ``z``."""
+    """`_FullMoments` for the elements' own coordinates ``e`` and the factors ``z``."""
 
     e: jax.Array
     z: jax.Array
@@ -125,9 +125,9 @@ def fit_gaussian(
 ) -> GaussianFit:
     """Fit a Gaussian to linear observations of events by expectation maximization.
 
-    It starts from the one event that explains all observations best (from zero, where the
-    covariance has low rank) and the isotropic covariance that explains the mean square of the
-    rest. Directions that no event shows stay as they start, which is at a mean of zero.
+    The initial mean is the single event that explains all observations best (zero, if the
+    covariance has low rank); the initial covariance is isotropic and explains the mean square of
+    the residuals. Directions that are never observed keep a mean of zero and this variance.
 
     Args:
         read_block: Maps indices of events, with shape ``(n,)``, to their likelihood; traced.
@@ -138,14 +138,14 @@ def fit_gaussian(
             each element is observed on its own.
         num_iterations: The number of sweeps through all events. On digits the default comes
             within 0.2 nats per event of the limit with half of the pixels hidden; with three
-            quarters hidden, 64 do.
-        rank: The number of factors beyond ``max_dense`` elements (default 32).
+            quarters hidden, 64 are needed.
+        rank: The number of factors beyond ``max_dense`` elements (default: 32).
         max_dense: The largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
         dtype: The floating type of the result, JAX's default if None.
 
     Raises:
         ValueError: If there are no events, an option is not positive, or a likelihood is not
-            linear or not of the events asked for.
+            linear or has other events than those of the indices.
     """
     size = prod(event_shape)
     num_events = check_count("fit_gaussian", "num_events", num_events)
@@ -235,7 +235,7 @@ def _observe(likelihood: Likelihood, elementwise: bool, dtype: DTypeLike) -> _Ob
         white = jax.vmap(partial(_whiten, local.noise), in_axes=-1, out_axes=-1)(operator)
         depends, rows = (operator != 0).any(-1), (white != 0).any(-1)
 
-    # What is hidden has a zero row. It says nothing of the event, and is no part of the evidence.
+    # Masked values have a zero row. They do not depend on the event or count in the evidence.
     residual = jnp.where(rows, _whiten(local.noise, local.residual), 0)
     hidden = jnp.where(depends, 0, jnp.log(local.noise.diagonal())).sum(-1)
     num_values = depends.sum(-1)
@@ -246,7 +246,7 @@ def _observe(likelihood: Likelihood, elementwise: bool, dtype: DTypeLike) -> _Ob
     residual = residual.reshape(num, -1).astype(dtype)
     constant = jnp.broadcast_to(constant, batch_shape).reshape(num).astype(dtype)
     if not elementwise and residual.shape[-1] > size:
-        # More values than elements: only their projections on the columns tell of the event.
+        # More values than elements: only their projections on the columns depend on the event.
         basis, white = by_matrix(jnp.linalg.qr, white)
         projected = einsum("nmk,nm->nk", basis, residual)
         rest = residual - einsum("nmk,nk->nm", basis, projected)
@@ -284,12 +284,12 @@ def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
         return jnp.square(residual).sum(), num_values.sum(), jnp.square(operator).sum()
 
     total, noise, gain = _sum_over(squares, blocks)
-    signal = jnp.maximum(total - noise, 0.01 * noise)  # some, even where noise drowns it
+    signal = jnp.maximum(total - noise, 0.01 * noise)  # some, even if noise dominates
     return jnp.where(gain > 0, signal / jnp.where(gain > 0, gain, 1), 1)
 
 
 def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> _Full:
-    # Seen from far away, a covariance would be the small difference of large squares.
+    # Centered residuals: else the covariance would be a small difference of large squares.
     def products(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         operator, residual, *_ = observe(block)
         gram = einsum("nmi,nmj->ij", operator, operator)
@@ -300,7 +300,7 @@ def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike)
         return seen._replace(residual=seen.residual - einsum("nmd,d->nm", seen.operator, mean))
 
     gram, back = _sum_over(products, blocks)
-    # What is hardly seen is left to the iterations.
+    # Poorly observed directions are left to the iterations.
     inverse = jnp.linalg.pinv(gram, rtol=jnp.finfo(dtype).eps ** 0.5, hermitian=True)
     mean = einsum("ij,j->i", inverse, back)
     return _Full(mean, jnp.sqrt(_initial_variance(centered, blocks)) * jnp.eye(size, dtype=dtype))
@@ -309,8 +309,8 @@ def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike)
 def _start_factors(
     observe: _Block, blocks: jax.Array, size: int, rank: int, dtype: DTypeLike
 ) -> _Factors:
-    # Without factors EM would never find any; these take half of the variance. They only have to
-    # be in general position, so a constant key will do.
+    # EM cannot leave factors of zero; random ones take half of the variance. They only have to be
+    # in general position, so that a constant key is enough.
     scale = jnp.sqrt(_initial_variance(observe, blocks))
     factor = jax.random.normal(jax.random.key(0), (size, rank), dtype)
     half = jnp.full(size, 0.5**0.5, dtype)
@@ -375,7 +375,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     rho = (seen.residual - seen.operator * state.mean) / jnp.sqrt(c)
 
     gram = einsum("ndr,nds->nrs", loading, loading)
-    # What rounding may take from the diagonal is put on top.
+    # A jitter on the diagonal makes up for rounding.
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
     chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
@@ -419,7 +419,7 @@ def _covariance(state: _Full | _Factors) -> Covariance:
     if isinstance(state, _Full):
         eigenvectors, roots, _ = jnp.linalg.svd(state.root)
         return Dense(jnp.square(roots), eigenvectors)
-    # No row is left to the factors alone: that would make the solves ill-conditioned.
+    # A floor on the diagonal: with the factors alone, solves would be ill-conditioned.
     smallest = jnp.finfo(state.scale.dtype).eps ** 0.5 * jnp.square(state.factor).sum(-1)
     return DiagonalPlusLowRank(jnp.maximum(jnp.square(state.scale), smallest), state.factor)
 

@@ -40,10 +40,10 @@ __all__ = [
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class GaussianStart:
-    """How `EM` starts: from the Gaussian of greatest likelihood; static.
+    """How `EM` starts: from the Gaussian of maximum marginal likelihood; static.
 
     Args:
-        num_iterations: The number of iterations of its fit.
+        num_iterations: The number of EM iterations of its fit.
         rank: The rank of the covariances of large events, in M-steps too (default: 32).
     """
 
@@ -63,7 +63,7 @@ Gaussian = tuple[jax.Array, Covariance]
 def has_closed_form(model: Read) -> bool:
     """Whether the iterations of the Gaussian fit have a closed form.
 
-    They have where one site in one plate has linear Gaussian observations.
+    They do for one site in one plate with linear Gaussian observations.
     """
     groups = model.reading.groups
     if len(groups) > 1:
@@ -93,10 +93,10 @@ def fit_in_closed_form(model: Read, start: GaussianStart) -> Gaussian:
 
 
 def choose_units(model: Read, priors: Priors, sites: Sites) -> Priors:
-    """Return the priors with units near the scale of their events, where that is found.
+    """Return the priors with units near the scale of their events, for linear models.
 
-    It is found in linear models: the scale of events which, without noise, would be observed as
-    the values are.
+    The scale is that of events whose observations, without noise, would have the size of the
+    observed values.
     """
     chosen, scales = dict(priors), _scales(model.data, model.reading)
     for site, key in sites.keys:
@@ -135,7 +135,7 @@ def _scales(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
             name: total.sum() / count.sum()
             for name, (total, count) in found.over_blocks(sizes).items()
         }
-        # In logarithms, which have no squares.
+        # In logarithms, since squares may over- or underflow.
         scales |= {name: jnp.exp(means["y"] - means[name]) for name in found.group.names}
     return scales
 
@@ -171,14 +171,14 @@ def fit_by_sampling(
         model: The model.
         arguments: Its arguments after the prior, and its keyword arguments.
         priors: The priors; those without a network stay as they are.
-        sites: Which of them governs which site.
-        start: How many times, and the rank.
+        sites: The prior of each site.
+        start: The number of fits, and the rank.
         e_step: How draws are made; its sampler and guidance are replaced.
         params: The values of the model's parameters.
         mesh: Devices to spread the draws over.
         block_size: See `read`.
     """
-    # Of second order: a sampler that shrinks its draws would do so at every refit.
+    # Of second order: the shrinkage of a first-order sampler would build up over the fits.
     own = e_step.sampler or next(iter(priors.values())).sampler
     e_step = replace(
         e_step,
@@ -214,7 +214,7 @@ def fit_by_sampling(
 
 
 def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
-    """Return the priors, those that are learned as Gaussians."""
+    """Return the priors, with Gaussians in place of those that are learned."""
 
     def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
         net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
@@ -230,7 +230,7 @@ def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Nothing:
-    """A network that leaves a denoiser its Gaussian, in every context."""
+    """A network of zero output, with which a denoiser is its Gaussian in every context."""
 
     event_shape: tuple[int, ...]
     context_shape: tuple[int, ...] | None

@@ -24,7 +24,7 @@ class ParamStep:
 
     Args:
         optimizer: An optimizer of optax, in unconstrained coordinates.
-        num_steps: Its steps at each iteration, on minibatches of events.
+        num_steps: The number of its steps per iteration, on minibatches of events.
     """
 
     optimizer: optax.GradientTransformation = optax.adam(0.03)
@@ -42,7 +42,7 @@ class MStep:
     """How `EM` trains networks; static.
 
     Args:
-        num_steps: The number of optimizer steps between E-steps.
+        num_steps: The number of optimizer steps per iteration.
         batch_size: The number of events of a minibatch.
         noise: The training distribution of noise levels.
         ema_decay: The decay of the average of the weights.
@@ -84,7 +84,7 @@ class Trained(NamedTuple):
     Attributes:
         denoiser: The denoiser to draw with.
         training: The state of the training.
-        losses: The loss of every minibatch.
+        losses: The loss of every minibatch, with shape ``(num_steps,)``.
     """
 
     denoiser: NetworkDenoiser
@@ -113,7 +113,7 @@ def fit_prior(
         x: Events, with shape ``(n, *event)``.
         context: Their contexts, or None.
         optimizer: The optimizer of its network.
-        m_step: How it is trained.
+        m_step: The options of the training.
         rank: The rank of the Gaussian summary of large events.
         mesh: Devices to spread minibatches over.
     """

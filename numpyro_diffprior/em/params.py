@@ -1,8 +1,8 @@
 r"""``numpyro.param`` sites, learned beside a prior.
 
-The M-step of expectation maximization raises the observed sites' expected log-density over a
-model's parameters (a noise level, a gain), :math:`E \log p(y \mid x, \phi)` over draws of
-:math:`x`, by steps of an optimizer in unconstrained coordinates.
+The M-step of expectation maximization increases the observed sites' expected log-density,
+:math:`E \log p(y \mid x, \phi)` over draws of :math:`x`, with respect to a model's parameters
+:math:`\phi` (a noise level, a gain), by steps of an optimizer in unconstrained coordinates.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ Params = dict[str, jax.Array]
 def init_params(
     model: Read, optimizer: optax.GradientTransformation
 ) -> tuple[Params, optax.OptState]:
-    """Return the first values of a model's parameters, and the optimizer's state."""
+    """Return the initial values of a model's parameters, and the optimizer's state."""
     if not model.reading.constraints:
         return {}, optimizer.init({})
     params = _first_values(model.data, model.reading)
@@ -84,7 +84,7 @@ def _fit(
                 for name in found.group.names:
                     taken[name] = jnp.take(draws[name], indices[plate.name], axis=axis)
         log_density = jax.vmap(lambda x: reading.log_density(given, x, indices))(taken)
-        # By event, so that the size of a plate does not set the size of steps.
+        # Per event, so that the size of steps does not depend on that of a plate.
         return -log_density.mean() / num_events
 
     def step(

@@ -1,4 +1,4 @@
-"""Several priors in a dict: which governs which site, and what each learns from.
+"""A dict of priors: the sites that each one governs and learns from.
 
 `EM` works on a dict of priors, whatever the user passed; a lone prior has the key ``"prior"``.
 """
@@ -29,7 +29,7 @@ class Sites:
 
     Attributes:
         keys: The priors' keys by site.
-        is_alone: Whether the user passed a prior, and no dict.
+        is_alone: Whether the user passed a single prior instead of a dict.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -44,8 +44,8 @@ def as_dict(prior: Any) -> Priors:
     """Return one prior or several as a dict.
 
     Raises:
-        ValueError: If there is something else among them, none with a network, or one with a
-            network twice.
+        ValueError: If a value is not a prior, no prior has a network, or two priors share a
+            denoiser with a network.
     """
     priors = dict(prior) if isinstance(prior, Mapping) else {ALONE: prior}
     if not priors or not all(isinstance(p, DiffusionPrior) for p in priors.values()):
@@ -75,9 +75,9 @@ def learned(priors: Mapping[str, DiffusionPrior]) -> Priors:
 
 
 def read_sites(prior: Any, reading: ModelReading) -> Sites:
-    """Find which of the priors governs which site of a model whose first argument they are.
+    """Match the sites of a model to the priors in its first argument.
 
-    A site has the prior whose arrays it has, perhaps at some contexts.
+    A site has the prior whose arrays it uses, possibly given contexts.
 
     Raises:
         ValueError: If a site has a prior that was not passed, or if one with a network governs no
@@ -113,7 +113,7 @@ def read_sites(prior: Any, reading: ModelReading) -> Sites:
 def pool(
     values: Mapping[str, jax.Array], sites: Sites, key: str, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Return the values (draws, contexts) of all sites of a prior, in one list."""
+    """Return the values (draws, contexts) of all sites of a prior, with shape ``(n, *shape)``."""
     chosen = [values[site] for site, name in sites.keys if name == key]
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
@@ -126,7 +126,7 @@ def mend(
 ) -> tuple[dict[str, jax.Array], int]:
     """Replace draws that are not finite by the previous ones, or by the prior's mean.
 
-    To leave such an event out would hide from the M-step what is hard to draw.
+    Dropping such events would bias the M-step towards events that are easy to draw.
 
     Returns:
         The draws, and how many were replaced.
@@ -141,8 +141,8 @@ def mend(
         count = int(jnp.sum(~finite))
         if count == finite.size:
             raise ValueError(
-                f"EM: none of the {count} draws of site '{site}' is finite; expected observations "
-                "and arguments that are, or take more steps of the sampler, or another guidance."
+                f"EM: none of the {count} draws of site '{site}' is finite; check that "
+                "observations and arguments are, or use more sampler steps or another guidance."
             )
         if count:
             last = previous.get(site, mean)

@@ -20,13 +20,13 @@ class EMState(NamedTuple):
 
     Attributes:
         priors: The current priors, from which the next E-step draws.
-        training: The states of the M-steps, of the priors with a network.
-        initial: Their untrained denoisers, from which cold M-steps start.
+        training: The training states of the priors with a network.
+        initial: Their untrained denoisers, where M-steps start if ``warm_start`` is False.
         params: The values of the model's ``numpyro.param`` sites, by name.
         params_opt_state: The state of their optimizer.
         draws: The last E-step's draws by site, with shape ``(num_draws, *batch, *event)``.
         rng_key: The random key of the next iteration.
-        num_iterations: The number of iterations made.
+        num_iterations: The number of completed iterations.
         sites: Which prior governs which site.
     """
 
@@ -47,7 +47,7 @@ class EMState(NamedTuple):
 
 
 class EMMetrics(NamedTuple):
-    """What iterations report: scalars of one, or arrays of shape ``(num_iterations,)`` of a run.
+    """Metrics: scalars for an iteration, arrays of shape ``(num_iterations,)`` for a run.
 
     Attributes:
         loss: The mean training loss of the M-step, over the priors.
@@ -55,18 +55,18 @@ class EMMetrics(NamedTuple):
             previous ones, the mean over the sites; beyond 32,768 draws, of a regular subset.
         residual: The mean relative residual of guidance's solves.
         num_truncated: The mean number of directions that guidance left out.
-        ess: The mean over the draws of the lowest effective number of particles.
+        ess: The mean over the draws of the smallest effective sample size along the path.
         num_resamplings: The mean number of resamplings per draw.
         log_evidence: The mean log-evidence per event (NaN with one particle).
-        reduced_chi_square: The mean squared residual of the draws in deviations of the noise.
-        e_step_seconds: The time of the E-step.
-        m_step_seconds: The time of the M-step.
+        reduced_chi_square: The mean squared residual of the draws in units of the noise.
+        e_step_seconds: The wall-clock time of the E-step.
+        m_step_seconds: The wall-clock time of the M-step.
         heldout_log_evidence: The log-evidence of all held-out events (NaN without any).
         heldout_standard_error: Its standard error.
         num_failed: The number of draws that were not finite, summed over the sites. Means over
-            draws leave out what is NaN.
-        diverged: Whether an M-step met a loss, gradient or weight that is not finite; its weights
-            are those before.
+            draws ignore NaN.
+        diverged: Whether an M-step met a loss, gradient or weight that is not finite; it then
+            keeps the weights of before.
     """
 
     loss: jax.Array
@@ -86,17 +86,16 @@ class EMMetrics(NamedTuple):
 
 
 class EMResult(NamedTuple):
-    """What `EM.run` returns.
+    """The result of `EM.run`.
 
     Attributes:
         prior: The learned prior, of the last iteration.
-        state: The last state, to go on from.
+        state: The last state, from which `EM.run` can continue.
         history: The iterations' metrics.
-        best: The prior of the iteration with the largest held-out log-evidence, or of the state
-            that the run went on from where no iteration has a larger one; without held-out events
-            the last.
-        params: The values of the model's ``numpyro.param`` sites, of the last iteration; for use
-            with the prior ``numpyro.handlers.substitute`` puts them into the model.
+        best: The prior with the largest held-out log-evidence, of an iteration or of the state
+            from which the run continued; without held-out events, that of the last iteration.
+        params: The values of the model's ``numpyro.param`` sites after the last iteration; put
+            them into the model with ``numpyro.handlers.substitute``.
         best_params: Those of the iteration of ``best``.
     """
 
