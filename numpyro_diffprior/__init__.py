@@ -1,11 +1,11 @@
 """Diffusion priors for NumPyro, learned from the observations alone.
 
 A diffusion prior is a distribution over ``x`` (an image, a field, a trajectory, a vector) that is
-defined by a denoiser ``D(x_t, sigma) = E[x | x_t]`` with ``x_t = x + sigma * eps``. It stands in
+defined by a denoiser ``D(x_t, sigma) = E[x | x_t]`` with ``x_t = x + sigma * eps``. It is used in
 an ordinary NumPyro model like any other distribution.
 
-The names of the guide are here. The rest is in the namespaces `guidance`, `linalg`, `metrics`,
-`noise`, `samplers` and `training`.
+The top level has the names of the guide; the namespaces `guidance`, `linalg`, `metrics`, `noise`,
+`samplers` and `training` have the others.
 """
 
 from numpyro_diffprior import guidance, linalg, metrics
