@@ -88,6 +88,9 @@ class Tempered(Guidance):
     Args:
         guidance: The guidance.
         power: The power :math:`p` of the twist at high noise levels; one changes nothing.
+
+    Raises:
+        ValueError: If particles are to look ahead, with a twist of their own.
     """
 
     guidance: Guidance = field(default=MMPS())
@@ -102,6 +105,11 @@ class Tempered(Guidance):
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a tempered twist."""
         posterior = self.guidance.condition(denoiser, likelihood)
+        if posterior.looks_ahead:
+            raise ValueError(
+                f"Tempered: expected guidance that does not look ahead, got {self.guidance!r}; "
+                "the twist of particles that look ahead is not tempered. Set look_ahead=False."
+            )
         return _TemperedPosterior(denoiser, likelihood, posterior, self.power)
 
 
@@ -118,12 +126,3 @@ class _TemperedPosterior(GuidedDenoiser):
         share = sigma**2 / (sigma**2 + self.part.scale**2)
         power = 1 - (1 - self.power) * share
         return guided._replace(log_twist=power * guided.log_twist)
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the proposals of the tempered guidance look ahead."""
-        return self.posterior.looks_ahead
-
-    def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return the prediction of the observations, which is not tempered; see `LookAhead`."""
-        return self.posterior.look_ahead(x, sigma)
