@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["check_count", "check_number", "set_numbers"]
+__all__ = ["check_count", "check_number", "set_fields"]
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 1) -> int:
@@ -58,7 +58,7 @@ def check_number(
     return number
 
 
-def set_numbers(instance: Any, **numbers: Any) -> None:
-    """Set fields of a frozen dataclass, in its ``__post_init__``."""
-    for name, value in numbers.items():
+def set_fields(instance: Any, **fields: Any) -> None:
+    """Set fields of a frozen dataclass, in its ``__init__`` or ``__post_init__``."""
+    for name, value in fields.items():
         object.__setattr__(instance, name, value)

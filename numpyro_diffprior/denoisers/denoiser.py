@@ -44,7 +44,6 @@ __all__ = [
     "choose_unit",
     "flatten_events",
     "register",
-    "set_attributes",
 ]
 
 _Class = TypeVar("_Class", bound=type)
@@ -306,9 +305,3 @@ def check_size(name: str, event_shape: tuple[int, ...], cov: Covariance) -> None
             f"{name}: events of shape {event_shape} need a covariance of size {size}, "
             f"got one of size {cov.size}."
         )
-
-
-def set_attributes(denoiser: Denoiser, **attributes: Any) -> None:
-    """Set attributes of a frozen dataclass, in its ``__init__``."""
-    for name, value in attributes.items():
-        object.__setattr__(denoiser, name, value)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_diffprior._compile.checks import set_fields
 from numpyro_diffprior.denoisers.denoiser import (
     Denoiser,
     as_covariance,
@@ -16,7 +17,6 @@ from numpyro_diffprior.denoisers.denoiser import (
     check_size,
     flatten_events,
     register,
-    set_attributes,
 )
 from numpyro_diffprior.linalg.batched import einsum
 from numpyro_diffprior.linalg.covariances import Covariance, Dense
@@ -48,7 +48,7 @@ class GaussianDenoiser(Denoiser):
     def __init__(
         self, mean: ArrayLike, cov: Covariance | ArrayLike, unit: ArrayLike = 1.0
     ) -> None:
-        set_attributes(self, **as_gaussian(self, mean, cov, unit))
+        set_fields(self, **as_gaussian(self, mean, cov, unit))
 
     def in_unit(self, unit: jax.Array) -> "GaussianDenoiser":
         """Return the same prior with another unit."""
@@ -124,7 +124,7 @@ class MixtureDenoiser(Denoiser):
         cov = cov + einsum("k,ki,kj->ij", weights, between, between)
         summary = {"mean": mean, "cov": Dense.from_matrix(cov)}
         unit = as_unit("MixtureDenoiser", unit, means.dtype)
-        set_attributes(self, weights=weights, means=means, covs=covs, unit=unit, **summary)
+        set_fields(self, weights=weights, means=means, covs=covs, unit=unit, **summary)
 
     def in_unit(self, unit: jax.Array) -> "MixtureDenoiser":
         """Return the same prior with another unit."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
-from numpyro_diffprior.denoisers.denoiser import Denoiser, as_gaussian, register, set_attributes
+from numpyro_diffprior._compile.checks import set_fields
+from numpyro_diffprior.denoisers.denoiser import Denoiser, as_gaussian, register
 from numpyro_diffprior.linalg.covariances import Covariance
 
 __all__ = ["FunctionDenoiser"]
@@ -70,7 +71,7 @@ class FunctionDenoiser(Denoiser):
             )
         arrays, static = split_arguments(function)
         summary = as_gaussian(self, mean, cov, unit)
-        set_attributes(self, arrays=arrays, static=_Static(static), **summary)
+        set_fields(self, arrays=arrays, static=_Static(static), **summary)
         self._check()
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:

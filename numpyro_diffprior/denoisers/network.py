@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from numpyro_diffprior._compile.checks import set_fields
 from numpyro_diffprior.denoisers.denoiser import (
     Denoiser,
     align,
     as_gaussian,
     register,
-    set_attributes,
 )
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
@@ -116,7 +116,7 @@ class NetworkDenoiser(Denoiser):
         dtype = summary["mean"].dtype
         ratios = jnp.ones(_NUM_RATIOS, dtype) if error_ratios is None else error_ratios
         ratios = jnp.asarray(ratios, dtype)
-        set_attributes(self, net=net, base=base, error_ratios=ratios, **summary)
+        set_fields(self, net=net, base=base, error_ratios=ratios, **summary)
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:

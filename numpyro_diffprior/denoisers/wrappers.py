@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from numpyro_diffprior._compile.checks import set_fields
 from numpyro_diffprior.denoisers.denoiser import (
     Denoiser,
     align,
     flatten_events,
     register,
-    set_attributes,
 )
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Repeated
 
@@ -97,7 +97,7 @@ class ConditionedDenoiser(DenoiserWrapper):
                 f"{type(part).__name__}: expected contexts of shape {shape} in the last axes, got "
                 f"an array of shape {context.shape}."
             )
-        set_attributes(self, part=part, context=context)
+        set_fields(self, part=part, context=context)
 
     def __call__(
         self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 
 __all__ = [
     "Karras",
@@ -96,7 +96,7 @@ class Karras(Schedule):
 
     def __post_init__(self) -> None:
         """Validate."""
-        set_numbers(self, rho=check_number("Karras", "rho", self.rho))
+        set_fields(self, rho=check_number("Karras", "rho", self.rho))
 
     def __call__(self, num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
         """See `Schedule.__call__`."""
@@ -190,7 +190,7 @@ class LogBeta(NoiseDistribution):
 
     def __post_init__(self) -> None:
         """Validate."""
-        set_numbers(
+        set_fields(
             self,
             alpha=check_number("LogBeta", "alpha", self.alpha),
             beta=check_number("LogBeta", "beta", self.beta),
@@ -240,7 +240,7 @@ class LogNormal(NoiseDistribution):
     def __post_init__(self) -> None:
         """Validate."""
         mean = check_number("LogNormal", "mean", self.mean, -math.inf)
-        set_numbers(self, mean=mean, std=check_number("LogNormal", "std", self.std))
+        set_fields(self, mean=mean, std=check_number("LogNormal", "std", self.std))
 
     def quantile(
         self,

@@ -38,7 +38,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, Schedule
 
@@ -97,10 +97,10 @@ class Sampler:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        set_numbers(self, num_steps=check_count(owner, "num_steps", self.num_steps, 2))
+        set_fields(self, num_steps=check_count(owner, "num_steps", self.num_steps, 2))
         limits = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
         given = {k: check_number(owner, k, v) for k, v in limits.items() if v is not None}
-        set_numbers(self, **given)
+        set_fields(self, **given)
         if len(given) == 2 and not given["sigma_min"] < given["sigma_max"]:
             raise ValueError(
                 f"{owner}: expected sigma_min < sigma_max, got {self.sigma_min} and "
@@ -233,7 +233,7 @@ class DDPM(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_numbers(self, eta=check_number("DDPM", "eta", self.eta, 0, 1, inclusive=True))
+        set_fields(self, eta=check_number("DDPM", "eta", self.eta, 0, 1, inclusive=True))
 
 
 @jax.tree_util.register_static
@@ -323,7 +323,7 @@ class PredictorCorrector(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_numbers(
+        set_fields(
             self,
             num_corrections=check_count(
                 "PredictorCorrector", "num_corrections", self.num_corrections

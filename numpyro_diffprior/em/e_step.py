@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.checks import check_count, set_numbers
+from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
@@ -40,7 +40,7 @@ class EStep:
 
     def __post_init__(self) -> None:
         names = ("num_particles", "num_draws", "batch_size")
-        set_numbers(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
+        set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
 
     def settings(self, default: Sampler) -> Settings:
         """Return how draws are made, given the prior's sampler.

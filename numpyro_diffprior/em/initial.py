@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.checks import check_count, set_numbers
+from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
@@ -52,9 +52,9 @@ class GaussianStart:
 
     def __post_init__(self) -> None:
         count = check_count("GaussianStart", "num_iterations", self.num_iterations)
-        set_numbers(self, num_iterations=count)
+        set_fields(self, num_iterations=count)
         if self.rank is not None:
-            set_numbers(self, rank=check_count("GaussianStart", "rank", self.rank))
+            set_fields(self, rank=check_count("GaussianStart", "rank", self.rank))
 
 
 Gaussian = tuple[jax.Array, Covariance]

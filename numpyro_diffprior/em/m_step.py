@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
@@ -33,7 +33,7 @@ class ParamStep:
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, optax.GradientTransformation):
             raise ValueError(f"ParamStep: expected an optimizer of optax, got {self.optimizer!r}.")
-        set_numbers(self, num_steps=check_count("ParamStep", "num_steps", self.num_steps))
+        set_fields(self, num_steps=check_count("ParamStep", "num_steps", self.num_steps))
 
 
 @jax.tree_util.register_static
@@ -66,7 +66,7 @@ class MStep:
             raise ValueError(f"MStep: expected a NoiseDistribution, got {self.noise!r}.")
         if not isinstance(self.params, ParamStep):
             raise ValueError(f"MStep: expected params of type ParamStep, got {self.params!r}.")
-        set_numbers(
+        set_fields(
             self,
             num_steps=check_count("MStep", "num_steps", self.num_steps),
             batch_size=check_count("MStep", "batch_size", self.batch_size),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior._compile.checks import check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import IsotropicPriorCovariance, pull_back
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
@@ -83,7 +83,7 @@ class DPS(Guidance):
 
     def __post_init__(self) -> None:
         strength = check_number("DPS", "strength", self.strength, inclusive=True)
-        set_numbers(self, strength=strength)
+        set_fields(self, strength=strength)
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior."""

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior._compile.checks import check_count, check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import (
     PosteriorCovariance,
@@ -83,15 +83,15 @@ class MMPS(Guidance):
                 f"MMPS: expected a posterior covariance, got {self.covariance!r}; pass an object "
                 "such as GaussianCovariance()."
             )
-        set_numbers(
+        set_fields(
             self,
             rtol=check_number("MMPS", "rtol", self.rtol),
             num_iterations=check_count("MMPS", "num_iterations", self.num_iterations),
         )
         if self.max_dense is not None:
-            set_numbers(self, max_dense=check_count("MMPS", "max_dense", self.max_dense, 0))
+            set_fields(self, max_dense=check_count("MMPS", "max_dense", self.max_dense, 0))
         if self.max_steps is not None:
-            set_numbers(self, max_steps=check_count("MMPS", "max_steps", self.max_steps))
+            set_fields(self, max_steps=check_count("MMPS", "max_steps", self.max_steps))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior; the operator of a linear mean is built once."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import jax
 
-from numpyro_diffprior._compile.checks import check_number, set_numbers
+from numpyro_diffprior._compile.checks import check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, LookAhead
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 
@@ -40,7 +40,7 @@ class Piecewise(Guidance):
         for part in (self.high, self.low):
             if not isinstance(part, Guidance):
                 raise ValueError(f"Piecewise: expected an instance of Guidance, got {part!r}.")
-        set_numbers(self, threshold=check_number("Piecewise", "threshold", self.threshold))
+        set_fields(self, threshold=check_number("Piecewise", "threshold", self.threshold))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with one part for each guidance."""
@@ -100,7 +100,7 @@ class Tempered(Guidance):
         if not isinstance(self.guidance, Guidance):
             raise ValueError(f"Tempered: expected an instance of Guidance, got {self.guidance!r}.")
         power = check_number("Tempered", "power", self.power, 0, 1, inclusive=True)
-        set_numbers(self, power=power)
+        set_fields(self, power=power)
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a tempered twist."""
