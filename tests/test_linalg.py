@@ -95,7 +95,7 @@ class TestCovariance:
                 desired, result = matrix + v_eye, cov.noisy(v)
             case _:
                 desired = np.linalg.inv(np.linalg.inv(matrix) + np.linalg.inv(v_eye))
-                result = cov.denoised(v)
+                result = cov.conditional(v)
         assert type(result) is type(cov)
         check(result, desired, normal(9, 2, *desired.shape[:-1]))
 
@@ -190,7 +190,7 @@ def test_singular_low_rank():
     cov = DiagonalPlusLowRank(jnp.asarray(variances), jnp.asarray(factor))
     v = normal(1, SIZE)
     assert_close(cov.noisy(0.1).solve(v), np.linalg.solve(matrix + 0.1 * np.eye(SIZE), v))
-    posterior = cov.denoised(0.1)
+    posterior = cov.conditional(0.1)
     harmonic = 0.1 * np.linalg.solve(matrix + 0.1 * np.eye(SIZE), matrix)
     assert_close(posterior.dense(), harmonic)
     for c, desired in ((cov, matrix), (posterior, harmonic)):
@@ -203,15 +203,15 @@ def test_singular_low_rank():
 def test_harmonic_limits(make: Make, variance: float):
     cov, matrix = make()
     limit = variance * np.eye(SIZE) if variance < 1 else matrix
-    assert_close(cov.denoised(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
+    assert_close(cov.conditional(variance).dense() / limit.max(), limit / limit.max(), 1e-4)
 
 
 @pytest.mark.parametrize("unit", [1e-12, 1e12])
 @over_cases
 def test_harmonic_in_any_units(make: Make, unit: float):
     cov, _ = make()
-    scaled = cov.scale(unit**2).denoised(0.7 * unit**2)
-    assert_close(scaled.dense() / unit**2, cov.denoised(0.7).dense())
+    scaled = cov.scale(unit**2).conditional(0.7 * unit**2)
+    assert_close(scaled.dense() / unit**2, cov.conditional(0.7).dense())
 
 
 class TestEmpiricalGaussian:

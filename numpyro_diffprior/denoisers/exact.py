@@ -60,7 +60,7 @@ class GaussianDenoiser(Denoiser):
         variance = jnp.asarray(sigma, self.dtype) ** 2
         deviation = flatten_events(x_t - self.mean, self.event_shape)
         # V / sigma^2, with V the conditional covariance, is the same matrix and needs no solve.
-        shrunk = self.cov.denoised(variance).matvec(deviation) / variance[..., None]
+        shrunk = self.cov.conditional(variance).matvec(deviation) / variance[..., None]
         return self.mean + shrunk.reshape(x_t.shape)
 
 

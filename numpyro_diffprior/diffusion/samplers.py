@@ -115,7 +115,7 @@ class Sampler:
         return self.num_steps
 
     @property
-    def is_single(self) -> bool:
+    def is_single_evaluation(self) -> bool:
         """Whether a step is one evaluation and a `transition`, as particle methods require."""
         return self.num_evaluations == self.num_steps
 

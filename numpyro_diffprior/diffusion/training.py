@@ -239,7 +239,7 @@ def _measure_error(
         clean, conditioned = x[index], _at(denoiser, context, index)
         x_t = clean + sigma * jax.random.normal(key_noise, clean.shape, clean.dtype)
         error = jnp.sum((clean - conditioned(x_t, sigma)) ** 2) / batch_size
-        return error / denoiser.cov.denoised(sigma**2).trace()
+        return error / denoiser.cov.conditional(sigma**2).trace()
 
     ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
     return replace(denoiser, error_ratios=ratios)

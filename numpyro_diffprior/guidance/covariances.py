@@ -86,7 +86,7 @@ class GaussianCovariance(PosteriorCovariance):
     r"""The covariance under a Gaussian prior, :math:`(\Sigma_x^{-1} + \Sigma_t^{-1})^{-1}`."""
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        return denoiser.cov.denoised(sigma**2)
+        return denoiser.cov.conditional(sigma**2)
 
 
 @jax.tree_util.register_static
@@ -104,7 +104,7 @@ class CalibratedCovariance(PosteriorCovariance):
     """
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        return denoiser.cov.denoised(sigma**2).scale(denoiser.error_ratio(sigma))
+        return denoiser.cov.conditional(sigma**2).scale(denoiser.error_ratio(sigma))
 
 
 @jax.tree_util.register_static
@@ -122,7 +122,7 @@ class IsotropicPriorCovariance(PosteriorCovariance):
     r"""The heuristic :math:`(I / s^2 + \Sigma_t^{-1})^{-1}`, with the prior's scale :math:`s`."""
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance:
-        return Isotropic(denoiser.scale**2, denoiser.event_size).denoised(sigma**2)
+        return Isotropic(denoiser.scale**2, denoiser.event_size).conditional(sigma**2)
 
 
 @jax.tree_util.register_static

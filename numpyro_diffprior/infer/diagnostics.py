@@ -87,7 +87,7 @@ def warn_of_bias(
     args, kwargs = arguments
     few = read(model, args, kwargs, block_size=lambda _: most, mesh=mesh, purpose="diagnostics")
     sampler = settings.sampler
-    if not (sampler.eta > 0 and sampler.is_single):
+    if not (sampler.eta > 0 and sampler.is_single_evaluation):
         sampler = MultistepSDE(sampler.num_steps)
     guidance = MMPS(GaussianCovariance(), look_ahead=True)
     drawn = sample_first_block(

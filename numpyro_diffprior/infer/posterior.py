@@ -70,7 +70,7 @@ def resolve_settings(
         raise ValueError(
             f"expected an instance of Guidance, got {guidance!r}; pass an object such as MMPS()."
         )
-    if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single):
+    if num_particles > 1 and not (sampler.eta > 0 and sampler.is_single_evaluation):
         raise ValueError(
             f"{num_particles} particles need a stochastic sampler of one evaluation per step, "
             f"such as MultistepSDE() or DDPM(); got {sampler}."

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 __all__ = [
     "Factor",
+    "append_axis",
     "apply",
     "apply_transpose",
     "by_matrix",
@@ -66,6 +68,11 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """`jax.numpy.matmul` in full precision."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def append_axis(c: ArrayLike) -> jax.Array:
+    """Return numbers with one trailing axis, to multiply vectors."""
+    return jnp.asarray(c)[..., None]
 
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:

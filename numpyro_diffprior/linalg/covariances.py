@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.batched import (
+    append_axis,
     apply,
     apply_transpose,
     by_matrix,
@@ -85,7 +86,7 @@ class Covariance(ABC):
         r"""Return :math:`\Sigma + v I`, the covariance of :math:`x_t` at noise variance v."""
 
     @abstractmethod
-    def denoised(self, variance: ArrayLike) -> Self:
+    def conditional(self, variance: ArrayLike) -> Self:
         r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, the covariance of x given :math:`x_t`."""
 
     def trace(self) -> jax.Array:
@@ -124,19 +125,19 @@ class Isotropic(Covariance):
     size: int = field(metadata={"static": True})
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        return _column(self.variance) * v
+        return append_axis(self.variance) * v
 
     def solve(self, v: jax.Array) -> jax.Array:
-        return v / _column(self.variance)
+        return v / append_axis(self.variance)
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        return jnp.sqrt(_column(self.variance)) * z
+        return jnp.sqrt(append_axis(self.variance)) * z
 
     def logdet(self) -> jax.Array:
         return self.size * jnp.log(self.variance)
 
     def diagonal(self) -> jax.Array:
-        return jnp.broadcast_to(_column(self.variance), (*jnp.shape(self.variance), self.size))
+        return jnp.broadcast_to(append_axis(self.variance), (*jnp.shape(self.variance), self.size))
 
     def max_eigenvalue(self) -> jax.Array:
         return jnp.asarray(self.variance)
@@ -147,7 +148,7 @@ class Isotropic(Covariance):
     def noisy(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(jnp.add(self.variance, variance), self.size)
 
-    def denoised(self, variance: ArrayLike) -> "Isotropic":
+    def conditional(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(_parallel(self.variance, variance), self.size)
 
 
@@ -182,13 +183,13 @@ class Diagonal(Covariance):
         return self.variances.max(-1)
 
     def scale(self, c: ArrayLike) -> "Diagonal":
-        return Diagonal(_column(c) * self.variances)
+        return Diagonal(append_axis(c) * self.variances)
 
     def noisy(self, variance: ArrayLike) -> "Diagonal":
-        return Diagonal(self.variances + _column(variance))
+        return Diagonal(self.variances + append_axis(variance))
 
-    def denoised(self, variance: ArrayLike) -> "Diagonal":
-        return Diagonal(_parallel(self.variances, _column(variance)))
+    def conditional(self, variance: ArrayLike) -> "Diagonal":
+        return Diagonal(_parallel(self.variances, append_axis(variance)))
 
 
 @jax.tree_util.register_dataclass
@@ -241,17 +242,17 @@ class DiagonalPlusLowRank(Covariance):
         return self.diag.max(-1) + by_matrix(jnp.linalg.eigvalsh, gram).max(-1)
 
     def scale(self, c: ArrayLike) -> "DiagonalPlusLowRank":
-        root = jnp.sqrt(_column(_column(c)))
-        return DiagonalPlusLowRank(_column(c) * self.diag, root * self.factor)
+        root = jnp.sqrt(append_axis(append_axis(c)))
+        return DiagonalPlusLowRank(append_axis(c) * self.diag, root * self.factor)
 
     def noisy(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
-        return DiagonalPlusLowRank(self.diag + _column(variance), self.factor)
+        return DiagonalPlusLowRank(self.diag + append_axis(variance), self.factor)
 
-    def denoised(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
-        v = _column(variance)
+    def conditional(self, variance: ArrayLike) -> "DiagonalPlusLowRank":
+        v = append_axis(variance)
         weights = 1 / (self.diag + v)
         inverse = inverse_lower(_capacitance(self.factor, weights))
-        factor = matmul(_column(v * weights) * self.factor, inverse.mT)
+        factor = matmul(append_axis(v * weights) * self.factor, inverse.mT)
         return DiagonalPlusLowRank(_parallel(self.diag, v), factor)
 
 
@@ -308,13 +309,13 @@ class Dense(Covariance):
         return self.eigenvalues.max(-1)
 
     def scale(self, c: ArrayLike) -> "Dense":
-        return Dense(_column(c) * self.eigenvalues, self.eigenvectors)
+        return Dense(append_axis(c) * self.eigenvalues, self.eigenvectors)
 
     def noisy(self, variance: ArrayLike) -> "Dense":
-        return Dense(self.eigenvalues + _column(variance), self.eigenvectors)
+        return Dense(self.eigenvalues + append_axis(variance), self.eigenvectors)
 
-    def denoised(self, variance: ArrayLike) -> "Dense":
-        return Dense(_parallel(self.eigenvalues, _column(variance)), self.eigenvectors)
+    def conditional(self, variance: ArrayLike) -> "Dense":
+        return Dense(_parallel(self.eigenvalues, append_axis(variance)), self.eigenvectors)
 
 
 @jax.tree_util.register_dataclass
@@ -353,8 +354,8 @@ class Blocks(Covariance):
     def noisy(self, variance: ArrayLike) -> "Blocks":
         return Blocks(tuple(block.noisy(variance) for block in self.blocks))
 
-    def denoised(self, variance: ArrayLike) -> "Blocks":
-        return Blocks(tuple(block.denoised(variance) for block in self.blocks))
+    def conditional(self, variance: ArrayLike) -> "Blocks":
+        return Blocks(tuple(block.conditional(variance) for block in self.blocks))
 
     def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
         ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
@@ -397,13 +398,13 @@ class Repeated(Covariance):
         return self._spread(self.block.max_eigenvalue()[..., None])[..., 0].max(-1)
 
     def scale(self, c: ArrayLike) -> "Repeated":
-        return Repeated(self.block.scale(_column(c)), self.num)
+        return Repeated(self.block.scale(append_axis(c)), self.num)
 
     def noisy(self, variance: ArrayLike) -> "Repeated":
-        return Repeated(self.block.noisy(_column(variance)), self.num)
+        return Repeated(self.block.noisy(append_axis(variance)), self.num)
 
-    def denoised(self, variance: ArrayLike) -> "Repeated":
-        return Repeated(self.block.denoised(_column(variance)), self.num)
+    def conditional(self, variance: ArrayLike) -> "Repeated":
+        return Repeated(self.block.conditional(append_axis(variance)), self.num)
 
     def _split(self, v: jax.Array) -> jax.Array:
         return v.reshape(*v.shape[:-1], self.num, self.block.size)
@@ -448,10 +449,6 @@ def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
     return low / (1 + low / high)
 
 
-def _column(c: ArrayLike) -> jax.Array:
-    return jnp.asarray(c)[..., None]
-
-
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
     # Parts may have different leading axes: those of their parameters.
     batch = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -461,5 +458,5 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
 
 def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    gram = matmul(factor.mT, _column(weights) * factor)
+    gram = matmul(factor.mT, append_axis(weights) * factor)
     return by_matrix(jnp.linalg.cholesky, gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))

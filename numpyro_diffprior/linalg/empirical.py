@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior._compile.checks import check_count
-from numpyro_diffprior.linalg.batched import matmul
-from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank, _column
+from numpyro_diffprior.linalg.batched import append_axis, matmul
+from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
 
 __all__ = ["empirical_gaussian"]
 
@@ -65,4 +65,4 @@ def empirical_gaussian(
     variances, explained = jnp.square(centered).sum(0), jnp.square(factor).sum(-1)
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
-    return mean, DiagonalPlusLowRank(diag, _column(shrink) * factor)
+    return mean, DiagonalPlusLowRank(diag, append_axis(shrink) * factor)

@@ -25,9 +25,9 @@ from numpyro_diffprior.linalg.batched import (
 from numpyro_diffprior.linalg.covariances import Covariance
 
 __all__ = [
-    "DenseSolveResult",
+    "TruncatedSolveResult",
     "FactoredSolveResult",
-    "UpdateResult",
+    "ConjugateGradientResult",
     "factored_solve",
     "preconditioned_conjugate_gradient",
     "sandwich",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-class UpdateResult(NamedTuple):
+class ConjugateGradientResult(NamedTuple):
     r"""The result of `preconditioned_conjugate_gradient`, per event.
 
     Attributes:
@@ -74,7 +74,7 @@ def preconditioned_conjugate_gradient(
     *,
     rtol: float = 1e-5,
     max_steps: int | None = None,
-) -> UpdateResult:
+) -> ConjugateGradientResult:
     r"""Solve for the Gaussian update of each event by preconditioned conjugate gradients.
 
     The system is :math:`(V^{-1} + \Lambda) \, \delta = s`, with :math:`V` as preconditioner. Its
@@ -148,10 +148,12 @@ def preconditioned_conjugate_gradient(
     last = jax.lax.while_loop(unfinished, advance, start)
     error = s - last.b - precision(last.shift)
     scale = norm[..., None]
-    return UpdateResult(scale * last.b, scale * last.shift, _norm(error), last.num_steps)
+    return ConjugateGradientResult(
+        scale * last.b, scale * last.shift, _norm(error), last.num_steps
+    )
 
 
-class DenseSolveResult(NamedTuple):
+class TruncatedSolveResult(NamedTuple):
     """The result of `truncated_solve`, per event.
 
     Attributes:
@@ -165,7 +167,9 @@ class DenseSolveResult(NamedTuple):
     num_truncated: jax.Array
 
 
-def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> DenseSolveResult:
+def truncated_solve(
+    gain: jax.Array, noise: Covariance, residual: jax.Array
+) -> TruncatedSolveResult:
     r"""Solve :math:`(N + G) x = r` in directions of positive gain :math:`G = A V A^T`.
 
     The symmetric part of :math:`L^{-1} G L^{-T}`, with :math:`N = L L^T`, has eigenvectors
@@ -198,7 +202,7 @@ def truncated_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> 
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
     # The gain of a masked value is zero up to rounding, which does not count as truncated.
     rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
-    return DenseSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
+    return TruncatedSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 
 class FactoredSolveResult(NamedTuple):

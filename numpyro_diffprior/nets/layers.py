@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 
 __all__ = [
     "Embedding",
-    "Modulated",
+    "ModulatedNorm",
     "ResidualBlock",
     "conv",
-    "double",
+    "upsample",
     "group_norm",
     "layer_norm",
     "linear",
@@ -68,7 +68,7 @@ class Embedding(nnx.Module):
         return nnx.silu(self.second(nnx.silu(h)))
 
 
-class Modulated(nnx.Module):
+class ModulatedNorm(nnx.Module):
     """A normalization whose scale and shift depend on the noise level."""
 
     def __init__(
@@ -107,7 +107,7 @@ class ResidualBlock(nnx.Module):
         options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.norm = group_norm(size, affine=True, **options)
         self.first = conv(size, width, **options)
-        self.modulated = Modulated(group_norm(width, **options), width, embedding, **options)
+        self.modulated = ModulatedNorm(group_norm(width, **options), width, embedding, **options)
         self.drop = nnx.Dropout(dropout)
         # Residual branches are initialized to zero, which helps deep networks most.
         self.second = conv(width, width, zero=True, **options)
@@ -145,7 +145,7 @@ class _Attention(nnx.Module):
 
 
 def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer normalization without scale and shift, which `Modulated` adds."""
+    """A layer normalization without scale and shift, which `ModulatedNorm` adds."""
     return nnx.LayerNorm(
         width, use_bias=False, use_scale=False, param_dtype=param_dtype, rngs=rngs
     )
@@ -242,7 +242,7 @@ def _convolve(
     )
 
 
-def double(x: jax.Array, height: int, width: int) -> jax.Array:
+def upsample(x: jax.Array, height: int, width: int) -> jax.Array:
     """Nearest-neighbor interpolation by a factor of two, cropped to ``(height, width)``."""
     batch, small_height, small_width, features = x.shape
     # On CPU, a broadcast is ten times as fast as the gather of `jax.image.resize`.

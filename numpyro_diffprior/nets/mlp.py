@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from numpyro_diffprior.nets.layers import (
     Embedding,
-    Modulated,
+    ModulatedNorm,
     layer_norm,
     linear,
 )
@@ -77,7 +77,7 @@ class MLP(nnx.Module):
         self.offset = linear(self.embedding, widths[0], **options)
         self.norms = nnx.List(
             [
-                Modulated(layer_norm(width, **options), width, self.embedding, **options)
+                ModulatedNorm(layer_norm(width, **options), width, self.embedding, **options)
                 for width in widths
             ]
         )

@@ -13,8 +13,8 @@ from numpyro_diffprior.nets.layers import (
     Embedding,
     ResidualBlock,
     conv,
-    double,
     group_norm,
+    upsample,
 )
 from numpyro_diffprior.nets.options import (
     check_context_shape,
@@ -169,7 +169,7 @@ class UNet(nnx.Module):
                 h = block(h, embedded, rngs)
         for i in reversed(range(len(self.up))):
             skip = skips.pop()
-            h = self.grow[i](double(h, skip.shape[1], skip.shape[2]))
+            h = self.grow[i](upsample(h, skip.shape[1], skip.shape[2]))
             h = jnp.concatenate([h, skip], axis=-1)
             for block in self.up[i]:
                 h = block(h, embedded, rngs)

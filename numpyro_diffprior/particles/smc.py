@@ -73,7 +73,7 @@ def draw_posterior(
     x_t = x_t[0]
     if sampler.eta == 0:
         x_t = x_t + _initial_shift(posterior, sampler)
-    if sampler.is_single:
+    if sampler.is_single_evaluation:
         return _guided_walk(key_run, posterior, sampler, x_t)
     x = sampler.run(key_run, posterior, x_t)
     last = posterior.guide(x, sampler.sigmas(posterior)[-1])
