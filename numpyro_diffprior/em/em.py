@@ -47,7 +47,7 @@ from numpyro_diffprior.em.initial import (
 )
 from numpyro_diffprior.em.m_step import MStep, Trained, fit_prior
 from numpyro_diffprior.em.params import fit_params, init_params
-from numpyro_diffprior.em.sites import as_dict, learned, mend, pool, read_sites
+from numpyro_diffprior.em.sites import as_dict, pool, read_sites, replace_non_finite, with_network
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
@@ -149,7 +149,9 @@ class EM:
         check_data(found, self.e_step.sampler or found.reading.sampler)
         rng_key, key_fit = jax.random.split(rng_key)
         if has_closed_form(found):
-            gaussians = {key: fit_in_closed_form(found, self.start) for key in learned(priors)}
+            gaussians = {
+                key: fit_in_closed_form(found, self.start) for key in with_network(priors)
+            }
         else:
             gaussians = fit_by_sampling(
                 key_fit,
@@ -167,7 +169,7 @@ class EM:
             )
         initial = {
             key: cast(NetworkDenoiser, prior.denoiser).with_gaussian(*gaussians[key])
-            for key, prior in learned(priors).items()
+            for key, prior in with_network(priors).items()
         }
         for key, denoiser in initial.items():
             priors[key] = priors[key].replace_denoiser(denoiser)
@@ -203,7 +205,9 @@ class EM:
         started = time.perf_counter()
         found = self._read(state.prior, (args, kwargs), state.params)
         draws = draw_events(key_draw, found, self.e_step, self.mesh)
-        samples, num_failed = mend(draws.samples, state.draws, state.priors, state.sites)
+        samples, num_failed = replace_non_finite(
+            draws.samples, state.draws, state.priors, state.sites
+        )
         if num_failed:
             warnings.warn(
                 f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite; "

@@ -17,7 +17,7 @@ from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.e_step import EStep, draw_events
 from numpyro_diffprior.em.gaussian import fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
-from numpyro_diffprior.em.sites import Priors, Sites, learned, mend, pool
+from numpyro_diffprior.em.sites import Priors, Sites, pool, replace_non_finite, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -100,7 +100,7 @@ def choose_units(model: Read, priors: Priors, sites: Sites) -> Priors:
     """
     chosen, scales = dict(priors), _scales(model.data, model.reading)
     for site, key in sites.keys:
-        if site in scales and key in learned(priors):
+        if site in scales and key in with_network(priors):
             denoiser: Any = priors[key].denoiser
             unit = choose_unit(scales[site].astype(denoiser.dtype), denoiser.unit)
             if unit != denoiser.unit:
@@ -187,7 +187,8 @@ def fit_by_sampling(
         guidance=MMPS(GaussianCovariance()),
     )
     fitted = {
-        key: (prior.denoiser.mean, prior.denoiser.cov) for key, prior in learned(priors).items()
+        key: (prior.denoiser.mean, prior.denoiser.cov)
+        for key, prior in with_network(priors).items()
     }
     args, kwargs = arguments
     found: Read | None = None
@@ -203,12 +204,14 @@ def fit_by_sampling(
             structure = jax.tree.structure(passed)
         else:
             found = found.with_first_argument(passed)
-        draws, _ = mend(draw_events(key, found, e_step, mesh).samples, {}, current, sites)
+        draws, _ = replace_non_finite(
+            draw_events(key, found, e_step, mesh).samples, {}, current, sites
+        )
         fitted = {
             name: summarize(
                 prior.denoiser.from_data(pool(draws, sites, name, prior.event_shape)), start.rank
             )
-            for name, prior in learned(priors).items()
+            for name, prior in with_network(priors).items()
         }
     return fitted
 

@@ -15,7 +15,15 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.model import ModelReading
 
-__all__ = ["Priors", "Sites", "as_dict", "learned", "mend", "pool", "read_sites"]
+__all__ = [
+    "Priors",
+    "Sites",
+    "as_dict",
+    "with_network",
+    "replace_non_finite",
+    "pool",
+    "read_sites",
+]
 
 ALONE = "prior"
 
@@ -51,7 +59,7 @@ def as_dict(prior: Any) -> Priors:
     if not priors or not all(isinstance(p, DiffusionPrior) for p in priors.values()):
         found = ", ".join(type(p).__name__ for p in priors.values()) or "an empty one"
         raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {found}.")
-    networks = learned(priors)
+    networks = with_network(priors)
     if not networks:
         found = " and ".join(sorted({type(p.denoiser).__name__ for p in priors.values()}))
         raise ValueError(
@@ -69,7 +77,7 @@ def as_dict(prior: Any) -> Priors:
     return priors
 
 
-def learned(priors: Mapping[str, DiffusionPrior]) -> Priors:
+def with_network(priors: Mapping[str, DiffusionPrior]) -> Priors:
     """Return the priors that have a network."""
     return {k: p for k, p in priors.items() if isinstance(p.denoiser, NetworkDenoiser)}
 
@@ -101,7 +109,7 @@ def read_sites(prior: Any, reading: ModelReading) -> Sites:
                 "from the model's first argument as it is."
             )
         keys.append((site.name, found[0]))
-    unused = sorted(set(learned(priors)) - {key for _, key in keys})
+    unused = sorted(set(with_network(priors)) - {key for _, key in keys})
     if unused:
         raise ValueError(
             f"EM: no latent site has the priors {unused} of the dict, which have nothing to learn "
@@ -118,7 +126,7 @@ def pool(
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
 
-def mend(
+def replace_non_finite(
     draws: Mapping[str, jax.Array],
     previous: Mapping[str, jax.Array],
     priors: Priors,

@@ -197,7 +197,7 @@ def propose(
         proposal = _LookAheadProposal.make(mean, tau, outlook)
         zeros = jnp.zeros_like(proposal.log_twist)
         return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
-    guided = _mend(posterior.guide(previous.x_t, levels.current))
+    guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
     x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
     mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
@@ -212,7 +212,7 @@ def propose(
     )
 
 
-def _mend(guided: Guided) -> Guided:
+def _replace_non_finite(guided: Guided) -> Guided:
     """Replace guidance that is not finite, so that its particles follow the prior's chain.
 
     Their log-twist is set `_HANDICAP` below the largest of their system.
