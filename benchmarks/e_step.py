@@ -62,7 +62,7 @@ def our_functions(rng_key, args):
     em = ndp.EM(
         digits.model,
         optimizer,
-        e_step=ndp.EStep(num_particles=args.num_particles, batch_size=num_in_memory),
+        e_step=ndp.EStep(num_particles=args.num_particles, max_batch_size=num_in_memory),
         m_step=ndp.MStep(batch_size=args.batch_size),
     )
     state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)

@@ -57,7 +57,7 @@ def make_call(name, model):
     em = ndp.EM(
         model,
         optax.adam(1e-3),
-        e_step=ndp.EStep(num_particles=2, batch_size=512),
+        e_step=ndp.EStep(num_particles=2, max_batch_size=512),
         m_step=ndp.MStep(num_steps=2),
         start=ndp.GaussianStart(num_iterations=2),
     )

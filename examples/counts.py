@@ -56,7 +56,7 @@ def learn(rng_key, model, counts, args):
         e_step=ndp.EStep(
             num_particles=1,
             guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance(), num_iterations=2),
-            batch_size=256,
+            max_batch_size=256,
         ),
         m_step=ndp.MStep(num_steps=args.num_sgd_steps),
         start=ndp.GaussianStart(num_iterations=args.num_gaussian_iterations),

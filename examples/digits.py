@@ -153,7 +153,7 @@ def make_em(args, model=model, *, optimizer=None, num_particles=None, **m_step):
         num_particles=num_particles,
         num_draws=args.num_draws,
         guidance=ndp.MMPS(ndp.guidance.CalibratedCovariance()),
-        batch_size=args.batch_size * num_particles,
+        max_batch_size=args.batch_size * num_particles,
     )
     m_step = ndp.MStep(num_steps=args.num_sgd_steps, batch_size=args.batch_size, **m_step)
     return ndp.EM(model, optimizer, e_step=e_step, m_step=m_step)

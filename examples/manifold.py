@@ -131,7 +131,7 @@ def make_em(args, model=model):
             num_particles=args.num_particles,
             sampler=SAMPLERS[args.sampler](args.num_steps),
             guidance=ndp.MMPS(COVARIANCES[args.covariance]()),
-            batch_size=args.batch_size * args.num_particles,
+            max_batch_size=args.batch_size * args.num_particles,
         ),
         m_step=ndp.MStep(
             num_steps=args.num_sgd_steps,

@@ -118,7 +118,7 @@ def learn(rng_key, data, args):
         e_step=ndp.EStep(
             num_particles=args.num_particles,
             sampler=ndp.samplers.DDPM(args.num_steps),
-            batch_size=args.batch_size * args.num_particles,
+            max_batch_size=args.batch_size * args.num_particles,
         ),
         m_step=ndp.MStep(num_steps=args.num_sgd_steps, batch_size=args.batch_size, ema_decay=0.99),
     )

@@ -157,7 +157,7 @@ def labeled(num):
 
 
 STEPS = {
-    "e_step": EStep(num_particles=1, batch_size=128),
+    "e_step": EStep(num_particles=1, max_batch_size=128),
     "m_step": MStep(num_steps=128, batch_size=128),
 }
 

@@ -178,7 +178,7 @@ def test_em():
         em = ndp.EM(
             model,
             optax.adam(1e-3),
-            e_step=ndp.EStep(sampler=SAMPLER, batch_size=32),
+            e_step=ndp.EStep(sampler=SAMPLER, max_batch_size=32),
             m_step=ndp.MStep(num_steps=8, batch_size=8),
             mesh=mesh,
         )

@@ -48,7 +48,7 @@ def make_prior(seed=0):
 
 
 def make_em(model=model, e_step=None, m_step=None, start=GaussianStart()):
-    e_step = {"num_particles": 2, "batch_size": 256} | (e_step or {})
+    e_step = {"num_particles": 2, "max_batch_size": 256} | (e_step or {})
     m_step = {"num_steps": 8, "batch_size": 128} | (m_step or {})
     return EM(model, optax.adam(1e-3), e_step=EStep(**e_step), m_step=MStep(**m_step), start=start)
 
@@ -266,7 +266,7 @@ def test_the_distance_is_of_every_few_of_many_draws():
         {"m_step": {"warm_start": False}},
         {"m_step": {"reset_optimizer": True}},
         {"m_step": {"use_average": False}},
-        {"e_step": {"batch_size": 2000}, "m_step": {"batch_size": 1000}},
+        {"e_step": {"max_batch_size": 2000}, "m_step": {"batch_size": 1000}},
     ],
     ids=str,
 )
@@ -331,7 +331,7 @@ def test_several_priors_are_learned_together():
     a, b, operator, y = make_two_sources()
     em = make_em(
         two_sources,
-        {"batch_size": 1000},
+        {"max_batch_size": 1000},
         {"num_steps": 32, "batch_size": 500, "ema_decay": 0.9},
     )
     priors = {"first": make_prior(0), "second": make_prior(1)}

@@ -198,7 +198,7 @@ NUMBERS = {
     "DPS: expected strength >= 0, got -1": lambda: ndp.guidance.DPS(-1.0),
     "Tempered: expected power >= 0 and <= 1, got 2": lambda: ndp.guidance.Tempered(power=2.0),
     "EStep: expected num_draws >= 1, got 0": lambda: E(num_draws=0),
-    "EStep: expected batch_size >= 1, got -2": lambda: E(batch_size=-2),
+    "EStep: expected max_batch_size >= 1, got -2": lambda: E(max_batch_size=-2),
     "MStep: expected num_steps to be an integer, got 2.5": lambda: M(num_steps=2.5),
     "MStep: expected ema_decay >= 0 and <= 1, got 1.5": lambda: M(ema_decay=1.5),
     "GaussianStart: expected rank >= 1, got 0": lambda: ndp.GaussianStart(rank=0),

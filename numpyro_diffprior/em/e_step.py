@@ -29,17 +29,17 @@ class EStep:
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
             with the Gaussian covariance of the current draws, without look-ahead, for more).
-        batch_size: The number of particles in memory at once on one device.
+        max_batch_size: The number of particles in memory at once on one device.
     """
 
     num_particles: int = 4
     num_draws: int = 1
     sampler: Sampler | None = None
     guidance: Guidance | None = None
-    batch_size: int = 1024
+    max_batch_size: int = 1024
 
     def __post_init__(self) -> None:
-        names = ("num_particles", "num_draws", "batch_size")
+        names = ("num_particles", "num_draws", "max_batch_size")
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
 
     def settings(self, default: Sampler) -> Settings:
@@ -65,6 +65,6 @@ def draw_events(
         model,
         e_step.settings(model.reading.sampler),
         num_draws=e_step.num_draws,
-        batch_size=e_step.batch_size,
+        batch_size=e_step.max_batch_size,
         mesh=mesh,
     )

@@ -164,7 +164,7 @@ class EM:
                 params=params,
                 mesh=self.mesh,
                 block_size=block_size(
-                    self.e_step.num_particles, 1, self.e_step.batch_size, self.mesh
+                    self.e_step.num_particles, 1, self.e_step.max_batch_size, self.mesh
                 ),
             )
         initial = {
@@ -412,7 +412,7 @@ class EM:
         """Read the model, in blocks of the E-step or of a batch size."""
         args, kwargs = arguments
         size = block_size(
-            self.e_step.num_particles, self.e_step.num_draws, self.e_step.batch_size, self.mesh
+            self.e_step.num_particles, self.e_step.num_draws, self.e_step.max_batch_size, self.mesh
         )
         return read(
             self.model,
@@ -510,7 +510,7 @@ class EM:
             num_particles=self._num_heldout_particles,
             sampler=self.e_step.sampler,
             guidance=None,
-            max_batch_size=self.e_step.batch_size,
+            max_batch_size=self.e_step.max_batch_size,
             mesh=self.mesh,
         )
 
