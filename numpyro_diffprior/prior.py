@@ -295,7 +295,7 @@ def _sample(
 
     def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         key, contexts = inputs
-        return sampler.sample(key, denoiser.at(contexts), (size,))
+        return sampler.sample(key, denoiser.at_contexts(contexts), (size,))
 
     contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
     draws = jax.lax.map(chunk, (jax.random.split(rng_key, num_chunks), contexts))
@@ -320,7 +320,7 @@ def _log_prob(
     @jax.checkpoint
     def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         x, contexts = inputs
-        return flow_log_prob(denoiser.at(contexts), x, num_probes=num_probes)
+        return flow_log_prob(denoiser.at_contexts(contexts), x, num_probes=num_probes)
 
     x = x.reshape(num, *event_shape)
     contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)

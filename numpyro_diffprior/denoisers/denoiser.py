@@ -84,7 +84,7 @@ class Denoiser(ABC):
         """The shape of a context that the denoiser expects (`ConditionedDenoiser`), or None."""
         return None
 
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+    def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
         """Return the mean of the samplers' initial Gaussian, with shape ``(*batch, *event)``."""
         return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
 
@@ -92,7 +92,7 @@ class Denoiser(ABC):
         """Return the contexts of a batch of events, ``(n, *context_shape)``, or None."""
         return None
 
-    def at(self, contexts: jax.Array | None) -> "Denoiser":
+    def at_contexts(self, contexts: jax.Array | None) -> "Denoiser":
         """Return the denoiser at the given contexts."""
         return self
 

@@ -57,9 +57,9 @@ class DenoiserWrapper(Denoiser):
         """Return the contexts of a batch of events; see `Denoiser.contexts`."""
         return self.part.contexts(batch_shape)
 
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the location of the prior; see `Denoiser.location`."""
-        return self.part.location(batch_shape)
+    def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the mean of the samplers' initial Gaussian; see `Denoiser.initial_mean`."""
+        return self.part.initial_mean(batch_shape)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
         """Return the ratio of errors; see `Denoiser.error_ratio`."""
@@ -117,15 +117,19 @@ class ConditionedDenoiser(DenoiserWrapper):
         shape = self.context.shape[len(self.batch_shape) :]
         return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
 
-    def at(self, contexts: jax.Array | None) -> Denoiser:
+    def at_contexts(self, contexts: jax.Array | None) -> Denoiser:
         """Return the denoiser at other contexts."""
         if contexts is None:
             return self
         return ConditionedDenoiser(self.part, contexts)
 
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
+    def in_unit(self, unit: jax.Array) -> "ConditionedDenoiser":
+        """Return the same prior with another unit."""
+        return ConditionedDenoiser(self.part.in_unit(unit), self.context)
+
+    def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
         """Return the denoised mean at `sigma_max`, for each context."""
-        means = self(super().location(self.batch_shape), self.sigma_max)
+        means = self(super().initial_mean(self.batch_shape), self.sigma_max)
         return jnp.broadcast_to(means, (*batch_shape, *self.event_shape))
 
     @property
@@ -162,9 +166,17 @@ class PlateDenoiser(DenoiserWrapper):
         """The prior's covariance, block diagonal."""
         return Repeated(self.part.cov, prod(self.batch_shape))
 
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the elements' locations."""
-        return self.part.location((*batch_shape, *self.batch_shape))
+    def in_unit(self, unit: jax.Array) -> "PlateDenoiser":
+        """Return the same prior with another unit."""
+        return PlateDenoiser(self.part.in_unit(unit), self.batch_shape)
+
+    def contexts(self, batch_shape: tuple[int, ...]) -> None:
+        """None: contexts belong to the elements and are the same for all plates."""
+        return None
+
+    def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the initial means of the elements."""
+        return self.part.initial_mean((*batch_shape, *self.batch_shape))
 
 
 @register
@@ -203,9 +215,9 @@ class ProductDenoiser(Denoiser):
         weighted = [part.event_size * part.error_ratio(sigma * part.scale) for part in self.parts]
         return sum(weighted[1:], start=weighted[0]) / self.event_size
 
-    def location(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the parts' locations, joined."""
-        return self.join([part.location(batch_shape) for part in self.parts])
+    def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
+        """Return the parts' initial means, joined."""
+        return self.join([part.initial_mean(batch_shape) for part in self.parts])
 
     def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Split vectors into the parts' events in the parts' units, each ``(*batch, *event)``."""

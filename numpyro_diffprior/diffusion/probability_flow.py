@@ -184,7 +184,7 @@ def _for_each(
     """Apply a function to each flattened event and the denoiser at the event's context."""
     flat = x.reshape(-1, denoiser.event_size)
     contexts = denoiser.contexts(x.shape[: x.ndim - len(denoiser.event_shape)])
-    return jax.vmap(lambda one, context: f(one, denoiser.at(context)))(flat, contexts)
+    return jax.vmap(lambda one, context: f(one, denoiser.at_contexts(context)))(flat, contexts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ class _Flow:
 
     def deviation(self, z: jax.Array) -> jax.Array:
         """Return the deviation of :math:`x_T` from the samplers' initial mean."""
-        shift = self.mean - self.denoiser.location(()).reshape(-1)
+        shift = self.mean - self.denoiser.initial_mean(()).reshape(-1)
         return self.width(self.stop) * z + shift
 
     def drift(self, time: jax.typing.ArrayLike, z: jax.Array) -> jax.Array:

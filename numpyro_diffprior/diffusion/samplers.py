@@ -143,7 +143,7 @@ class Sampler:
         noisy = denoiser.cov.noisy(self.sigmas(denoiser)[0] ** 2)
         batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
         deviation = noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
-        return denoiser.location(batch_shape) + deviation
+        return denoiser.initial_mean(batch_shape) + deviation
 
     def initial(
         self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...]

@@ -86,7 +86,7 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
     A deterministic sampler does not forget its start: started at the prior's mean, it would miss
     the posterior's mean by this shift times the posterior's standard deviation over ``sigma_max``.
     """
-    location = posterior.part.location(posterior.likelihood.batch_shape)
+    location = posterior.part.initial_mean(posterior.likelihood.batch_shape)
     return posterior(location, sampler.sigmas(posterior)[0]) - location
 
 
