@@ -11,7 +11,7 @@ from oracles import dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.em.gaussian import fit_gaussian
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.linalg.covariances import (
     Blocks,
     Covariance,
@@ -49,7 +49,9 @@ class Problem(NamedTuple):
 
         def read(x):
             flat = x.reshape(*x.shape[: x.ndim - len(self.event_shape)], -1)
-            return Reading(jnp.einsum("...md,...d->...m", matrix, flat) + offset, noise, y)
+            return ObservationMoments(
+                jnp.einsum("...md,...d->...m", matrix, flat) + offset, noise, y
+            )
 
         return Likelihood(y, read, lambda x: x, self.event_shape, linear=True)
 
@@ -369,7 +371,9 @@ def test_nonlinear_likelihood_is_refused():
     def read(index):
         noise = Isotropic(jnp.asarray(1.0), 3)
         y = jnp.zeros((index.size, 3))
-        return Likelihood(y, lambda x: Reading(x**2, noise, y), lambda x: x, (3,), linear=False)
+        return Likelihood(
+            y, lambda x: ObservationMoments(x**2, noise, y), lambda x: x, (3,), linear=False
+        )
 
     with pytest.raises(ValueError, match="got a non-linear likelihood; give the prior"):
         fit_gaussian(read, 4, event_shape=(3,))

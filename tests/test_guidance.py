@@ -21,7 +21,7 @@ from numpyro_diffprior.guidance.covariances import (
     IsotropicPriorCovariance,
     TweedieCovariance,
 )
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.guidance.scheduled import Piecewise, Tempered
@@ -298,7 +298,7 @@ def test_nonlinear_mean_is_linearized(method):
     def read(x):
         flat = x.reshape(*x.shape[:-2], 6)
         y_hat = jnp.tanh(jnp.einsum("imd,...id->...im", case.matrix, flat))
-        return Reading(y_hat, Diagonal(0.2 + y_hat**2), y)
+        return ObservationMoments(y_hat, Diagonal(0.2 + y_hat**2), y)
 
     def log_prob(x):
         y_hat, noise, _ = read(x)
@@ -342,7 +342,7 @@ def test_gauss_newton_finds_the_mode(method):
 
     def read(x):
         rate = jnp.exp(jnp.einsum("imd,...id->...im", case.matrix, x.reshape(*x.shape[:-2], 6)))
-        return Reading(rate, Diagonal(rate), y)
+        return ObservationMoments(rate, Diagonal(rate), y)
 
     def log_prob(x):
         rate = read(x).y_hat

@@ -7,7 +7,7 @@ import oracles
 import pytest
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading, linear_gaussian
+from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 
 EVENT = (2, 3)
@@ -71,7 +71,7 @@ def test_nonlinear_mean(num_observed):
 
     def read(x):
         y_hat = jnp.vectorize(mean_one, signature="(a,b)->(m)")(x)
-        return Reading(y_hat, Diagonal(0.1 + y_hat**2), y)
+        return ObservationMoments(y_hat, Diagonal(0.1 + y_hat**2), y)
 
     likelihood = Likelihood(y, read, lambda x: jnp.zeros(x.shape[:-2]), EVENT)
     x = jnp.asarray(rng.normal(size=(2, 3, *EVENT)))

@@ -13,7 +13,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.system import Settings
-from numpyro_diffprior.reading.model import Read
+from numpyro_diffprior.reading.model import BoundModel
 
 __all__ = ["EStep", "draw_events"]
 
@@ -57,7 +57,7 @@ class EStep:
 
 
 def draw_events(
-    rng_key: jax.Array, model: Read, e_step: EStep, mesh: Mesh | None
+    rng_key: jax.Array, model: BoundModel, e_step: EStep, mesh: Mesh | None
 ) -> PosteriorSamples:
     """Draw all events of a model that was read with the options of the E-step."""
     return sample_blocks(

@@ -55,7 +55,7 @@ from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
-from numpyro_diffprior.reading.model import ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, check_names
 
@@ -408,7 +408,7 @@ class EM:
         arguments: Arguments,
         params: dict[str, jax.Array] | None = None,
         batch_size: int | None = None,
-    ) -> Read:
+    ) -> BoundModel:
         """Read the model, in blocks of the E-step or of a batch size."""
         args, kwargs = arguments
         size = block_size(
@@ -423,7 +423,7 @@ class EM:
             params=params,
         )
 
-    def _no_draws(self, found: Read) -> dict[str, jax.Array]:
+    def _no_draws(self, found: BoundModel) -> dict[str, jax.Array]:
         """Return the draws before the first E-step: NaN."""
         draws = {}
         for part in found.reading.groups:
@@ -447,7 +447,7 @@ class EM:
             distances.append(_distance(rng_key, x, previous))
         return jnp.stack(distances).mean()
 
-    def _contexts(self, found: Read, state: EMState) -> dict[str, jax.Array]:
+    def _contexts(self, found: BoundModel, state: EMState) -> dict[str, jax.Array]:
         """Return the contexts of all events, by site, of conditional priors."""
         if all(p.denoiser.context_shape is None for p in state.priors.values()):
             return {}

@@ -24,7 +24,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import GroupReading, ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelData, ModelReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
@@ -60,7 +60,7 @@ class GaussianStart:
 Gaussian = tuple[jax.Array, Covariance]
 
 
-def has_closed_form(model: Read) -> bool:
+def has_closed_form(model: BoundModel) -> bool:
     """Whether the iterations of the Gaussian fit have a closed form.
 
     They do for one site in one plate with linear Gaussian observations.
@@ -72,7 +72,7 @@ def has_closed_form(model: Read) -> bool:
     return found.linear and len(found.group.names) == 1 and len(found.group.plates) == 1
 
 
-def fit_in_closed_form(model: Read, start: GaussianStart) -> Gaussian:
+def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
     """Fit a Gaussian to linear Gaussian observations of one site."""
     (found,) = model.reading.groups
     (plate,) = found.group.plates
@@ -92,7 +92,7 @@ def fit_in_closed_form(model: Read, start: GaussianStart) -> Gaussian:
     return fit.mean, fit.cov
 
 
-def choose_units(model: Read, priors: Priors, sites: Sites) -> Priors:
+def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
     """Return the priors with units near the scale of their events, for linear models.
 
     The scale is that of events whose observations, without noise, would have the size of the
@@ -191,7 +191,7 @@ def fit_by_sampling(
         for key, prior in with_network(priors).items()
     }
     args, kwargs = arguments
-    found: Read | None = None
+    found: BoundModel | None = None
     structure = None
     for key in jax.random.split(rng_key, start.num_iterations):
         current = _with_gaussians(priors, fitted)

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import optax
 from numpyro.distributions.transforms import Transform
 
-from numpyro_diffprior.reading.model import ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading
 
 __all__ = ["fit_params", "init_params"]
 
@@ -21,7 +21,7 @@ Params = dict[str, jax.Array]
 
 
 def init_params(
-    model: Read, optimizer: optax.GradientTransformation
+    model: BoundModel, optimizer: optax.GradientTransformation
 ) -> tuple[Params, optax.OptState]:
     """Return the initial values of a model's parameters, and the optimizer's state."""
     if not model.reading.constraints:
@@ -37,7 +37,7 @@ def _first_values(data: ModelData, reading: ModelReading) -> Params:
 
 def fit_params(
     rng_key: jax.Array,
-    model: Read,
+    model: BoundModel,
     draws: dict[str, jax.Array],
     optimizer: optax.GradientTransformation,
     opt_state: optax.OptState,

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from numpyro_diffprior.linalg.batched import apply
 from numpyro_diffprior.linalg.covariances import Covariance
 
-__all__ = ["Likelihood", "Linearization", "Reading", "linear_gaussian"]
+__all__ = ["Likelihood", "Linearization", "ObservationMoments", "linear_gaussian"]
 
 
-class Reading(NamedTuple):
+class ObservationMoments(NamedTuple):
     """The moments of the observations given a batch of events, and the observed values.
 
     Attributes:
@@ -105,7 +105,7 @@ class Likelihood:
     """
 
     y: jax.Array
-    read: Callable[[jax.Array], Reading]
+    read: Callable[[jax.Array], ObservationMoments]
     log_prob: Callable[[jax.Array], jax.Array]
     event_shape: tuple[int, ...]
     linear: bool = field(default=False)
@@ -238,10 +238,10 @@ def linear_gaussian(
             f"{y.shape[-1]}; got {matrix.shape} and {noise.size}."
         )
 
-    def read(x: jax.Array) -> Reading:
+    def read(x: jax.Array) -> ObservationMoments:
         flat = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
         y_hat = apply(matrix, flat)
-        return Reading(y_hat, noise, y)
+        return ObservationMoments(y_hat, noise, y)
 
     def log_prob(x: jax.Array) -> jax.Array:
         residual = y - read(x).y_hat

@@ -14,10 +14,10 @@ from numpyro_diffprior.particles.system import Draws, Settings
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import (
     Block,
+    BoundModel,
     GroupReading,
     ModelData,
     ModelReading,
-    Read,
     join_blocks,
 )
 from numpyro_diffprior.reading.parts import join_parts, split_into_parts
@@ -79,7 +79,7 @@ def _is_whole(size: int, num_systems: int, mesh: Mesh | None) -> bool:
 
 def sample_blocks(
     rng_key: jax.Array,
-    model: Read,
+    model: BoundModel,
     settings: Settings,
     *,
     num_draws: int,
@@ -112,7 +112,7 @@ def sample_blocks(
 
 
 def sample_first_block(
-    rng_key: jax.Array, model: Read, settings: Settings, *, num_draws: int
+    rng_key: jax.Array, model: BoundModel, settings: Settings, *, num_draws: int
 ) -> dict[str, jax.Array]:
     """Draw for the first elements of the latents' plates, one block, compiled.
 
@@ -184,7 +184,7 @@ class _Plan(NamedTuple):
         return PosteriorSamples(samples, draws.info._asdict())
 
 
-def _sample_group(rng_key: jax.Array, model: Read, plan: _Plan) -> PosteriorSamples:
+def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
     if plan.found.divided is None:
         return _draw_whole(rng_key, model.data, plan)
     plate, size = plan.found.divided

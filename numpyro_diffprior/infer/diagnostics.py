@@ -21,7 +21,7 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import sample_first_block
 from numpyro_diffprior.particles.system import Settings
-from numpyro_diffprior.reading.model import ModelData, Read
+from numpyro_diffprior.reading.model import BoundModel, ModelData
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
@@ -52,7 +52,7 @@ def warn_of_bias(
     rng_key: jax.Array,
     model: Model,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
-    found: Read,
+    found: BoundModel,
     settings: Settings,
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
@@ -104,7 +104,7 @@ def warn_of_bias(
             )
 
 
-def _is_exact(found: Read) -> bool:
+def _is_exact(found: BoundModel) -> bool:
     """Whether guidance is exact: the means are linear and the priors Gaussian."""
 
     def parts(data: ModelData) -> Any:

@@ -21,7 +21,7 @@ from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import ParticleInfo, Settings
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import Block, Read
+from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, fix_plates
 
@@ -189,15 +189,17 @@ class _DiffusionKernel(MCMCKernel):
 
         return postprocess
 
-    def _read(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Read:
+    def _read(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> BoundModel:
         return read(self.model, model_args, model_kwargs or {})
 
-    def _resolve(self, found: Read) -> Settings:
+    def _resolve(self, found: BoundModel) -> Settings:
         default = found.reading.sampler
         return resolve_settings(default, self.num_particles, self.sampler, self.guidance)
 
 
-def _bind(found: Read) -> _Blocks:
+def _bind(found: BoundModel) -> _Blocks:
     return [(part.group, part.bind(found.data)) for part in found.reading.groups]
 
 

@@ -117,52 +117,52 @@ class _GuidedProposal(Proposal):
 
 @dataclass(frozen=True, eq=False)
 class _LookAheadProposal(Proposal):
-    """The product of the chain's Gaussian and that of a `LookAhead`, the ``outlook``."""
+    """The product of the chain's Gaussian and that of a `LookAhead`, the ``predictive``."""
 
     mean: jax.Array
     tau: jax.Array
     log_twist: jax.Array
     residual: jax.Array  # (num_particles, *batch, m)
-    outlook: LookAhead
+    predictive: LookAhead
     ahead: Factor  # of S
     before: Factor  # of M
 
     @classmethod
-    def make(cls, mean: jax.Array, tau: jax.Array, outlook: LookAhead) -> "_LookAheadProposal":
-        ahead, spread = outlook.cov, tau**2 * outlook.spread
+    def make(cls, mean: jax.Array, tau: jax.Array, predictive: LookAhead) -> "_LookAheadProposal":
+        ahead, spread = predictive.cov, tau**2 * predictive.spread
         # A jitter against rounding, in S and in M, so that the second is still the marginal.
         trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
         identity = jnp.eye(ahead.shape[-1], dtype=ahead.dtype)
         ahead = ahead + jnp.finfo(ahead.dtype).eps * trace * identity
         before = Factor.of(ahead + spread)
-        residual = outlook.residual
+        residual = predictive.residual
         log_twist = gaussian_log_density(residual, before.solve(residual), before.logdet())
-        return cls(mean, tau, log_twist, residual, outlook, Factor.of(ahead), before)
+        return cls(mean, tau, log_twist, residual, predictive, Factor.of(ahead), before)
 
     def take(self, index: jax.Array) -> "_LookAheadProposal":
         mean, log_twist, residual = (
             gather(x, index) for x in (self.mean, self.log_twist, self.residual)
         )
         return _LookAheadProposal(
-            mean, self.tau, log_twist, residual, self.outlook, self.ahead, self.before
+            mean, self.tau, log_twist, residual, self.predictive, self.ahead, self.before
         )
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
-        """Draw from chain and outlook jointly, then condition on ``y`` (Matheron's rule)."""
+        """Draw from chain and predictive jointly, then condition on ``y`` (Matheron's rule)."""
         key_chain, key_outlook = jax.random.split(rng_key)
         shape, dtype = self.residual.shape, self.residual.dtype
         noise = self.tau * jax.random.normal(
-            key_chain, (*shape[:-1], self.outlook.event_size), dtype
+            key_chain, (*shape[:-1], self.predictive.event_size), dtype
         )
-        imagined = self.outlook.matvec(noise)
+        imagined = self.predictive.matvec(noise)
         imagined += self.ahead.sqrt_matvec(jax.random.normal(key_outlook, shape, dtype))
         solution = self.before.solve(self.residual - imagined)
-        step = noise + self.tau**2 * self.outlook.transpose(solution)
+        step = noise + self.tau**2 * self.predictive.transpose(solution)
         return self.mean + step.reshape(self.mean.shape)
 
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
         step = (x_s - self.mean).reshape(*self.residual.shape[:-1], -1)
-        error = self.residual - self.outlook.matvec(step)
+        error = self.residual - self.predictive.matvec(step)
         log_ahead = gaussian_log_density(error, self.ahead.solve(error), self.ahead.logdet())
         return self.log_twist - log_ahead
 
@@ -193,8 +193,8 @@ def propose(
         x_hat = posterior.part(previous.x_t, levels.current)
         x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
         mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
-        outlook = posterior.look_ahead(x_hat, levels.following)
-        proposal = _LookAheadProposal.make(mean, tau, outlook)
+        predictive = posterior.look_ahead(x_hat, levels.following)
+        proposal = _LookAheadProposal.make(mean, tau, predictive)
         zeros = jnp.zeros_like(proposal.log_twist)
         return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
     guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))

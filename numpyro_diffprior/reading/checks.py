@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest
-from numpyro_diffprior.reading.model import Block, ModelData, ModelReading, Read
+from numpyro_diffprior.reading.model import Block, BoundModel, ModelData, ModelReading
 from numpyro_diffprior.reading.parts import join_parts, split_into_parts
 
 __all__ = ["check_data"]
@@ -36,7 +36,7 @@ class _Found(NamedTuple):
     num_visible: jax.Array
 
 
-def check_data(model: Read, sampler: Sampler) -> list[jax.Array]:
+def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
     """Check the observed values and the noise of a model, where they are concrete.
 
     Args:
@@ -92,7 +92,7 @@ def _is_false(flag: jax.Array) -> bool:
     return not isinstance(flag, jax.core.Tracer) and not flag
 
 
-def _inspect(model: Read, position: int, sampler: Sampler) -> _Found:
+def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Found:
     """Inspect the data of a group, part by part."""
     found = model.reading.groups[position]
     parts = split_into_parts(model, position)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior._compile.arguments import merge_arguments
-from numpyro_diffprior.guidance.likelihood import Likelihood, Reading
+from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Dense, Diagonal, Repeated
 from numpyro_diffprior.reading.curvature import from_log_prob, pseudo_observe
 from numpyro_diffprior.reading.latent import LatentGroup
@@ -52,7 +52,7 @@ class LikelihoodReader:
         """The names of the observed sites."""
         return [form.name for form in self.forms]
 
-    def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[Reading, jax.Array]:
+    def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[ObservationMoments, jax.Array]:
         """Return the reading of one batch of events, and which values are visible.
 
         Args:
@@ -73,7 +73,7 @@ class LikelihoodReader:
         mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
         # All in the events' floating type, whatever the type of the model's constants.
         mean, noise, value = jax.tree.map(lambda a: a.astype(x.dtype), (mean, noise, value))
-        return Reading(mean, noise, value), visible
+        return ObservationMoments(mean, noise, value), visible
 
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
@@ -101,9 +101,9 @@ class LikelihoodReader:
         """
         (_, noise, y), visible = self.read(evaluate, template)
 
-        def read(x: jax.Array) -> Reading:
+        def read(x: jax.Array) -> ObservationMoments:
             reading = self._over_extra_axes(lambda v: self.read(evaluate, v)[0], x)
-            return Reading(reading.y_hat, noise, y) if linear else reading
+            return ObservationMoments(reading.y_hat, noise, y) if linear else reading
 
         def log_prob(x: jax.Array) -> jax.Array:
             return self._over_extra_axes(lambda v: self.log_prob(evaluate, v), x)
@@ -125,11 +125,11 @@ class LikelihoodReader:
             potential=potential if potentials else None,
         )
 
-    def _nothing(self, x: jax.Array) -> tuple[Reading, jax.Array]:
+    def _nothing(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array]:
         """Return one masked value, so that the posterior is the prior."""
         zero = jnp.zeros((*self.group.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.group.batch_shape, -1)[..., :1]
-        return Reading(mean, Diagonal(jnp.ones_like(zero)), zero), zero.astype(bool)
+        return ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero), zero.astype(bool)
 
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]

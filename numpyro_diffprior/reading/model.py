@@ -37,7 +37,7 @@ __all__ = [
     "ModelData",
     "ModelForm",
     "ModelReading",
-    "Read",
+    "BoundModel",
     "Source",
     "block_indices",
     "join_blocks",
@@ -60,7 +60,7 @@ class ModelData(NamedTuple):
     starts: dict[tuple[int, str], jax.Array] = {}
 
 
-class Read(NamedTuple):
+class BoundModel(NamedTuple):
     """A model that was read.
 
     Attributes:
@@ -74,11 +74,11 @@ class Read(NamedTuple):
     data: ModelData
     positions: dict[int, int]
 
-    def with_params(self, params: Mapping[str, jax.Array]) -> "Read":
+    def with_params(self, params: Mapping[str, jax.Array]) -> "BoundModel":
         """Return the model with values of its ``numpyro.param`` sites."""
         return self._replace(data=self.data._replace(params=dict(params)))
 
-    def with_first_argument(self, value: Any) -> "Read":
+    def with_first_argument(self, value: Any) -> "BoundModel":
         """Return the model with the arrays of another first argument, of the same structure."""
         arrays = list(self.data.arrays)
         for i, array in enumerate(split_arguments(value)[0]):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import replicate, round_up
-from numpyro_diffprior.reading.model import ModelData, ModelReading, Read, block_indices
+from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading, block_indices
 
 __all__ = ["Part", "join_parts", "split_into_parts"]
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     indices: np.ndarray | None
 
 
-def split_into_parts(model: Read, position: int, mesh: Mesh | None = None) -> Iterator[Part]:
+def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None) -> Iterator[Part]:
     """Yield the blocks of a group with the data that they need, in parts of equal shape.
 
     All blocks are in one part, unless arrays are mapped into memory. The last block is repeated

@@ -27,7 +27,7 @@ from numpyro_diffprior.reading.latent import (
     couples,
     read_latent_site,
 )
-from numpyro_diffprior.reading.model import ModelData, ModelForm, ModelReading, Read, Source
+from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelForm, ModelReading, Source
 from numpyro_diffprior.reading.observed import describe
 from numpyro_diffprior.reading.tracing import (
     Latent,
@@ -51,7 +51,7 @@ def read(
     mesh: Mesh | None = None,
     params: Mapping[str, jax.Array] | None = None,
     purpose: str = "",
-) -> Read:
+) -> BoundModel:
     """Read a model.
 
     Args:
@@ -93,7 +93,7 @@ def read(
     positions = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     # Memory-mapped arrays are read part by part.
     data = [x if isinstance(x, np.memmap) else replicate(x, mesh) for x in data]
-    return Read(traced.reading, ModelData(data, dict(params or {})), positions)
+    return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
 # The last division of plates: a guess that saves a second execution of the model.
