@@ -27,8 +27,8 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.metrics.calibration import coverage
 from numpyro_diffprior.metrics.frechet import frechet_distance
+from numpyro_diffprior.metrics.ranks import coverage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

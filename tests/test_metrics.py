@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from numpyro_diffprior.metrics.calibration import coverage, sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.metrics.frechet import frechet_distance
+from numpyro_diffprior.metrics.ranks import coverage, sbc_ranks, sbc_uniformity_pvalue
 
 SINGLE = jnp.zeros(()).dtype == jnp.float32
 RTOL = 1e-4 if SINGLE else 1e-8

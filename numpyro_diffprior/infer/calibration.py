@@ -35,7 +35,7 @@ from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
-from numpyro_diffprior.metrics.calibration import sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.metrics.ranks import sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read

@@ -1,7 +1,7 @@
 r"""Metrics of samples: distances between point clouds, and calibration of posterior draws."""
 
-from numpyro_diffprior.metrics.calibration import coverage, sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.metrics.frechet import frechet_distance
+from numpyro_diffprior.metrics.ranks import coverage, sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.metrics.transport import (
     TransportResult,
     entropic_transport,
