@@ -282,6 +282,12 @@ def test_levels_that_rise_are_refused(function):
         function(KEY, model, GAUSSIAN, Y, sampler=S.DDPM(4, schedule=Rising()))
 
 
+def test_tempering_particles_that_look_ahead_is_refused():
+    guidance = ndp.guidance.Tempered(ndp.MMPS(ndp.guidance.GaussianCovariance(), look_ahead=True))
+    with pytest.raises(ValueError, match="Tempered: expected guidance that does not look ahead"):
+        ndp.sample_posterior(KEY, model, GAUSSIAN, Y, num_particles=2, guidance=guidance)
+
+
 def test_a_file_with_weights_that_are_no_numbers_is_refused(tmp_path):
     denoiser = jax.tree.map(lambda leaf: leaf * jnp.nan, make_prior().denoiser)
     save_denoiser(tmp_path / "nan.safetensors", denoiser)

@@ -1,21 +1,26 @@
 """The E-step: draws of all events from their posteriors under the current priors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.diffusion.samplers import Sampler
+from numpyro_diffprior.em.sites import Priors, Sites
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.particles.system import Settings
 from numpyro_diffprior.reading.model import BoundModel
 
-__all__ = ["EStep", "draw_events"]
+__all__ = ["EStep", "compare_draws", "draw_events", "no_draws"]
 
 
 @jax.tree_util.register_static
@@ -68,3 +73,43 @@ def draw_events(
         batch_size=e_step.max_batch_size,
         mesh=mesh,
     )
+
+
+def no_draws(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
+    """Return the draws before the first E-step, which are NaN, by site."""
+    draws = {}
+    for found in model.reading.groups:
+        for site in found.group.sites:
+            sizes = {plate.dim: plate.size for plate in site.plates}
+            batch = [
+                sizes.get(i - len(site.batch_shape), n) for i, n in enumerate(site.batch_shape)
+            ]
+            shape = (num_draws, *batch, *site.event_shape)
+            draws[site.name] = jnp.full(shape, jnp.nan, model.reading.dtype)
+    return draws
+
+
+def compare_draws(
+    rng_key: jax.Array,
+    draws: Mapping[str, jax.Array],
+    previous: Mapping[str, jax.Array],
+    priors: Priors,
+    sites: Sites,
+) -> jax.Array:
+    """Return the mean over sites of the sliced Wasserstein distance to the previous draws."""
+    distances = []
+    for site, key in sites.keys:
+        shape = (-1, *priors[key].event_shape)
+        distances.append(_distance(rng_key, draws[site], previous[site], shape))
+    return jnp.stack(distances).mean()
+
+
+_MAX_NUM_COMPARED = 32_768
+
+
+@partial(jax.jit, static_argnums=3)
+def _distance(rng_key: jax.Array, x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    x, y = x.reshape(shape), y.reshape(shape)
+    # All projections are in memory at once.
+    x, y = (events[:: -(-len(events) // _MAX_NUM_COMPARED)] for events in (x, y))
+    return sliced_wasserstein(rng_key, x, y)

@@ -24,7 +24,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -37,7 +36,7 @@ from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import init_training
-from numpyro_diffprior.em.e_step import EStep, draw_events
+from numpyro_diffprior.em.e_step import EStep, compare_draws, draw_events, no_draws
 from numpyro_diffprior.em.initial import (
     GaussianStart,
     choose_units,
@@ -45,17 +44,22 @@ from numpyro_diffprior.em.initial import (
     fit_in_closed_form,
     has_closed_form,
 )
-from numpyro_diffprior.em.m_step import MStep, Trained, fit_prior
+from numpyro_diffprior.em.m_step import MStep, fit_priors
 from numpyro_diffprior.em.params import fit_params, init_params
-from numpyro_diffprior.em.sites import as_dict, pool, read_sites, replace_non_finite, with_network
+from numpyro_diffprior.em.sites import (
+    as_dict,
+    read_contexts,
+    read_sites,
+    replace_non_finite,
+    with_network,
+)
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_settings
-from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
-from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading
+from numpyro_diffprior.reading.model import BoundModel
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, check_names
 
@@ -179,7 +183,7 @@ class EM:
             initial=initial,
             params=params,
             params_opt_state=params_opt_state,
-            draws=self._no_draws(found),
+            draws=no_draws(found, self.e_step.num_draws),
             rng_key=rng_key,
             num_iterations=0,
             sites=sites,
@@ -215,9 +219,20 @@ class EM:
                 "guidance.",
                 stacklevel=2,
             )
-        distance = jax.block_until_ready(self._compare(key_compare, samples, state))
+        distance = jax.block_until_ready(
+            compare_draws(key_compare, samples, state.draws, state.priors, state.sites)
+        )
         between = time.perf_counter()
-        trained = self._train(key_train, state, samples, self._contexts(found, state))
+        trained = fit_priors(
+            key_train,
+            state,
+            samples,
+            read_contexts(found, self.e_step.num_draws),
+            self.optimizer,
+            self.m_step,
+            rank=self.start.rank,
+            mesh=self.mesh,
+        )
         params, params_opt_state = state.params, state.params_opt_state
         if params:
             batch = self._read(
@@ -423,70 +438,6 @@ class EM:
             params=params,
         )
 
-    def _no_draws(self, found: BoundModel) -> dict[str, jax.Array]:
-        """Return the draws before the first E-step: NaN."""
-        draws = {}
-        for part in found.reading.groups:
-            for site in part.group.sites:
-                sizes = {plate.dim: plate.size for plate in site.plates}
-                batch = [
-                    sizes.get(i - len(site.batch_shape), n) for i, n in enumerate(site.batch_shape)
-                ]
-                shape = (self.e_step.num_draws, *batch, *site.event_shape)
-                draws[site.name] = jnp.full(shape, jnp.nan, found.reading.dtype)
-        return draws
-
-    def _compare(
-        self, rng_key: jax.Array, samples: dict[str, jax.Array], state: EMState
-    ) -> jax.Array:
-        """Return the mean distance of the draws to the previous ones, over the sites."""
-        distances = []
-        for site, key in state.sites.keys:
-            shape = (-1, *state.priors[key].event_shape)
-            x, previous = (values[site].reshape(shape) for values in (samples, state.draws))
-            distances.append(_distance(rng_key, x, previous))
-        return jnp.stack(distances).mean()
-
-    def _contexts(self, found: BoundModel, state: EMState) -> dict[str, jax.Array]:
-        """Return the contexts of all events, by site, of conditional priors."""
-        if all(p.denoiser.context_shape is None for p in state.priors.values()):
-            return {}
-        return _read_contexts(found.data, found.reading)
-
-    def _train(
-        self,
-        rng_key: jax.Array,
-        state: EMState,
-        samples: dict[str, jax.Array],
-        contexts: dict[str, jax.Array],
-    ) -> dict[str, Trained]:
-        """Fit each prior with a network to the draws of its sites."""
-        trained = {}
-        for i, key in enumerate(sorted(state.priors)):
-            if key not in state.training:
-                continue
-            prior = state.priors[key]
-            shape, context = prior.denoiser.context_shape, None
-            if shape is not None:
-                num_draws = self.e_step.num_draws
-                repeated = {
-                    site: jnp.broadcast_to(value, (num_draws, *value.shape))
-                    for site, value in contexts.items()
-                }
-                context = pool(repeated, state.sites, key, shape)
-            trained[key] = fit_prior(
-                jax.random.fold_in(rng_key, i),
-                state.training[key],
-                state.initial[key],
-                pool(samples, state.sites, key, prior.event_shape),
-                context,
-                self.optimizer,
-                self.m_step,
-                rank=self.start.rank,
-                mesh=self.mesh,
-            )
-        return trained
-
     def _judge(
         self,
         rng_key: jax.Array,
@@ -520,29 +471,3 @@ class EM:
 
 
 _NUM_HELDOUT_PARTICLES = 16
-_MAX_NUM_COMPARED = 32_768
-
-
-@jax.jit
-def _distance(rng_key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    # Of a subset, since all projections are in memory at once.
-    x, y = (events[:: -(-len(events) // _MAX_NUM_COMPARED)] for events in (x, y))
-    return sliced_wasserstein(rng_key, x, y)
-
-
-@partial(jax.jit, static_argnums=1)
-def _read_contexts(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
-    """Return the contexts of all events, by site, where priors have contexts."""
-    contexts: dict[str, jax.Array] = {}
-    for found in reading.groups:
-
-        def read_block(indices: dict[str, jax.Array], found: Any = found) -> Any:
-            values = {}
-            for site, part in zip(found.group.sites, found.parts(data, indices), strict=True):
-                context = part.contexts(site.batch_shape)
-                if context is not None:
-                    values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
-            return values
-
-        contexts |= found.over_blocks(read_block)
-    return contexts

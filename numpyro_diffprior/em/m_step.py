@@ -1,5 +1,6 @@
 """The M-step: each prior with a network is fitted to the draws of its sites."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ from numpyro_diffprior._compile.checks import check_count, check_number, set_fie
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
+from numpyro_diffprior.em.sites import pool
+from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import empirical_gaussian
 
-__all__ = ["MStep", "ParamStep", "Trained", "fit_prior", "summarize"]
+__all__ = ["MStep", "ParamStep", "Trained", "fit_prior", "fit_priors", "summarize"]
 
 
 @jax.tree_util.register_static
@@ -90,6 +93,49 @@ class Trained(NamedTuple):
     denoiser: NetworkDenoiser
     training: TrainState
     losses: jax.Array
+
+
+def fit_priors(
+    rng_key: jax.Array,
+    state: EMState,
+    draws: Mapping[str, jax.Array],
+    contexts: Mapping[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+    m_step: MStep,
+    *,
+    rank: int | None,
+    mesh: Mesh | None,
+) -> dict[str, Trained]:
+    """Fit each prior with a network to the draws of its sites.
+
+    Args:
+        rng_key: A random key.
+        state: The state of EM.
+        draws: The draws, by site.
+        contexts: Their contexts, by site, for conditional priors.
+        optimizer: The optimizer of the networks.
+        m_step: The options of the training.
+        rank: The rank of the Gaussian summaries of large events.
+        mesh: Devices to spread minibatches over.
+    """
+    trained = {}
+    for i, key in enumerate(sorted(state.priors)):
+        if key not in state.training:
+            continue
+        prior = state.priors[key]
+        shape = prior.denoiser.context_shape
+        trained[key] = fit_prior(
+            jax.random.fold_in(rng_key, i),
+            state.training[key],
+            state.initial[key],
+            pool(draws, state.sites, key, prior.event_shape),
+            None if shape is None else pool(contexts, state.sites, key, shape),
+            optimizer,
+            m_step,
+            rank=rank,
+            mesh=mesh,
+        )
+    return trained
 
 
 def fit_prior(

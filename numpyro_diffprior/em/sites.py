@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.model import ModelReading
+from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelData, ModelReading
 
 __all__ = [
     "Priors",
     "Sites",
     "as_dict",
-    "with_network",
-    "replace_non_finite",
     "pool",
+    "read_contexts",
     "read_sites",
+    "replace_non_finite",
+    "with_network",
 ]
 
 ALONE = "prior"
@@ -124,6 +126,32 @@ def pool(
     """Return the values (draws, contexts) of all sites of a prior, with shape ``(n, *shape)``."""
     chosen = [values[site] for site, name in sites.keys if name == key]
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
+
+
+def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
+    """Return the contexts of all draws, by site, of sites with a conditional prior."""
+    return {
+        site: jnp.broadcast_to(context, (num_draws, *context.shape))
+        for site, context in _read_contexts(model.data, model.reading).items()
+    }
+
+
+@partial(jax.jit, static_argnums=1)
+def _read_contexts(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
+    """Return the contexts of all events."""
+    contexts: dict[str, jax.Array] = {}
+    for found in reading.groups:
+
+        def read_block(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
+            values = {}
+            for site, part in zip(found.group.sites, found.parts(data, indices), strict=True):
+                context = part.contexts(site.batch_shape)
+                if context is not None:
+                    values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
+            return values
+
+        contexts |= found.over_blocks(read_block)
+    return contexts
 
 
 def replace_non_finite(
