@@ -295,12 +295,12 @@ def _sample(
 
     def chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         key, contexts = inputs
-        return sampler.sample(key, denoiser.at_contexts(contexts), (size,))
+        return denoiser.to_data(sampler.sample(key, denoiser.at_contexts(contexts), (size,)))
 
     contexts = _cut(denoiser.contexts(batch_shape), num_chunks, size)
     draws = jax.lax.map(chunk, (jax.random.split(rng_key, num_chunks), contexts))
     draws = draws.reshape(num_chunks * size, *denoiser.event_shape)[:num]
-    return denoiser.to_data(draws.reshape(*batch_shape, *denoiser.event_shape))
+    return draws.reshape(*batch_shape, *denoiser.event_shape)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

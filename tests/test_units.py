@@ -14,6 +14,7 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, Predictive
 
 import numpyro_diffprior as ndp
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.guidance import GaussianCovariance
 from numpyro_diffprior.linalg.powers import scale_by_power
 from numpyro_diffprior.reading.units import standardized_log_density
@@ -374,6 +375,18 @@ def test_products_with_powers(exponent):
     np.testing.assert_allclose(hessian, 2 * jnp.eye(3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 0)], ids=str)
+def test_products_with_powers_are_batched(axes):
+    """Also where one argument is broadcast, and where only one has the mapped axis."""
+    x = jnp.arange(1.0, 5.0).reshape(2, 2)
+    exponent = jnp.array([[1], [-3]])
+    found = jax.vmap(scale_by_power, axes)(x, exponent)
+    rows = [x.T[i] if axes[0] == 1 else x if axes[0] is None else x[i] for i in range(2)]
+    powers = [exponent if axes[1] is None else exponent[i] for i in range(2)]
+    expected = jnp.stack([row * 2.0**power for row, power in zip(rows, powers, strict=True)])
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_factor_has_the_unit_of_its_event():
     def model(prior, y, u):
         with numpyro.plate("events", len(y)):
@@ -441,3 +454,16 @@ def test_squared_distances_have_no_such_units(unit):
     ):
         with pytest.raises(ValueError, match="divide both clouds by their unit"):
             distance(x, x)
+
+
+def test_a_conditioned_denoiser_gets_a_unit():
+    def draw(unit):
+        net = ndp.MLP((SIZE,), features=(8,), context_shape=(2,), rngs=nnx.Rngs(0))
+        # Draws of degenerate covariances depend on the eigenvectors that were found.
+        cov = np.diag([1.0, 2.0, 3.0]) * unit**2
+        denoiser = ndp.NetworkDenoiser(net, unit * MEAN, cov)
+        contexts = np.eye(2, dtype=np.float32)
+        prior = ndp.DiffusionPrior(ConditionedDenoiser(denoiser, contexts), sampler=SAMPLER)
+        return prior.sample(KEY, (4,)) / unit
+
+    np.testing.assert_allclose(draw(2.0**-50), draw(1.0), rtol=1e-5)

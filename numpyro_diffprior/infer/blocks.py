@@ -217,18 +217,19 @@ def _draw_part(
     assert found.divided is not None
     plate, size = found.divided
 
-    def draw_blocks(data: ModelData, blocks: tuple[jax.Array, jax.Array]) -> Draws:
-        def draw(block: tuple[jax.Array, jax.Array]) -> Draws:
+    def draw_blocks(data: ModelData, blocks: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
+        def draw(block: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
             key, index = block
             keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, settings)
             draws = _draw_chunks(keys, found.bind(data, {plate.name: index}), settings, chunk_size)
-            return jax.tree.map(lambda leaf: leaf[:num_draws], draws)
+            return plan.split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
 
         return jax.lax.map(draw, blocks)
 
     draws = on_devices(draw_blocks, data, (rng_keys, indices), plan.mesh)
     axis = 1 + len(found.group.batch_shape) + plate.dim  # of the plate, behind the draws
-    return plan.split(join_blocks(draws, axis, min(indices.size, plate.size)), data)
+    joined: PosteriorSamples = join_blocks(draws, axis, min(indices.size, plate.size))
+    return joined
 
 
 def _chunk(

@@ -41,8 +41,16 @@ _scale_p = Primitive("scale_by_power")
 _scale_p.def_impl(jax.jit(jnp.ldexp))
 _scale_p.def_abstract_eval(lambda x, exponent: jax.core.ShapedArray(x.shape, x.dtype))
 ad.defjvp(_scale_p, lambda tangent, x, exponent: _scale_p.bind(tangent, exponent), None)
-batching.defbroadcasting(_scale_p)
 mlir.register_lowering(_scale_p, mlir.lower_fun(jnp.ldexp, multiple_results=False))
+
+
+def _batch(arguments: Any, axes: Any) -> tuple[jax.Array, int]:
+    size = next(x.shape[a] for x, a in zip(arguments, axes, strict=True) if a is not None)
+    x, exponent = (batching.bdim_at_front(x, a, size) for x, a in zip(arguments, axes))
+    return _scale_p.bind(x, exponent), 0
+
+
+batching.primitive_batchers[_scale_p] = _batch
 
 
 def _transpose(cotangent: Any, x: Any, exponent: jax.Array) -> list[Any]:
