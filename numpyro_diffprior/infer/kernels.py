@@ -12,6 +12,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import merge_stats
@@ -21,7 +22,7 @@ from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import ParticleInfo, Settings
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import Block, BoundModel
+from numpyro_diffprior.reading.model import Block, BoundModel, ModelData
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, fix_plates
 
@@ -106,20 +107,26 @@ class _DiffusionKernel(MCMCKernel):
         found = self._read(model_args, model_kwargs)
         settings = self._resolve(found)
         check_data(found, settings.sampler)
-        blocks = _bind(found)
-        params = init_params or {}
-        names = {name for group, _ in blocks for name in group.names}
-        values = None
-        if names <= set(params):
-            values = [group.join(block.denoiser, params) for group, block in blocks]
         self._sample_fn = self._draw
 
-        def start(key: jax.Array, values: list[jax.Array] | None) -> _State:
-            return self._start(key, blocks, settings, values)
+        def start(rng_key: jax.Array, data: ModelData, params: dict[str, jax.Array]) -> _State:
+            blocks = _bind(found._replace(data=data))
+            names = {name for group, _ in blocks for name in group.names}
+            values = None
+            if names <= set(params):
+                values = [group.join(block.denoiser, params) for group, block in blocks]
 
-        if is_prng_key(rng_key):
-            return start(rng_key, values)
-        return jax.vmap(start, in_axes=(0, None if values is None else 0))(rng_key, values)
+            def start_chain(key: jax.Array, values: list[jax.Array] | None) -> _State:
+                return self._start(key, blocks, settings, values)
+
+            if is_prng_key(rng_key):
+                return start_chain(rng_key, values)
+            return jax.vmap(start_chain, in_axes=(0, None if values is None else 0))(
+                rng_key, values
+            )
+
+        # Compiled: eager calls would compile hundreds of small programs.
+        return call(start, rng_key, found.data, dict(init_params or {}))
 
     @abstractmethod
     def _start(
