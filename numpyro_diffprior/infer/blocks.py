@@ -32,15 +32,15 @@ __all__ = [
 
 
 class PosteriorSamples(NamedTuple):
-    """What `sample_posterior` returns.
+    """The result of `sample_posterior`.
 
     Attributes:
         samples: Draws by site, each of shape ``(num_samples, *batch, *event)``.
         stats: The statistics of `ParticleInfo` by name, each of shape ``(num_samples, *batch)``
             (``ess_path`` has one more axis, that of the noise levels), and ``num_evaluations``,
-            the number of network evaluations per draw. Of sites that no observation connects, each
-            has statistics of its own: those of all events, one site after the other, in one axis
-            in place of ``batch``.
+            the number of network evaluations per draw. If several groups of sites share no
+            observations, the statistics of all groups are concatenated along one axis in place of
+            ``batch``.
     """
 
     samples: dict[str, jax.Array]
@@ -50,7 +50,7 @@ class PosteriorSamples(NamedTuple):
 def block_size(
     num_particles: int, num_draws: int, batch_size: int, mesh: Mesh | None = None
 ) -> Callable[[LatentGroup], int]:
-    """Return how many elements of its largest plate a block of a group's events has.
+    """Return a function from a group to the number of elements of its largest plate in a block.
 
     All particles of a block are in memory at once: ``batch_size`` bounds their number.
 
@@ -88,11 +88,11 @@ def sample_blocks(
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
-    Arrays among the model's data (a prior's weights too) may change without compiling anew.
+    Changed arrays (a prior's weights too) do not recompile.
 
     Args:
         rng_key: A random key.
-        model: A model, read with the `block_size` of these options.
+        model: A model, read with the `block_size` for these options.
         settings: How the draws are made.
         num_draws: The number of draws per event.
         batch_size: How many particles are in memory at once on one device.
@@ -118,7 +118,7 @@ def sample_first_block(
 
     Args:
         rng_key: A random key.
-        model: A model, read.
+        model: The model as read.
         settings: How the draws are made.
         num_draws: The number of draws per event, all of them in memory at once.
 
@@ -239,7 +239,7 @@ def _chunk(
     settings: Settings,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, int]:
-    """Return the keys of chunks of draws, so many for each device, and the chunks' size."""
+    """Return the keys of the chunks, a multiple of the number of devices, and their size."""
     chunk_size, share = max(1, max_size), -(-num_draws // num_devices(mesh))
     if not settings.independent:  # whole particle systems
         size = settings.num_particles
@@ -250,7 +250,7 @@ def _chunk(
 
 
 def _draw_chunks(keys: jax.Array, block: Block, settings: Settings, chunk_size: int) -> Draws:
-    """Draw for one block of events, so many draws of each for every key."""
+    """Draw ``chunk_size`` events per key for every event of one block."""
 
     def chunk(key: jax.Array) -> Draws:
         return draw_posterior(key, block.denoiser, block.likelihood, settings, chunk_size)

@@ -1,4 +1,4 @@
-"""Checks of a model's data, block by block: what no shape can tell."""
+"""Checks of a model's data that shapes cannot make, block by block."""
 
 import warnings
 from functools import partial
@@ -17,14 +17,14 @@ __all__ = ["check_data"]
 
 
 class _Found(NamedTuple):
-    """What the data of a block are like.
+    """The results of the checks of a block.
 
     Attributes:
         finite: Whether all visible values are finite.
         noisy: Whether all variances are positive.
         apart: Whether no event depends on another one.
         levels: Whether the sampler's noise levels are positive and decrease.
-        resolved: Whether the observations' noise is larger than what rounding makes of events.
+        resolved: Whether the noise of the observations exceeds the rounding error of events.
         num_visible: The number of visible values of every event, with the batch's shape.
     """
 
@@ -88,7 +88,7 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
 
 
 def _is_false(flag: jax.Array) -> bool:
-    """Whether a flag is known, and is false; of several, some may be known and some not."""
+    """Whether a flag is concrete and false."""
     return not isinstance(flag, jax.core.Tracer) and not flag
 
 
@@ -146,9 +146,9 @@ def _inspect_part(
 
 
 def _are_apart(block: Block) -> jax.Array:
-    """Whether events do not look at each other.
+    """Whether the likelihood of every event depends only on that event.
 
-    Half of the events move; the log-density of the others must not.
+    Half of the events move; the log-density of the others must not change.
     """
     likelihood, template = block.likelihood, block.mean
     batch_shape, event_ndim = likelihood.batch_shape, len(likelihood.event_shape)
@@ -158,7 +158,7 @@ def _are_apart(block: Block) -> jax.Array:
     key_half, key_size, key_step = jax.random.split(jax.random.key(0), 3)
     moves = (jax.random.permutation(key_half, num) < num // 2).reshape(batch_shape)
     event_axes = tuple(range(-event_ndim, 0))
-    # In one direction, to different lengths: random numbers for all elements would take longer.
+    # One direction with random lengths is cheaper than random numbers for all elements.
     length = jax.random.normal(key_size, batch_shape, template.dtype)
     direction = jax.random.normal(key_step, likelihood.event_shape, template.dtype)
     step = block.denoiser.scale * jnp.expand_dims(length, event_axes) * direction

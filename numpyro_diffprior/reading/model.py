@@ -1,7 +1,7 @@
-"""A model that was read: what it does, static, and the arrays that it takes.
+"""A model as read: a static reading, and the arrays that it uses.
 
-A `ModelReading` is a model's program and what its trace says beside it. Its groups of latent sites
-make denoiser and likelihood of a block inside of whatever is compiled.
+A `ModelReading` consists of a model's program and a static description of its sites. Its groups of
+latent sites build the denoiser and the likelihood of a block, in compiled code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,11 +48,11 @@ class ModelData(NamedTuple):
     """The arrays that a model takes.
 
     Attributes:
-        arrays: Its arguments, and what arrays it encloses.
+        arrays: Its arguments, and the arrays that it closes over.
         params: The values of its ``numpyro.param`` sites, by name; those that are missing have
             their first values.
-        starts: Where an array holds only some elements of a divided plate, the first of these, by
-            the array's position and the plate's name.
+        starts: The first element that an array holds of a divided plate, by the array's position
+            and the plate's name; absent if it holds all.
     """
 
     arrays: list[jax.Array]
@@ -61,7 +61,7 @@ class ModelData(NamedTuple):
 
 
 class BoundModel(NamedTuple):
-    """A model that was read.
+    """A model as read, bound to its data.
 
     Attributes:
         reading: What the model does; static.
@@ -92,7 +92,7 @@ class Block(NamedTuple):
 
     Attributes:
         denoiser: The denoiser of all sites together.
-        likelihood: What the observed sites say of them.
+        likelihood: The likelihood of all sites.
     """
 
     denoiser: Denoiser
@@ -122,7 +122,7 @@ class Source(NamedTuple):
 
 
 class ModelForm(NamedTuple):
-    """What a model's execution says beside its program; static.
+    """The static form of a model's sites, beside its program.
 
     Attributes:
         latents: The latent sites.
@@ -146,7 +146,7 @@ class ModelForm(NamedTuple):
 
 
 class ModelReading:
-    """What a model does, without its data: static, hashable, equal where the programs are equal.
+    """The program and the form of a model, without data; static, and compared by content.
 
     Attributes:
         blocks: The numbers of elements of divided plates in a block, by name.
@@ -189,7 +189,7 @@ class ModelReading:
         return _groups(self)
 
     def inputs(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> list[Any]:
-        """Return the inputs of the program, but for the latent values (None).
+        """Return the inputs of the program, with None for latent values.
 
         Args:
             data: The arrays of the model.
@@ -288,7 +288,7 @@ class GroupReading:
 
     @cached_property
     def linear(self) -> bool:
-        """Whether means are affine in the events, and noise and values do not depend on them."""
+        """Whether means are affine in the events, and noise and values are constant."""
         if any(site.by in ("event", "potential") for site in self.observed):
             return False
         avals: list[Any] = [var.aval for var in self.reading.program.jaxpr.invars]

@@ -1,6 +1,6 @@
-"""Parts of a group's events, so that arrays in files need not be read whole.
+"""Parts of a group's events, so that memory-mapped arrays are not read whole.
 
-Arrays that are mapped into memory (`numpy.memmap`) are read a few blocks at a time.
+Arrays of type `numpy.memmap` are read a few blocks at a time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,8 +38,8 @@ class Part(NamedTuple):
 def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None) -> Iterator[Part]:
     """Yield the blocks of a group with the data that they need, in parts of equal shape.
 
-    All blocks are in one part, unless arrays are mapped into memory. The last block is repeated
-    where blocks are left over.
+    All blocks form one part, unless arrays are memory-mapped. The last block is repeated to fill
+    the last part.
 
     Args:
         model: A model.
@@ -84,8 +84,8 @@ def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
     """Join the results of parts along the axis of their elements.
 
     Args:
-        results: The results of one part after the other, trees of arrays. Several are collected in
-            the memory of the host, and the next is asked for when the last one is there.
+        results: The results of the parts, trees of arrays. Several are collected in host memory,
+            one at a time.
         axis: The axis of the divided plate in all arrays.
         size: The size of the plate.
     """
