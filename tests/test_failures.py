@@ -282,9 +282,11 @@ def test_levels_that_rise_are_refused(function):
         function(KEY, model, GAUSSIAN, Y, sampler=S.DDPM(4, schedule=Rising()))
 
 
-def test_tempering_particles_that_look_ahead_is_refused():
-    guidance = ndp.guidance.Tempered(ndp.MMPS(ndp.guidance.GaussianCovariance(), look_ahead=True))
-    with pytest.raises(ValueError, match="Tempered: expected guidance that does not look ahead"):
+@pytest.mark.parametrize("kind", [ndp.guidance.Tempered, ndp.guidance.Piecewise])
+def test_schedules_of_particles_that_look_ahead_are_refused(kind):
+    guidance = kind(ndp.MMPS(ndp.guidance.GaussianCovariance(), look_ahead=True))
+    match = f"{kind.__name__}: expected guidance that does not look ahead"
+    with pytest.raises(ValueError, match=match):
         ndp.sample_posterior(KEY, model, GAUSSIAN, Y, num_particles=2, guidance=guidance)
 
 

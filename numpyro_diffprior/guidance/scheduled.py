@@ -30,6 +30,9 @@ class Piecewise(Guidance):
         high: The guidance above the threshold.
         low: The guidance below it.
         threshold: The noise level between the two, in units of the prior's scale.
+
+    Raises:
+        ValueError: If particles are to look ahead, which is not piecewise.
     """
 
     high: Guidance = field(default=MMPS(GaussianCovariance()))
@@ -44,7 +47,9 @@ class Piecewise(Guidance):
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with one part for each guidance."""
-        high, low = (part.condition(denoiser, likelihood) for part in (self.high, self.low))
+        high, low = (
+            _condition(self, part, denoiser, likelihood) for part in (self.high, self.low)
+        )
         return _PiecewisePosterior(denoiser, likelihood, high, low, self.threshold)
 
 
@@ -104,12 +109,7 @@ class Tempered(Guidance):
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior, with a tempered twist."""
-        posterior = self.guidance.condition(denoiser, likelihood)
-        if posterior.looks_ahead:
-            raise ValueError(
-                f"Tempered: expected guidance that does not look ahead, got {self.guidance!r}; "
-                "the twist of particles that look ahead is not tempered. Set look_ahead=False."
-            )
+        posterior = _condition(self, self.guidance, denoiser, likelihood)
         return _TemperedPosterior(denoiser, likelihood, posterior, self.power)
 
 
@@ -126,3 +126,16 @@ class _TemperedPosterior(GuidedDenoiser):
         share = sigma**2 / (sigma**2 + self.part.scale**2)
         power = 1 - (1 - self.power) * share
         return guided._replace(log_twist=power * guided.log_twist)
+
+
+def _condition(
+    owner: Guidance, guidance: Guidance, denoiser: Denoiser, likelihood: Likelihood
+) -> GuidedDenoiser:
+    """Return the denoiser of the posterior; refuse one of particles that look ahead."""
+    posterior = guidance.condition(denoiser, likelihood)
+    if posterior.looks_ahead:
+        raise ValueError(
+            f"{type(owner).__name__}: expected guidance that does not look ahead, got "
+            f"{guidance!r}; particles that look ahead are not guided. Set look_ahead=False."
+        )
+    return posterior
