@@ -38,11 +38,15 @@ class ObservationMoments(NamedTuple):
         y_hat: The expected values, with shape ``(*batch, m)``.
         noise: The covariance of the observed values given ``x``, of size ``m``.
         y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
+        squares: The squared residuals of values whose pseudo-observations have none, in units of
+            their variance, with shape ``(*batch, m)``; NaN for other values, and None if there
+            are only others.
     """
 
     y_hat: jax.Array
     noise: Covariance
     y: jax.Array
+    squares: jax.Array | None = None
 
 
 class Linearization(NamedTuple):
@@ -96,10 +100,9 @@ class Likelihood:
         linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
             there is no potential. Draws and particles of an event then share the operator and
             the solves.
-        visible: Which values are observed, that is neither masked nor pseudo-observations of the
-            event itself: booleans with shape ``(*batch, m)`` (default: all).
-        has_values: Whether any site has observed values; if not, all sites are log-densities of
-            the event.
+        visible: Which values are not masked and have a residual: booleans with shape
+            ``(*batch, m)`` (default: all).
+        has_residuals: Whether any site has values with residuals.
         potential: Maps ``x`` to the terms of the log-likelihood that ``read`` leaves out, with
             shape ``(*extra, *batch)``, or None. Guidance uses its gradient and curvature.
     """
@@ -110,7 +113,7 @@ class Likelihood:
     event_shape: tuple[int, ...]
     linear: bool = field(default=False)
     visible: jax.Array | None = field(default=None)
-    has_values: bool = field(default=True)
+    has_residuals: bool = field(default=True)
     potential: Callable[[jax.Array], jax.Array] | None = field(default=None)
 
     @property
@@ -141,22 +144,24 @@ class Likelihood:
 
         Returns:
             An array with shape ``(*extra, *batch)``; zero where nothing is observed, and NaN if
-            all sites are log-densities (``numpyro.factor``), which have no residuals.
+            no site has residuals, as for ``numpyro.factor``.
         """
-        y_hat, noise, y = self.read(x)
+        y_hat, noise, y, known = self.read(x)
         residual = y - y_hat
         squares = residual * noise.solve(residual)
+        if known is not None:
+            squares = jnp.where(jnp.isnan(known), squares, known)
         if self.visible is not None:
             squares = jnp.where(self.visible, squares, 0)
         mean = squares.sum(-1) / jnp.maximum(self.num_visible, 1)
-        return mean if self.has_values else jnp.full_like(mean, jnp.nan)
+        return mean if self.has_residuals else jnp.full_like(mean, jnp.nan)
 
     def linearize(self, x: jax.Array) -> Linearization:
         """Linearize the mean at ``x``, and expand the potential to second order."""
 
         def split(x: jax.Array) -> tuple[jax.Array, tuple[Covariance, jax.Array]]:
-            y_hat, noise, y = self.read(x)
-            return y_hat, (noise, y)
+            moments = self.read(x)
+            return moments.y_hat, (moments.noise, moments.y)
 
         y_hat, tangent, (noise, y) = jax.linearize(split, x, has_aux=True)
         transposed = jax.linear_transpose(tangent, x)

@@ -127,7 +127,7 @@ def _inspect_part(
     def inspect(indices: dict[str, jax.Array]) -> _Found:
         block = found.bind(data, indices)
         likelihood = block.likelihood
-        _, noise, y = likelihood.read(block.mean)
+        _, noise, y, _ = likelihood.read(block.mean)
         precision = likelihood.largest_precision(block.mean)
 
         def every(flag: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from numpyro_diffprior.linalg.batched import apply, apply_transpose, eigh
 from numpyro_diffprior.reading.moments import gaussian_moments
 from numpyro_diffprior.reading.unwrap import unwrap
 
-__all__ = ["PseudoObservation", "from_log_prob", "pseudo_observe"]
+__all__ = ["PseudoObservation", "from_log_prob", "pearson_residuals", "pseudo_observe"]
 
 
 class PseudoObservation(NamedTuple):
@@ -40,12 +40,16 @@ class PseudoObservation(NamedTuple):
         variances: The variances of the noise, with shape ``(*batch, p)``.
         directions: The principal axes of the noise, as columns, with shape ``(*batch, p, p)``;
             None if they are the coordinate axes.
+        has_residual: Whether ``y - theta`` is a residual of observed values. It is not if ``y``
+            comes from the gradient of a log-density: where this is flat or not concave, the size
+            of ``y - theta`` says nothing about the fit. See `pearson_residuals` instead.
     """
 
     theta: jax.Array
     y: jax.Array
     variances: jax.Array
     directions: jax.Array | None
+    has_residual: bool = True
 
 
 def pseudo_observe(
@@ -88,6 +92,19 @@ def pseudo_observe(
     return from_log_prob(log_prob, theta)
 
 
+def pearson_residuals(fn: dist.Distribution, value: jax.Array) -> jax.Array | None:
+    r"""Return squared residuals :math:`(y - E[y])^2 / \mathrm{var}(y)`; None if unknown.
+
+    Their mean over draws of the distribution is one, whatever its shape.
+    """
+    if fn.event_shape:
+        return None
+    try:
+        return (value - fn.mean) ** 2 / fn.variance
+    except NotImplementedError:
+        return None
+
+
 def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
     """Whether it is a normal distribution whose scale depends on the latent."""
     if not isinstance(fn, dist.Normal):
@@ -116,7 +133,7 @@ def from_log_prob(
     along = jnp.where(known, along, 0)
     curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
     y = theta + apply(directions, along / curvature)
-    return PseudoObservation(theta, y, 1 / curvature, directions)
+    return PseudoObservation(theta, y, 1 / curvature, directions, has_residual=False)
 
 
 def _derivatives(

@@ -9,7 +9,7 @@ transformation are transformed back. The factor of a subsampled plate is removed
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,38 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.arguments import merge_arguments
 from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Dense, Diagonal, Repeated
-from numpyro_diffprior.reading.curvature import from_log_prob, pseudo_observe
+from numpyro_diffprior.reading.curvature import (
+    from_log_prob,
+    pearson_residuals,
+    pseudo_observe,
+)
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.observed import ObservedSite, SiteForm
 from numpyro_diffprior.reading.unwrap import unwrap
 
 __all__ = ["LikelihoodReader"]
 
-SiteReading = tuple[jax.Array, Covariance, jax.Array, jax.Array]
 Evaluate = Callable[[jax.Array], Sequence[Mapping[str, Any]]]
+
+
+class SiteReading(NamedTuple):
+    """Mean, noise and values of a site, for each event of the batch.
+
+    Attributes:
+        mean: The mean of the values, with shape ``(*batch, m)``; zero where masked.
+        noise: Their covariance; one where masked.
+        y: The values, with shape ``(*batch, m)``; zero where masked.
+        visible: Which values are not masked and have a residual, with shape ``(*batch, m)``.
+        has_residual: Whether any value has a residual.
+        squares: See `ObservationMoments`.
+    """
+
+    mean: jax.Array
+    noise: Covariance
+    y: jax.Array
+    visible: jax.Array
+    has_residual: bool
+    squares: jax.Array | None = None
 
 
 class LikelihoodReader:
@@ -52,8 +75,8 @@ class LikelihoodReader:
         """The names of the observed sites."""
         return [form.name for form in self.forms]
 
-    def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[ObservationMoments, jax.Array]:
-        """Return the reading of one batch of events, and which values are visible.
+    def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
+        """Return the reading of one batch of events, and which values (or none) have residuals.
 
         Args:
             evaluate: Maps events, with shape ``(*batch, *event)``, to the arrays of the sites.
@@ -68,12 +91,19 @@ class LikelihoodReader:
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
             return self._nothing(x)
-        means, noises, values, masks = zip(*parts, strict=True)
+        means, noises, values, masks, flags, squares = zip(*parts, strict=True)
         noise = noises[0] if len(noises) == 1 else Blocks(noises)
         mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
+        moments = ObservationMoments(mean, noise, value)
+        if any(part is not None for part in squares):
+            filled = [
+                jnp.full_like(mean, jnp.nan) if part is None else part
+                for part, mean in zip(squares, means, strict=True)
+            ]
+            moments = moments._replace(squares=jnp.concatenate(filled, axis=-1))
         # All in the events' floating type, whatever the type of the model's constants.
-        mean, noise, value = jax.tree.map(lambda a: a.astype(x.dtype), (mean, noise, value))
-        return ObservationMoments(mean, noise, value), visible
+        moments = jax.tree.map(lambda a: a.astype(x.dtype), moments)
+        return moments, visible, any(flags)
 
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
@@ -99,7 +129,8 @@ class LikelihoodReader:
             template: Events of the batch, at which observed values and noise are evaluated.
             linear: Whether means are affine in the events, and noise and values are constant.
         """
-        (_, noise, y), visible = self.read(evaluate, template)
+        moments, visible, has_residuals = self.read(evaluate, template)
+        noise, y = moments.noise, moments.y
 
         def read(x: jax.Array) -> ObservationMoments:
             reading = self._over_extra_axes(lambda v: self.read(evaluate, v)[0], x)
@@ -121,15 +152,16 @@ class LikelihoodReader:
             event_shape=event_shape,
             linear=linear,
             visible=visible,
-            has_values=any(s.by in ("moments", "parameters") for s in self.observed),
+            has_residuals=has_residuals,
             potential=potential if potentials else None,
         )
 
-    def _nothing(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array]:
+    def _nothing(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
         """Return one masked value, so that the posterior is the prior."""
         zero = jnp.zeros((*self.group.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.group.batch_shape, -1)[..., :1]
-        return ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero), zero.astype(bool)
+        moments = ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero)
+        return moments, zero.astype(bool), False
 
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
@@ -137,7 +169,7 @@ class LikelihoodReader:
         """Return a site's mean, noise and values, neutral where masked, and the visible ones."""
         read, found = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
-        directions = None
+        directions, has_residual, squares = None, True, None
         if observed.by == "moments":
             moments = found["moments"]
             mean, cov, mask, value = (moments[name] for name in ("mean", "cov", "mask", "value"))
@@ -147,12 +179,15 @@ class LikelihoodReader:
         else:
             fn, value = merge_arguments(found["fn"], read.fn), found["quotient"]
             own = unwrap(fn)
-            mean, value, cov, directions = pseudo_observe(
+            mean, value, cov, directions, has_residual = pseudo_observe(
                 own.fn, own.batch_shape, value, observed.depends
             )
             mask = own.mask if isinstance(own.mask, bool) else own.mask[..., None]
             if mean.shape[-1] == 1:
                 directions = None
+            if not has_residual:
+                squares = pearson_residuals(own.fn, found["quotient"])
+                has_residual = squares is not None
         mask = jnp.broadcast_to(mask, mean.shape)
 
         def by_event(array: jax.Array) -> jax.Array:
@@ -161,13 +196,25 @@ class LikelihoodReader:
         def flat(array: jax.Array) -> jax.Array:
             return by_event(array).reshape(*self.group.batch_shape, -1)
 
-        def scaled(array: jax.Array) -> jax.Array:
+        def factor(array: jax.Array) -> jax.Array:
             own = jnp.broadcast_to(scale, batch_shape)
-            return array / own.reshape(*batch_shape, *(1,) * (array.ndim - len(batch_shape)))
+            return own.reshape(*batch_shape, *(1,) * (array.ndim - len(batch_shape)))
 
-        seen = flat(jnp.where(mask, mean, 0)), flat(jnp.where(mask, value, 0)), flat(mask)
+        def scaled(array: jax.Array) -> jax.Array:
+            return array / factor(array)
+
+        theta, y = flat(jnp.where(mask, mean, 0)), flat(jnp.where(mask, value, 0))
+        visible = flat(mask & has_residual)
+        if squares is not None:
+            # One residual for all parameters of a value.
+            first = jnp.arange(mean.shape[-1]) == 0
+            visible = flat(mask & first)
+            squares = jnp.where(mask & first, squares[..., None], 0)
+            squares = flat(factor(squares) * squares)
+        noise: Covariance
         if directions is None:
-            return seen[0], Diagonal(flat(jnp.where(mask, scaled(cov), 1))), seen[1], seen[2]
+            noise = Diagonal(flat(jnp.where(mask, scaled(cov), 1)))
+            return SiteReading(theta, noise, y, visible, has_residual, squares)
         size = mean.shape[-1]
         identity = jnp.eye(size, dtype=mean.dtype)
         if observed.by == "moments":
@@ -181,7 +228,8 @@ class LikelihoodReader:
                 variances.reshape(*self.group.batch_shape, -1, size),
                 directions.reshape(*self.group.batch_shape, -1, size, size),
             )
-        return seen[0], Repeated(block, block.eigenvalues.shape[-2]), seen[1], seen[2]
+        noise = Repeated(block, block.eigenvalues.shape[-2])
+        return SiteReading(theta, noise, y, visible, has_residual, squares)
 
     def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> SiteReading:
         """Read a log-density as an observation of the event itself."""
@@ -194,7 +242,8 @@ class LikelihoodReader:
         pseudo = from_log_prob(log_prob, theta)
         assert pseudo.directions is not None
         visible = jnp.zeros(theta.shape, bool)
-        return theta, Dense(pseudo.variances, pseudo.directions), pseudo.y, visible
+        noise = Dense(pseudo.variances, pseudo.directions)
+        return SiteReading(theta, noise, pseudo.y, visible, has_residual=False)
 
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
         scaled = self._local_scale(form, arrays) * arrays["log_prob"]

@@ -299,8 +299,8 @@ class GroupReading:
             evaluate = self._evaluate(denoiser, inputs)
 
             def read(x: jax.Array) -> Any:
-                y_hat, noise, y = self.reader.read(evaluate, x)[0]
-                return y_hat, (noise, y)
+                moments = self.reader.read(evaluate, x)[0]
+                return moments.y_hat, (moments.noise, moments.y)
 
             _, tangent, rest = jax.jvp(read, (x,), (v,), has_aux=True)
             return tangent, rest
