@@ -301,7 +301,7 @@ def test_nonlinear_mean_is_linearized(method):
         return ObservationMoments(y_hat, Diagonal(0.2 + y_hat**2), y)
 
     def log_prob(x):
-        y_hat, noise, _ = read(x)
+        y_hat, noise, *_ = read(x)
         return jax.scipy.stats.norm.logpdf(y, y_hat, jnp.sqrt(noise.variances)).sum(-1)
 
     likelihood = Likelihood(y, read, log_prob, EVENT)
