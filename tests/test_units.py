@@ -456,6 +456,17 @@ def test_squared_distances_have_no_such_units(unit):
             distance(x, x)
 
 
+def test_levels_of_samplers_are_in_the_units_of_the_data():
+    def draw(unit):
+        sampler = ndp.samplers.MultistepSDE(16, sigma_min=0.1 * unit, sigma_max=4.0 * unit)
+        prior = ndp.DiffusionPrior(make_prior(unit).denoiser, sampler=sampler)
+        posterior = ndp.sample_posterior(KEY, model, prior, *observations(unit))
+        return prior.sample(KEY, (4,)) / unit, posterior.samples["x"] / unit
+
+    for found, expected in zip(draw(2.0**-80), draw(1.0), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_a_conditioned_denoiser_gets_a_unit():
     def draw(unit):
         net = ndp.MLP((SIZE,), features=(8,), context_shape=(2,), rngs=nnx.Rngs(0))

@@ -77,9 +77,10 @@ class Sampler:
 
     Args:
         num_steps: The number of noise levels.
-        sigma_min: The last noise level, in the denoiser's unit (default: the denoiser's
-            `sigma_min`, which for a posterior depends on the noise of the observations).
-        sigma_max: The first noise level (default: the denoiser's `sigma_max`).
+        sigma_min: The last noise level, in the data's units (default: the denoiser's `sigma_min`,
+            which for a posterior depends on the noise of the observations). For several sites
+            drawn together, both levels are relative to the scale of each prior.
+        sigma_max: The first noise level, in the data's units (default: the denoiser's).
         schedule: The spacing of the levels between them.
 
     Raises:
@@ -120,12 +121,16 @@ class Sampler:
         return self.num_evaluations == self.num_steps
 
     def sigmas(self, denoiser: Denoiser) -> jax.Array:
-        """Return the decreasing noise levels, with shape ``(num_steps,)``."""
-        low = denoiser.sigma_min if self.sigma_min is None else self.sigma_min
-        high = denoiser.sigma_max if self.sigma_max is None else self.sigma_max
-        return self.schedule(
-            self.num_steps, jnp.asarray(low, denoiser.dtype), jnp.asarray(high, denoiser.dtype)
-        )
+        """Return the decreasing noise levels in the denoiser's unit, ``(num_steps,)``."""
+
+        def level(given: float | None, default: jax.Array) -> jax.Array:
+            if given is None:
+                return jnp.asarray(default, denoiser.dtype)
+            return denoiser.from_data(jnp.asarray(given, denoiser.dtype))
+
+        low = level(self.sigma_min, denoiser.sigma_min)
+        high = level(self.sigma_max, denoiser.sigma_max)
+        return self.schedule(self.num_steps, low, high)
 
     def are_levels_valid(self, denoiser: Denoiser) -> jax.Array:
         """Whether the noise levels are finite, positive and decreasing, a scalar."""
