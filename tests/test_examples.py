@@ -24,6 +24,7 @@ from benchmarks import (
     refresh,
     samplers,
     sharpening,
+    units,
 )
 from examples import counts, digits, manifold, sources
 from examples import joint as joint_example
@@ -310,3 +311,13 @@ def test_benchmark_of_the_noise_level(tmp_path):
     levels = [row["noise_level"] for row in rows]
     assert all(len(found) == 2 and min(found) > 0 for found in levels)
     assert json.loads((tmp_path / "noise_level.json").read_text()) == rows
+
+
+def test_benchmark_of_units(tmp_path):
+    args = units.parse_args(
+        "--units 1.2924697071141057e-26 --size 8 --num-images 8 --num-iterations 1 --num-steps 4"
+        f" --num-judged 2 --output {tmp_path}".split()
+    )
+    (row,) = units.main(args)["units"]
+    assert row["draws"] < 1e-4
+    assert json.loads((tmp_path / "units.json").read_text())["units"] == [row]
