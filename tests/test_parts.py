@@ -125,3 +125,24 @@ def test_parts_hold_a_few_blocks(prior, data, mapped):
         )
     )
     assert len(whole) == 1
+
+
+def test_particles_count_in_the_batch(prior, data):
+    """`max_batch_size` bounds what is in memory, particles included."""
+
+    def used(num_particles):
+        def total(prior):
+            draws = ndp.sample_posterior(
+                KEY,
+                model,
+                prior,
+                *data,
+                num_particles=num_particles,
+                max_batch_size=128,
+            )
+            return draws.samples["x"].sum()
+
+        compiled = jax.jit(total).lower(prior).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert used(64) < 1.5 * used(2)
