@@ -34,6 +34,13 @@ MISFIT = "ignore:.*do not fit what was observed"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(MISFIT)]
 
 
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs():
+    """Here each test compiles as much as a module elsewhere."""
+    yield
+    jax.clear_caches()
+
+
 def test_digits(tmp_path):
     args = digits.parse_args(
         "--num-images 96 --num-iterations 2 --judge-every 1 --num-sgd-steps 8 --width 16"
