@@ -1,3 +1,13 @@
+import os
+
+# Compiling is what most tests cost, and these halve it. Another value of the variable is kept: an
+# empty one gives XLA's own settings.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
+)
+
 import jax
 import pytest
 

@@ -52,7 +52,7 @@ def draw(mesh, mask=MASK, y=Y, **kwargs):
 
 @pytest.mark.skipif(jax.device_count() >= NUM_DEVICES, reason="has eight devices")
 def test_on_eight_devices():
-    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={NUM_DEVICES}"
     # Without this test, which would call itself if the flag did nothing.
     others = "not test_on_eight_devices"
     done = subprocess.run(

@@ -7,7 +7,6 @@ user; `SMALLER` makes them small enough for a test.
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -62,19 +61,10 @@ PAGES = {
 }
 
 
-@pytest.fixture
-def _quick_compilation():
-    """Compile without optimizations: these programs are compiled once and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # ArviZ before 1.0 fills a frame of one type by another.
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:pandas", "ignore::DeprecationWarning:arviz"
 )
-@pytest.mark.usefixtures("_quick_compilation")
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if find_blocks(page)])
 def test_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
