@@ -15,7 +15,7 @@ from numpyro_diffprior.guidance.likelihood import linear_gaussian
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Isotropic
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 
 WEIGHTS, MEANS = np.array([0.3, 0.7]), np.array([[-3.0, 0.0], [3.0, 1.0]])
 COVS, MATRIX, NOISE = np.stack([0.5 * np.eye(2)] * 2), np.array([[0.1, 1.0]]), 0.5
@@ -82,7 +82,7 @@ def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
     key_path, key_noise, key_update = jax.random.split(jax.random.key(1), 3)
     path, x = prior_paths(key_path, sampler, num_events)
     y = x @ MATRIX.T + NOISE * jax.random.normal(key_noise, (num_events, 1))
-    settings = Settings(num_particles, sampler, guidance)
+    settings = SamplingOptions(num_particles, sampler, guidance)
     last, draws = update(key_update, y, path, settings, 8)
     moved = np.asarray(draws.draws.x[-1])
     before, after = (np.asarray(innovations(sampler, p)) for p in (path, last))
@@ -105,7 +105,7 @@ def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
 def test_finds_the_posterior_from_the_wrong_mode():
     num_events, y = 2000, np.array([-0.5])
     weights, *_ = mixture_posterior(WEIGHTS, MEANS, COVS, MATRIX, np.array([[NOISE**2]]), y)
-    settings = Settings(8, MultistepSDE(32), GUIDANCE)
+    settings = SamplingOptions(8, MultistepSDE(32), GUIDANCE)
     for start, fraction in ((MEANS[0], 1.0), (MEANS[1], 0.0)):
         x = jnp.broadcast_to(jnp.asarray(start, PRIOR.dtype), (num_events, 2))
         path = diffuse_path(jax.random.key(1), PRIOR, settings.sampler, x)
@@ -120,7 +120,7 @@ def test_finds_the_posterior_from_the_wrong_mode():
 
 
 def test_statistics():
-    settings = Settings(4, MultistepSDE(16), GUIDANCE)
+    settings = SamplingOptions(4, MultistepSDE(16), GUIDANCE)
     y = jnp.zeros((64, 1))
     path = diffuse_path(jax.random.key(0), PRIOR, settings.sampler, jnp.zeros((64, 2)))
     assert path.shape == (16, 64, 2)

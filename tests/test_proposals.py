@@ -14,7 +14,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Diagonal
 from numpyro_diffprior.particles.proposals import Particles, propose
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 from tests.oracles import gaussian_posterior, spd, tolerance
 
 LOOKING = MMPS(GaussianCovariance(), look_ahead=True)
@@ -123,7 +123,7 @@ def test_weights_stay_equal_on_a_gaussian():
     )
     ess = []
     for guidance in (LOOKING, MMPS(GaussianCovariance())):
-        settings = Settings(16, MultistepSDE(32), guidance)
+        settings = SamplingOptions(16, MultistepSDE(32), guidance)
         draws = draw_posterior(jax.random.key(0), DENOISER, likelihood, settings, 100)
         ess.append(float(draws.info.ess.mean()))
     assert ess[0] > 11

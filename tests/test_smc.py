@@ -14,7 +14,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.guidance.scheduled import Piecewise, Tempered
 from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 from tests.oracles import mixture_posterior, spd
 
 D, NOISE = 2, 0.4
@@ -29,7 +29,7 @@ def test_log_evidence_is_unbiased_on_a_gaussian():
         jnp.asarray(y), jnp.asarray(matrix), Isotropic(jnp.asarray(NOISE**2), 1), (D,)
     )
     denoiser = GaussianDenoiser(jnp.asarray(MEAN), jnp.asarray(COV))
-    settings = Settings(8, MultistepSDE(64), MMPS(GaussianCovariance()))
+    settings = SamplingOptions(8, MultistepSDE(64), MMPS(GaussianCovariance()))
     draws = draw_posterior(jax.random.key(0), denoiser, likelihood, settings, 4000)
     variance = matrix @ COV @ matrix.T + NOISE**2
     expected = np.exp(dist.Normal(matrix @ MEAN, np.sqrt(variance[0])).log_prob(y))[0]
@@ -52,7 +52,7 @@ def mixture_problem():
 
 def mode_mass(prior, likelihood, num_particles, num_draws=2000):
     guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance())
-    settings = Settings(num_particles, MultistepSDE(48), guidance)
+    settings = SamplingOptions(num_particles, MultistepSDE(48), guidance)
     draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, num_draws)
     return float(np.mean(np.asarray(draws.x)[:, 0] < 0)), draws
 
@@ -91,7 +91,7 @@ def test_a_determinant_that_all_particles_share_cancels():
             jax.random.key(0),
             prior,
             likelihood,
-            Settings(8, MultistepSDE(32), MMPS(GaussianCovariance(), **options)),
+            SamplingOptions(8, MultistepSDE(32), MMPS(GaussianCovariance(), **options)),
             64,
         )
         for options in ({}, {"max_dense": 0, "rtol": 1e-6})
@@ -108,7 +108,7 @@ def test_a_determinant_that_all_particles_share_cancels():
 )
 def test_any_twist_is_exact_in_the_limit(guidance):
     prior, likelihood, (weights, *_) = mixture_problem()
-    settings = Settings(32, MultistepSDE(48), guidance)
+    settings = SamplingOptions(32, MultistepSDE(48), guidance)
     draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 4096)
     error = np.mean(draws.x[:, 0] < 0) - weights[0]
     assert abs(error) < 4 * np.sqrt(weights[0] * weights[1] / 4096) + 0.01
@@ -117,7 +117,7 @@ def test_any_twist_is_exact_in_the_limit(guidance):
 def test_all_draws_of_a_system():
     """Masses over many systems, and the numbers of draws and systems."""
     prior, likelihood, (weights, *_) = mixture_problem()
-    settings = Settings(64, MultistepSDE(48), MMPS(GaussianCovariance()), independent=False)
+    settings = SamplingOptions(64, MultistepSDE(48), MMPS(GaussianCovariance()), independent=False)
     draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 64 * 100)
     assert draws.x.shape == (64 * 100, 2)
     by_system = draws.x[:, 0].reshape(64, 100) < 0
@@ -136,7 +136,7 @@ def test_all_draws_of_a_system():
 
 def test_part_of_a_system():
     prior, likelihood, _ = mixture_problem()
-    settings = Settings(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
+    settings = SamplingOptions(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
     draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 11)
     assert draws.x.shape == (11, 2)
     assert draws.info.log_evidence.shape == (11,)

@@ -17,7 +17,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.reading.model import BoundModel
 
 __all__ = ["EStep", "compare_draws", "draw_events", "no_draws"]
@@ -47,7 +47,7 @@ class EStep:
         names = ("num_particles", "num_draws", "max_batch_size")
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
 
-    def settings(self, default: Sampler) -> Settings:
+    def settings(self, default: Sampler) -> SamplingOptions:
         """Return how draws are made, given the prior's sampler.
 
         Raises:

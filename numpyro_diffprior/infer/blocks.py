@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Draws, Settings
+from numpyro_diffprior.particles.system import Draws, SamplingOptions
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import (
     Block,
@@ -80,7 +80,7 @@ def _is_whole(size: int, num_systems: int, mesh: Mesh | None) -> bool:
 def sample_blocks(
     rng_key: jax.Array,
     model: BoundModel,
-    settings: Settings,
+    settings: SamplingOptions,
     *,
     num_draws: int,
     batch_size: int,
@@ -112,7 +112,7 @@ def sample_blocks(
 
 
 def sample_first_block(
-    rng_key: jax.Array, model: BoundModel, settings: Settings, *, num_draws: int
+    rng_key: jax.Array, model: BoundModel, settings: SamplingOptions, *, num_draws: int
 ) -> dict[str, jax.Array]:
     """Draw for the first elements of the latents' plates, one block, compiled.
 
@@ -163,7 +163,7 @@ class _Plan(NamedTuple):
 
     reading: ModelReading
     position: int
-    settings: Settings
+    settings: SamplingOptions
     num_draws: int
     batch_size: int
     mesh: Mesh | None
@@ -236,7 +236,7 @@ def _chunk(
     rng_key: jax.Array,
     num_draws: int,
     max_size: int,
-    settings: Settings,
+    settings: SamplingOptions,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, int]:
     """Return the keys of the chunks, a multiple of the number of devices, and their size."""
@@ -249,7 +249,9 @@ def _chunk(
     return rng_key[None] if num_chunks == 1 else jax.random.split(rng_key, num_chunks), chunk_size
 
 
-def _draw_chunks(keys: jax.Array, block: Block, settings: Settings, chunk_size: int) -> Draws:
+def _draw_chunks(
+    keys: jax.Array, block: Block, settings: SamplingOptions, chunk_size: int
+) -> Draws:
     """Draw ``chunk_size`` events per key for every event of one block."""
 
     def chunk(key: jax.Array) -> Draws:

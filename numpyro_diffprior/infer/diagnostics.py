@@ -20,7 +20,7 @@ from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import sample_first_block
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.reading.model import BoundModel, ModelData
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
@@ -53,7 +53,7 @@ def warn_of_bias(
     model: Model,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
     found: BoundModel,
-    settings: Settings,
+    settings: SamplingOptions,
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
 ) -> None:
@@ -91,7 +91,7 @@ def warn_of_bias(
         sampler = MultistepSDE(sampler.num_steps)
     guidance = MMPS(GaussianCovariance(), look_ahead=True)
     drawn = sample_first_block(
-        rng_key, few, Settings(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
+        rng_key, few, SamplingOptions(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
     )
     for name, particles in drawn.items():
         ratio, z = _compare(samples[name], particles)

@@ -19,7 +19,7 @@ from numpyro_diffprior.infer.blocks import merge_stats
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import ParticleInfo, Settings
+from numpyro_diffprior.particles.system import ParticleInfo, SamplingOptions
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import Block, BoundModel, ModelData
@@ -133,7 +133,7 @@ class _DiffusionKernel(MCMCKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: Settings,
+        settings: SamplingOptions,
         values: list[jax.Array] | None,
     ) -> _State:
         """Return the first state of one chain."""
@@ -201,7 +201,7 @@ class _DiffusionKernel(MCMCKernel):
     ) -> BoundModel:
         return read(self.model, model_args, model_kwargs or {})
 
-    def _resolve(self, found: BoundModel) -> Settings:
+    def _resolve(self, found: BoundModel) -> SamplingOptions:
         default = found.reading.sampler
         return resolve_settings(default, self.num_particles, self.sampler, self.guidance)
 
@@ -248,7 +248,7 @@ class MMPSKernel(_DiffusionKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: Settings,
+        settings: SamplingOptions,
         values: list[jax.Array] | None,
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
@@ -313,7 +313,7 @@ class ParticleGibbs(_DiffusionKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: Settings,
+        settings: SamplingOptions,
         values: list[jax.Array] | None,
     ) -> ParticleGibbsState:
         """Start at a draw of the twisted SMC, and add noise to get a path."""
@@ -366,7 +366,7 @@ class ParticleGibbs(_DiffusionKernel):
         )
 
 
-def _no_info(block: Block, settings: Settings) -> ParticleInfo:
+def _no_info(block: Block, settings: SamplingOptions) -> ParticleInfo:
     """Return the statistics of a state that was not drawn."""
     shape, num_steps = block.likelihood.batch_shape, settings.sampler.num_steps
     return ParticleInfo.zeros(shape, num_steps, block.denoiser.dtype)

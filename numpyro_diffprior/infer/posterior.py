@@ -25,7 +25,7 @@ from numpyro_diffprior.infer.blocks import (
     sample_blocks,
 )
 from numpyro_diffprior.infer.diagnostics import warn_of_bias
-from numpyro_diffprior.particles.system import Settings
+from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
@@ -40,7 +40,7 @@ def resolve_settings(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     independent: bool = True,
-) -> Settings:
+) -> SamplingOptions:
     """Fill in the defaults: the prior's sampler, and `MMPS`.
 
     MMPS uses Tweedie's covariance for one particle, and looks ahead with the Gaussian for more.
@@ -75,7 +75,7 @@ def resolve_settings(
             f"{num_particles} particles need a stochastic sampler of one evaluation per step, "
             f"such as MultistepSDE() or DDPM(); got {sampler}."
         )
-    return Settings(num_particles, sampler, guidance, independent)
+    return SamplingOptions(num_particles, sampler, guidance, independent)
 
 
 def sample_posterior(

@@ -35,7 +35,7 @@ from numpyro_diffprior.particles.system import (
     Draws,
     Moved,
     Policy,
-    Settings,
+    SamplingOptions,
     System,
     advance,
     discard_nan,
@@ -83,7 +83,7 @@ def update_path(
     rng_key: jax.Array,
     denoiser: Denoiser,
     likelihood: Likelihood,
-    settings: Settings,
+    options: SamplingOptions,
     path: jax.Array,
 ) -> PathDraw:
     """Update every event's path by conditional SMC; traceable.
@@ -92,12 +92,12 @@ def update_path(
         rng_key: A random key.
         denoiser: The prior.
         likelihood: The likelihood.
-        settings: How the particles move; at least two of them, and a stochastic sampler of one
+        options: How the particles move; at least two of them, and a stochastic sampler of one
             evaluation per step.
         path: The retained path, with shape ``(num_steps, *batch, *event)``.
     """
-    posterior = settings.guidance.condition(denoiser, likelihood)
-    sampler, num_particles = settings.sampler, settings.num_particles
+    posterior = options.guidance.condition(denoiser, likelihood)
+    sampler, num_particles = options.sampler, options.num_particles
     key_init, key_scan, key_last = jax.random.split(rng_key, 3)
     batch_shape = likelihood.batch_shape
     free = sampler.initial(key_init, denoiser, (num_particles - 1, *batch_shape))

@@ -30,7 +30,7 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.particles.system import (
     Draws,
     ParticleInfo,
-    Settings,
+    SamplingOptions,
     System,
     advance,
     discard_nan,
@@ -47,7 +47,7 @@ def draw_posterior(
     rng_key: jax.Array,
     denoiser: Denoiser,
     likelihood: Likelihood,
-    settings: Settings,
+    options: SamplingOptions,
     num_draws: int = 1,
 ) -> Draws:
     """Draw from the posterior of every event of a likelihood; traceable.
@@ -56,20 +56,20 @@ def draw_posterior(
         rng_key: A random key.
         denoiser: The prior.
         likelihood: The likelihood.
-        settings: How the draws are made.
+        options: How the draws are made.
         num_draws: The number of draws per event, made at once.
 
     Returns:
         Draws whose arrays have the leading shape ``(num_draws, *batch)``.
     """
-    posterior = settings.guidance.condition(denoiser, likelihood)
-    num_systems = num_draws if settings.independent else -(-num_draws // settings.num_particles)
+    posterior = options.guidance.condition(denoiser, likelihood)
+    num_systems = num_draws if options.independent else -(-num_draws // options.num_particles)
     batch_shape = (num_systems, *likelihood.batch_shape)
     key_init, key_run = jax.random.split(rng_key)
-    sampler, num_particles = settings.sampler, settings.num_particles
+    sampler, num_particles = options.sampler, options.num_particles
     x_t = sampler.initial(key_init, denoiser, (num_particles, *batch_shape))
     if num_particles > 1:
-        return _twisted_smc(key_run, posterior, settings, x_t, num_draws)
+        return _twisted_smc(key_run, posterior, options, x_t, num_draws)
     x_t = x_t[0]
     if sampler.eta == 0:
         x_t = x_t + _initial_shift(posterior, sampler)
@@ -148,11 +148,11 @@ def _single_draws(
 def _twisted_smc(
     rng_key: jax.Array,
     posterior: GuidedDenoiser,
-    settings: Settings,
+    options: SamplingOptions,
     x_t: jax.Array,
     num_draws: int,
 ) -> Draws:
-    sampler = settings.sampler
+    sampler = options.sampler
 
     def body(system: System, inputs: tuple[jax.Array, Levels]) -> tuple[System, jax.Array]:
         key, levels = inputs
@@ -169,7 +169,7 @@ def _twisted_smc(
     def choose(chosen: jax.Array) -> Draws:
         return finish(system, posterior.likelihood, x, log_weight, chosen, ess)
 
-    if settings.independent:
+    if options.independent:
         return choose(jax.random.categorical(keys[0], log_weight, axis=0))
     key_index, key_order = jax.random.split(keys[0])
     index = jax.random.permutation(key_order, systematic(key_index, log_weight))

@@ -16,7 +16,7 @@ __all__ = [
     "Moved",
     "ParticleInfo",
     "Policy",
-    "Settings",
+    "SamplingOptions",
     "System",
     "advance",
     "discard_nan",
@@ -84,7 +84,7 @@ class Draws(NamedTuple):
     info: ParticleInfo
 
 
-class Settings(NamedTuple):
+class SamplingOptions(NamedTuple):
     """The options of posterior sampling; static under `jax.jit`.
 
     Attributes:
