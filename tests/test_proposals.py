@@ -33,7 +33,7 @@ OPERATORS = {
 }
 
 
-def make_step(guidance, operator, sampler=MultistepSDE(12), index=5):
+def evaluate(guidance, operator, sampler=MultistepSDE(12), index=5):
     matrix = OPERATORS[operator]
     num_observed = matrix.shape[-2]
     y = np.pad(Y, ((0, 0), (0, num_observed - M)))
@@ -50,8 +50,8 @@ def make_step(guidance, operator, sampler=MultistepSDE(12), index=5):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_looking_ahead_is_the_product_of_two_gaussians(operator):
-    step, levels, matrices, y, cov_y = make_step(LOOKING, operator)
-    proposal = step.proposal
+    evaluation, levels, matrices, y, cov_y = evaluate(LOOKING, operator)
+    proposal = evaluation.proposal
     variance, tau = float(levels.following) ** 2, float(proposal.tau)
     cov = np.linalg.inv(np.linalg.inv(COV) + np.eye(D) / variance)
     x_s = jnp.asarray(RNG.normal(size=X_T.shape))
@@ -60,7 +60,7 @@ def test_looking_ahead_is_the_product_of_two_gaussians(operator):
     for k in range(NUM_PARTICLES):
         for n in range(NUM_EVENTS):
             a, mean = matrices[n], np.asarray(proposal.mean[k, n], float)
-            gain, residual = a @ cov / variance, y[n] - a @ np.asarray(step.x_hat[k, n])
+            gain, residual = a @ cov / variance, y[n] - a @ np.asarray(evaluation.x_hat[k, n])
             ahead = cov_y + a @ cov @ a.T
             before = ahead + tau**2 * gain @ gain.T
             chain = tau**2 * np.eye(D)
@@ -83,8 +83,8 @@ def test_looking_ahead_is_the_product_of_two_gaussians(operator):
 @pytest.mark.parametrize("sampler", [MultistepSDE(60), DDPM(60)])
 def test_ratio_turns_the_chain_into_the_proposal(sampler, guidance):
     """Over the chain the mean of q / p is one, and weighs it to the proposal's moments."""
-    step, *_ = make_step(guidance, "by event", sampler, index=18)
-    proposal, num = step.proposal, 100_000
+    evaluation, *_ = evaluate(guidance, "by event", sampler, index=18)
+    proposal, num = evaluation.proposal, 100_000
     noise = RNG.normal(size=(num, *X_T.shape))
     chain = proposal.mean + proposal.tau * noise
     weights = np.exp(-np.asarray(jax.vmap(proposal.log_ratio)(chain), float))
@@ -102,7 +102,7 @@ def test_ratio_turns_the_chain_into_the_proposal(sampler, guidance):
 
 @pytest.mark.parametrize("guidance", [MMPS(), MMPS(GaussianCovariance()), LOOKING])
 def test_take_follows_the_particles(guidance):
-    proposal = make_step(guidance, "dense")[0].proposal
+    proposal = evaluate(guidance, "dense")[0].proposal
     index = jnp.asarray([[1, 0], [1, 3], [2, 2], [0, 1]])
     taken = proposal.take(index)
     x_s = jnp.asarray(RNG.normal(size=X_T.shape))

@@ -30,7 +30,7 @@ from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import einsum
-from numpyro_diffprior.particles.proposals import Step, gather
+from numpyro_diffprior.particles.proposals import Evaluation, gather
 from numpyro_diffprior.particles.system import (
     Draws,
     Moved,
@@ -156,12 +156,12 @@ def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Fut
         return -0.5 * jnp.sum(((x - mean) / tau) ** 2, axis=event_axes)
 
     def policy(
-        rng_key: jax.Array, step: Step, system: System, log_weight: jax.Array
+        rng_key: jax.Array, evaluation: Evaluation, system: System, log_weight: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         key_free, key_past = jax.random.split(rng_key)
-        x_tilde = sampler.extrapolate(future.x_hat_s, step.x_hat, future.levels)
+        x_tilde = sampler.extrapolate(future.x_hat_s, evaluation.x_hat, future.levels)
         mean_r, tau_r = sampler.transition(future.x_s, x_tilde, future.levels)
-        mean, tau = step.proposal.mean, step.proposal.tau
+        mean, tau = evaluation.proposal.mean, evaluation.proposal.tau
         log_past = system.log_weight + log_transition(future.x_s, mean, tau)
         # Without extrapolation this factor is the same for all ancestors.
         log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)

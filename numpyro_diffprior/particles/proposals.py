@@ -46,7 +46,7 @@ from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, LookAhea
 from numpyro_diffprior.guidance.likelihood import gaussian_log_density
 from numpyro_diffprior.linalg.batched import Factor
 
-__all__ = ["Particles", "Proposal", "Step", "gather", "propose"]
+__all__ = ["Evaluation", "Particles", "Proposal", "gather", "propose"]
 
 
 class Particles(NamedTuple):
@@ -167,7 +167,7 @@ class _LookAheadProposal(Proposal):
         return self.log_twist - log_ahead
 
 
-class Step(NamedTuple):
+class Evaluation(NamedTuple):
     """The result of evaluating the denoiser at one noise level.
 
     Attributes:
@@ -187,7 +187,7 @@ class Step(NamedTuple):
 
 def propose(
     posterior: GuidedDenoiser, sampler: Sampler, previous: Particles, levels: Levels
-) -> Step:
+) -> Evaluation:
     """Evaluate the denoiser at ``previous.x_t`` and return the proposal from there."""
     if posterior.looks_ahead:
         x_hat = posterior.part(previous.x_t, levels.current)
@@ -196,14 +196,14 @@ def propose(
         predictive = posterior.look_ahead(x_hat, levels.following)
         proposal = _LookAheadProposal.make(mean, tau, predictive)
         zeros = jnp.zeros_like(proposal.log_twist)
-        return Step(proposal, x_hat, x_hat, zeros, zeros.astype(int))
+        return Evaluation(proposal, x_hat, x_hat, zeros, zeros.astype(int))
     guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
     x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
     mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
     mean_y, _ = sampler.transition(previous.x_t, x_tilde_y, levels)
     shift = (mean_y - mean) / tau
-    return Step(
+    return Evaluation(
         _GuidedProposal(mean, tau, guided.log_twist, shift),
         guided.x_hat,
         guided.x_hat_y,

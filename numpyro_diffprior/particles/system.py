@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import Guidance, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.particles.proposals import Particles, Proposal, Step, gather, propose
+from numpyro_diffprior.particles.proposals import Evaluation, Particles, Proposal, gather, propose
 
 __all__ = [
     "Draws",
@@ -136,8 +136,8 @@ class Moved(NamedTuple):
     ess: jax.Array
 
 
-Policy = Callable[[jax.Array, Step, System, jax.Array], tuple[jax.Array, jax.Array | None]]
-"""An ancestor policy. It maps a key, the step, the system and the log-weights of the particles to
+Policy = Callable[[jax.Array, Evaluation, System, jax.Array], tuple[jax.Array, jax.Array | None]]
+"""An ancestor policy. It maps a key, the evaluation, the system and the particles' log-weights to
 the ancestors of all particles, with shape ``(num_particles, *batch)``, and to the new position of
 the first particle, or None to draw it like the others."""
 
@@ -178,24 +178,26 @@ def advance(
         policy: The choice of ancestors where particles are resampled.
     """
     key_policy, key_move = jax.random.split(rng_key)
-    step = propose(posterior, sampler, system.particles, levels)
-    log_weight = system.log_weight + step.proposal.log_twist
+    evaluation = propose(posterior, sampler, system.particles, levels)
+    log_weight = system.log_weight + evaluation.proposal.log_twist
     ess = effective_sample_size(log_weight)
     degenerate = ess < len(log_weight) / 2
-    chosen, retained = policy(key_policy, step, system, log_weight)
+    chosen, retained = policy(key_policy, evaluation, system, log_weight)
     identity = jnp.arange(len(chosen)).reshape(-1, *(1,) * degenerate.ndim)
     index = jnp.where(degenerate, chosen, identity)
-    proposal: Proposal = step.proposal.take(index)
+    proposal: Proposal = evaluation.proposal.take(index)
     x_s = proposal.draw(key_move)
     if retained is not None:
         x_s = x_s.at[0].set(retained)
     own = jnp.where(degenerate, 0, log_weight)
     lost = jnp.where(degenerate, log_mean_exp(log_weight), 0)
     return System(
-        particles=Particles(x_s, gather(step.x_hat, index), gather(step.x_hat_y, index)),
+        particles=Particles(
+            x_s, gather(evaluation.x_hat, index), gather(evaluation.x_hat_y, index)
+        ),
         log_weight=discard_nan(own + proposal.log_ratio(x_s) - proposal.log_twist),
-        residual=jnp.maximum(system.residual, step.residual.max(0)),
-        num_truncated=jnp.maximum(system.num_truncated, step.num_truncated.max(0)),
+        residual=jnp.maximum(system.residual, evaluation.residual.max(0)),
+        num_truncated=jnp.maximum(system.num_truncated, evaluation.num_truncated.max(0)),
         num_resamplings=system.num_resamplings + degenerate,
         log_evidence=system.log_evidence + lost,
     ), Moved(x_s, index, ess)
@@ -239,7 +241,7 @@ def finish(
 
 
 def resample(
-    rng_key: jax.Array, step: Step, system: System, log_weight: jax.Array
+    rng_key: jax.Array, evaluation: Evaluation, system: System, log_weight: jax.Array
 ) -> tuple[jax.Array, None]:
     """Resample systematically: the ancestor policy of the twisted SMC."""
     return systematic(rng_key, log_weight), None
