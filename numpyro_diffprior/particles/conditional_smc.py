@@ -33,9 +33,9 @@ from numpyro_diffprior.linalg.batched import einsum
 from numpyro_diffprior.particles.proposals import Evaluation, gather
 from numpyro_diffprior.particles.system import (
     Draws,
-    Moved,
     Policy,
     SamplingOptions,
+    StepInfo,
     System,
     advance,
     discard_nan,
@@ -115,26 +115,26 @@ def update_path(
         jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
     )
 
-    def body(system: System, inputs: tuple[jax.Array, Levels, _Future]) -> tuple[System, Moved]:
+    def body(system: System, inputs: tuple[jax.Array, Levels, _Future]) -> tuple[System, StepInfo]:
         key, level, future = inputs
         policy = _ancestor_sampling(posterior, sampler, future)
         return advance(key, posterior, sampler, system, level, policy)
 
     keys = jax.random.split(key_scan, sampler.num_steps - 1)
     first = start(x_t, len(denoiser.event_shape))
-    system, moved = jax.lax.scan(body, first, (keys, levels, futures))
+    system, steps = jax.lax.scan(body, first, (keys, levels, futures))
     x = denoiser(system.particles.x_t, sigmas[-1])
     log_weight = discard_nan(system.log_weight + likelihood.log_prob(x))
     chosen = jax.random.categorical(key_last, log_weight, axis=0)
 
-    def trace_back(index: jax.Array, moved: Moved) -> tuple[jax.Array, jax.Array]:
-        return gather(moved.ancestor, index[None])[0], gather(moved.x_s, index[None])[0]
+    def trace_back(index: jax.Array, info: StepInfo) -> tuple[jax.Array, jax.Array]:
+        return gather(info.ancestor, index[None])[0], gather(info.x_s, index[None])[0]
 
-    origin, rest = jax.lax.scan(trace_back, chosen, moved, reverse=True)
+    origin, rest = jax.lax.scan(trace_back, chosen, steps, reverse=True)
     new_path = jnp.concatenate([gather(x_t, origin[None]), rest])
     event_axes = tuple(range(-len(denoiser.event_shape), 0))
     updated = jnp.mean(jnp.any(new_path != path, axis=event_axes), axis=0)
-    draws = finish(system, likelihood, x, log_weight, chosen, moved.ess)
+    draws = finish(system, likelihood, x, log_weight, chosen, steps.ess)
     return PathDraw(new_path, draws, updated.astype(x_t.dtype))
 
 

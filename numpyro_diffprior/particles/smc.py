@@ -156,8 +156,8 @@ def _twisted_smc(
 
     def body(system: System, inputs: tuple[jax.Array, Levels]) -> tuple[System, jax.Array]:
         key, levels = inputs
-        system, moved = advance(key, posterior, sampler, system, levels, resample)
-        return system, moved.ess
+        system, info = advance(key, posterior, sampler, system, levels, resample)
+        return system, info.ess
 
     levels = sampler.levels(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps)

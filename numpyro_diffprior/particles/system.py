@@ -13,10 +13,10 @@ from numpyro_diffprior.particles.proposals import Evaluation, Particles, Proposa
 
 __all__ = [
     "Draws",
-    "Moved",
     "ParticleInfo",
     "Policy",
     "SamplingOptions",
+    "StepInfo",
     "System",
     "advance",
     "discard_nan",
@@ -122,7 +122,7 @@ class System(NamedTuple):
     log_evidence: jax.Array
 
 
-class Moved(NamedTuple):
+class StepInfo(NamedTuple):
     """The result of one step.
 
     Attributes:
@@ -164,7 +164,7 @@ def advance(
     system: System,
     levels: Levels,
     policy: Policy,
-) -> tuple[System, Moved]:
+) -> tuple[System, StepInfo]:
     """Move particle systems one noise level down.
 
     A system is resampled if its effective sample size is below half of its particles.
@@ -200,7 +200,7 @@ def advance(
         num_truncated=jnp.maximum(system.num_truncated, evaluation.num_truncated.max(0)),
         num_resamplings=system.num_resamplings + degenerate,
         log_evidence=system.log_evidence + lost,
-    ), Moved(x_s, index, ess)
+    ), StepInfo(x_s, index, ess)
 
 
 def finish(
