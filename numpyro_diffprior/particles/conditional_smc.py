@@ -108,11 +108,11 @@ def update_path(
     # There is no transition from the last level: its entries are padding and not used.
     ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
     futures = _Future(
-        path[1:],
-        x_hats,
-        jnp.concatenate([path[2:], path[-1:]]),
-        ahead,
-        jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
+        x_s=path[1:],
+        x_hat_s=x_hats,
+        x_r=jnp.concatenate([path[2:], path[-1:]]),
+        levels=ahead,
+        has_second=jnp.arange(sampler.num_steps - 1) < sampler.num_steps - 2,
     )
 
     def body(system: System, inputs: tuple[jax.Array, Levels, _Future]) -> tuple[System, StepInfo]:
@@ -145,7 +145,7 @@ class _Future(NamedTuple):
     x_hat_s: jax.Array
     x_r: jax.Array
     levels: Levels
-    goes_on: jax.Array
+    has_second: jax.Array
 
 
 def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Future) -> Policy:
@@ -164,7 +164,7 @@ def _ancestor_sampling(posterior: GuidedDenoiser, sampler: Sampler, future: _Fut
         mean, tau = evaluation.proposal.mean, evaluation.proposal.tau
         log_past = system.log_weight + log_transition(future.x_s, mean, tau)
         # Without extrapolation this factor is the same for all ancestors.
-        log_past += jnp.where(future.goes_on, log_transition(future.x_r, mean_r, tau_r), 0)
+        log_past += jnp.where(future.has_second, log_transition(future.x_r, mean_r, tau_r), 0)
         shape = (len(log_weight) - 1, *log_weight.shape[1:])
         free = jax.random.categorical(key_free, log_weight, axis=0, shape=shape)
         past = jax.random.categorical(key_past, discard_nan(log_past), axis=0)
