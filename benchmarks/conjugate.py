@@ -102,7 +102,7 @@ class ConjugatePosterior(GuidedDenoiser):
     is_joint: bool
 
     def evaluate(self, x_t, sigma):
-        x_hat, pull = pull_back(self.part, x_t, sigma)
+        x_hat, pull = pull_back(self.prior, x_t, sigma)
         variance = jnp.maximum(pull(jnp.ones_like(x_hat)), 1e-6)
         y = self.likelihood.y
         if self.is_joint:

@@ -85,19 +85,24 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
     precision: jax.Array | None = field(default=None, kw_only=True)
 
     @property
+    def prior(self) -> Denoiser:
+        """The denoiser of the prior."""
+        return self.part
+
+    @property
     def sigma_min(self) -> jax.Array:
         """The noise level at which sampling stops.
 
         It is the prior's, or lower for precise observations: a tenth of the likelihood's smallest
         standard deviation in any direction, but not below `finest`.
         """
-        low = self.part.sigma_min
+        low = self.prior.sigma_min
         if self.precision is None:
             return low
         known = self.precision > 0
         deviation = jax.lax.rsqrt(jnp.where(known, self.precision, 1))
         wanted = jnp.where(known, 0.1 * deviation, low)
-        return jnp.minimum(low, jnp.maximum(wanted, finest(self.part)))
+        return jnp.minimum(low, jnp.maximum(wanted, finest(self.prior)))
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         """Return the posterior's conditional mean; see `Denoiser`."""

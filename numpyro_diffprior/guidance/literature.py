@@ -53,7 +53,7 @@ class _TMPDPosterior(GuidedDenoiser):
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, pull = pull_back(self.part, x_t, sigma)
+        x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         row_sums = local.matvec(pull(local.transpose(jnp.ones_like(local.residual))))
         noisy = Diagonal(local.noise.diagonal() + jnp.maximum(row_sums, 0))
@@ -98,12 +98,12 @@ class _DPSPosterior(GuidedDenoiser):
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        x_hat, pull = pull_back(self.part, x_t, sigma)
+        x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)
         direction = local.residual / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
         gradient = pull(local.transpose(direction)) / sigma[..., None] ** 2
-        shift = self.strength * self.part.scale * gradient
+        shift = self.strength * self.prior.scale * gradient
         solution = local.noise.solve(local.residual)
         return _guided(x_hat, shift, local, solution, local.noise.logdet())
 

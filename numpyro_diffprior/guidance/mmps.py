@@ -143,7 +143,7 @@ class _Posterior(GuidedDenoiser):
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
-        cov = self.guidance.covariance.at(self.part, x_t, sigma)
+        cov = self.guidance.covariance.at(self.prior, x_t, sigma)
         x_hat = cov.x_hat
         batch_shape = x_hat.shape[: x_hat.ndim - len(self.event_shape)]
         zeros = jnp.zeros(batch_shape, x_hat.dtype)
@@ -190,7 +190,7 @@ class _Posterior(GuidedDenoiser):
         """Return the prediction of the observations; see `LookAhead`."""
         assert self.matrix is not None
         local = self.likelihood.linearize(x)
-        cov = self.guidance.covariance.closed_form(self.part, sigma)
+        cov = self.guidance.covariance.closed_form(self.prior, sigma)
         assert cov is not None
         variance = sigma**2
         return LookAhead(

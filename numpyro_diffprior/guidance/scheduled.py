@@ -73,7 +73,7 @@ class _PiecewisePosterior(GuidedDenoiser):
                 "evaluate them one by one, with `jax.lax.map`."
             )
         return jax.lax.cond(
-            sigma > self.threshold * self.part.scale,
+            sigma > self.threshold * self.prior.scale,
             lambda: self.high.guide(x_t, sigma),
             lambda: self.low.guide(x_t, sigma),
         )
@@ -123,7 +123,7 @@ class _TemperedPosterior(GuidedDenoiser):
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
         guided = self.posterior.guide(x_t, sigma)
-        share = sigma**2 / (sigma**2 + self.part.scale**2)
+        share = sigma**2 / (sigma**2 + self.prior.scale**2)
         power = 1 - (1 - self.power) * share
         return guided._replace(log_twist=power * guided.log_twist)
 

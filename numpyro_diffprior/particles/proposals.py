@@ -190,7 +190,7 @@ def propose(
 ) -> Evaluation:
     """Evaluate the denoiser at ``previous.x_t`` and return the proposal from there."""
     if posterior.looks_ahead:
-        x_hat = posterior.part(previous.x_t, levels.current)
+        x_hat = posterior.prior(previous.x_t, levels.current)
         x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
         mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
         predictive = posterior.look_ahead(x_hat, levels.following)

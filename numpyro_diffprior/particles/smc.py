@@ -86,7 +86,7 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
     A deterministic sampler does not forget its start: started at the prior's mean, it would miss
     the posterior's mean by this shift times the posterior's standard deviation over ``sigma_max``.
     """
-    location = posterior.part.initial_mean(posterior.likelihood.batch_shape)
+    location = posterior.prior.initial_mean(posterior.likelihood.batch_shape)
     return posterior(location, sampler.sigmas(posterior)[0]) - location
 
 
@@ -163,7 +163,7 @@ def _twisted_smc(
     keys = jax.random.split(rng_key, sampler.num_steps)
     first = start(x_t, len(posterior.event_shape))
     system, ess = jax.lax.scan(body, first, (keys[1:], levels))
-    x = posterior.part(system.particles.x_t, levels.following[-1])
+    x = posterior.prior(system.particles.x_t, levels.following[-1])
     log_weight = discard_nan(system.log_weight + posterior.likelihood.log_prob(x))
 
     def choose(chosen: jax.Array) -> Draws:
