@@ -83,6 +83,12 @@ class Sampler:
         sigma_max: The first noise level, in the data's units (default: the denoiser's).
         schedule: The spacing of the levels between them.
 
+    Attributes:
+        eta: The amount of fresh noise per step, :math:`\eta` in the module's equations: 1 in
+            ancestral samplers, 0 in deterministic ones.
+        order: The order of the extrapolation: 1 takes :math:`\tilde x = \hat x`, 2 extrapolates to
+            the middle of the step.
+
     Raises:
         ValueError: If there are fewer than two levels, a level is not positive, or `sigma_min` is
             not below `sigma_max`.
