@@ -146,12 +146,10 @@ class _Posterior(GuidedDenoiser):
         cov = self.guidance.covariance.at(self.prior, x_t, sigma)
         x_hat = cov.x_hat
         batch_shape = x_hat.shape[: x_hat.ndim - len(self.event_shape)]
-        zeros = jnp.zeros(batch_shape, x_hat.dtype)
         origin = jnp.zeros((*batch_shape, self.event_size), x_hat.dtype)
-        start = _Mode(origin, origin, zeros), zeros, zeros, zeros.astype(int)
+        start = _Mode(origin, origin, jnp.zeros(batch_shape, x_hat.dtype))
 
-        def step(carry: tuple, _: None) -> tuple[tuple, None]:
-            mode, _, residual, num_truncated = carry
+        def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, jax.Array, jax.Array]]:
             x = x_hat + mode.shift.reshape(x_hat.shape)
             local = self.likelihood.linearize(x).recenter(mode.shift)
             solution = self.solve(local, cov, self._matrix_at(x))
@@ -159,19 +157,15 @@ class _Posterior(GuidedDenoiser):
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
                 mode = self._search(x_hat, mode, solution.shift, solution.b)
-            return (
-                mode,
-                solution.logdet,
-                jnp.maximum(residual, solution.residual),
-                jnp.maximum(num_truncated, solution.num_truncated),
-            ), None
+            return mode, (solution.logdet, solution.residual, solution.num_truncated)
 
         if self.likelihood.linear:
-            (mode, logdet, residual, num_truncated), _ = step(start, None)
+            mode, (logdet, residual, num_truncated) = step(start, None)
         else:
-            (mode, logdet, residual, num_truncated), _ = jax.lax.scan(
+            mode, (logdets, residuals, counts) = jax.lax.scan(
                 step, start, length=self.guidance.num_iterations
             )
+            logdet, residual, num_truncated = logdets[-1], residuals.max(0), counts.max(0)
         correction = mode.shift if cov.closed_form is None else cov.pull(mode.b)
         return Guided(
             x_hat=x_hat,
