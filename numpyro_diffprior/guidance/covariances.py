@@ -13,7 +13,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -56,16 +56,16 @@ class PosteriorCovariance(ABC):
 
     Subclasses are static under `jax.jit`: they must be hashable and compare by value, as frozen
     dataclasses do.
+
+    Attributes:
+        has_closed_form: Whether `closed_form` returns a covariance.
     """
+
+    has_closed_form: ClassVar[bool] = True
 
     @abstractmethod
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance | None:
         r"""Return :math:`V` at a noise level, or None for Tweedie's :math:`\sigma^2 J`."""
-
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether `closed_form` returns a covariance."""
-        return True
 
     def at(self, denoiser: Denoiser, x_t: jax.Array, sigma: jax.Array) -> PosteriorOperator:
         """Evaluate the denoiser and return the operator at ``x_t``.
@@ -134,13 +134,10 @@ class TweedieCovariance(PosteriorCovariance):
     positive variance get no correction.
     """
 
+    has_closed_form: ClassVar[bool] = False
+
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> None:
         return None
-
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether `closed_form` returns a covariance; here it does not."""
-        return False
 
 
 def pull_back(denoiser: Denoiser, x_t: jax.Array, sigma: jax.Array) -> tuple[jax.Array, Product]:
