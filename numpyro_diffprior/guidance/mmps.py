@@ -111,35 +111,20 @@ class MMPS(Guidance):
 
 
 class _Mode(NamedTuple):
-    r"""A candidate for the mode :math:`\hat x + V b`.
+    r"""A candidate for the mode :math:`\hat x + V b`."""
 
-    Attributes:
-        shift: :math:`V b`, with shape ``(*batch, d)``.
-        b: The gradient of the log-likelihood there, with the same shape.
-        log_joint: :math:`\log p(y \mid x) - b^T V b / 2`, with shape ``(*batch,)``.
-    """
-
-    shift: jax.Array
-    b: jax.Array
-    log_joint: jax.Array
+    shift: jax.Array  # V b, (*batch, d)
+    b: jax.Array  # the gradient of the log-likelihood there, (*batch, d)
+    log_joint: jax.Array  # log p(y | x) - b^T V b / 2, (*batch,)
 
 
 @dataclass(frozen=True, eq=False)
 class _Posterior(GuidedDenoiser):
-    """The denoiser of a posterior under `MMPS`.
-
-    Args:
-        part: The prior.
-        likelihood: The likelihood.
-        guidance: The options.
-        solve: The solver.
-        matrix: The likelihood's operator, with shape ``(*batch, m, d)``, if it is the same at
-            every ``x`` and the solver needs it.
-    """
+    """The denoiser of a posterior under `MMPS`."""
 
     guidance: MMPS
     solve: Solve
-    matrix: jax.Array | None
+    matrix: jax.Array | None  # the operator, (*batch, m, d), if it is constant and needed
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         """Evaluate prior and posterior at one noise level."""
