@@ -35,8 +35,8 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ class Particles(NamedTuple):
     x_hat_y: jax.Array
 
 
+@dataclass(frozen=True, eq=False)
 class Proposal(ABC):
     r"""A Gaussian proposal for the next level, and the transition of the prior's chain.
 
@@ -77,9 +78,10 @@ class Proposal(ABC):
     tau: jax.Array
     log_twist: jax.Array
 
-    @abstractmethod
-    def take(self, index: jax.Array) -> "Proposal":
+    def take(self, index: jax.Array) -> Self:
         """Return the proposals of the particles at an index of shape ``(n, *batch)``."""
+        mean, log_twist = gather(self.mean, index), gather(self.log_twist, index)
+        return replace(self, mean=mean, log_twist=log_twist)
 
     @abstractmethod
     def draw(self, rng_key: jax.Array) -> jax.Array:
@@ -94,16 +96,10 @@ class Proposal(ABC):
 class _GuidedProposal(Proposal):
     r"""The chain's Gaussian, shifted by :math:`(\mu_y - \mu) / \tau` (``shift``)."""
 
-    mean: jax.Array
-    tau: jax.Array
-    log_twist: jax.Array
     shift: jax.Array
 
-    def take(self, index: jax.Array) -> "_GuidedProposal":
-        mean, log_twist, shift = (
-            gather(x, index) for x in (self.mean, self.log_twist, self.shift)
-        )
-        return _GuidedProposal(mean, self.tau, log_twist, shift)
+    def take(self, index: jax.Array) -> Self:
+        return replace(super().take(index), shift=gather(self.shift, index))
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
         noise = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
@@ -119,9 +115,6 @@ class _GuidedProposal(Proposal):
 class _LookAheadProposal(Proposal):
     """The product of the chain's Gaussian and that of a `LookAhead`, the ``predictive``."""
 
-    mean: jax.Array
-    tau: jax.Array
-    log_twist: jax.Array
     residual: jax.Array  # (num_particles, *batch, m)
     predictive: LookAhead
     ahead: Factor  # of S
@@ -139,13 +132,8 @@ class _LookAheadProposal(Proposal):
         log_twist = gaussian_log_density(residual, before.solve(residual), before.logdet())
         return cls(mean, tau, log_twist, residual, predictive, Factor.of(ahead), before)
 
-    def take(self, index: jax.Array) -> "_LookAheadProposal":
-        mean, log_twist, residual = (
-            gather(x, index) for x in (self.mean, self.log_twist, self.residual)
-        )
-        return _LookAheadProposal(
-            mean, self.tau, log_twist, residual, self.predictive, self.ahead, self.before
-        )
+    def take(self, index: jax.Array) -> Self:
+        return replace(super().take(index), residual=gather(self.residual, index))
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
         """Draw from chain and predictive jointly, then condition on ``y`` (Matheron's rule)."""
