@@ -51,12 +51,10 @@ class GaussianDenoiser(Denoiser):
         set_fields(self, **as_gaussian(self, mean, cov, unit))
 
     def in_unit(self, unit: jax.Array) -> "GaussianDenoiser":
-        """Return the same prior with another unit."""
         ratio = self.unit / unit
         return GaussianDenoiser(ratio * self.mean, self.cov.scale(ratio**2), unit)
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
         variance = jnp.asarray(sigma, self.dtype) ** 2
         deviation = flatten_events(x_t - self.mean, self.event_shape)
         # V / sigma^2, with V the conditional covariance, is the same matrix and needs no solve.
@@ -127,12 +125,10 @@ class MixtureDenoiser(Denoiser):
         set_fields(self, weights=weights, means=means, covs=covs, unit=unit, **summary)
 
     def in_unit(self, unit: jax.Array) -> "MixtureDenoiser":
-        """Return the same prior with another unit."""
         ratio = self.unit / unit
         return MixtureDenoiser(self.weights, ratio * self.means, self.covs.scale(ratio**2), unit)
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
         variance = jnp.asarray(sigma, self.dtype)[..., None] ** 2
         means = flatten_events(self.means, self.event_shape)
         deviation = flatten_events(x_t, self.event_shape)[..., None, :] - means

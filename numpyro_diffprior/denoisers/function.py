@@ -75,7 +75,6 @@ class FunctionDenoiser(Denoiser):
         self._check()
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
         batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
         levels = jnp.broadcast_to(jnp.asarray(sigma, self.dtype), batch_shape)
         function: Any = merge_arguments(self.arrays, self.static.arguments)

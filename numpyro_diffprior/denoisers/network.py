@@ -164,14 +164,12 @@ class NetworkDenoiser(Denoiser):
         return (context,)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Interpolate the measured ratios; see `Denoiser.error_ratio`."""
         low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
         grid = jnp.linspace(low, high, len(self.error_ratios))
         log_sigma = jnp.log(jnp.asarray(sigma, self.dtype))
         return jnp.interp(log_sigma, grid, self.error_ratios)
 
     def in_unit(self, unit: jax.Array) -> "NetworkDenoiser":
-        """Return the same prior with another unit."""
         ratio = self.unit / unit
         return NetworkDenoiser(
             self.net,

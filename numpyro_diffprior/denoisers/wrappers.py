@@ -35,34 +35,27 @@ class DenoiserWrapper(Denoiser):
 
     @property
     def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
         return self.part.mean
 
     @property
     def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance."""
         return self.part.cov
 
     @property
     def unit(self) -> jax.Array | float:  # type: ignore[override]
-        """The unit of the wrapped denoiser."""
         return self.part.unit
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:
-        """The shape of a context that the denoiser expects, or None."""
         return self.part.context_shape
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
-        """Return the contexts of a batch of events; see `Denoiser.contexts`."""
         return self.part.contexts(batch_shape)
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the mean of the samplers' initial Gaussian; see `Denoiser.initial_mean`."""
         return self.part.initial_mean(batch_shape)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        """Return the ratio of errors; see `Denoiser.error_ratio`."""
         return self.part.error_ratio(sigma)
 
 
@@ -113,18 +106,15 @@ class ConditionedDenoiser(DenoiserWrapper):
         return None
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the contexts of a batch of events, ``(n, *context_shape)``."""
         shape = self.context.shape[len(self.batch_shape) :]
         return jnp.broadcast_to(self.context, (*batch_shape, *shape)).reshape(-1, *shape)
 
     def at_contexts(self, contexts: jax.Array | None) -> Denoiser:
-        """Return the denoiser at other contexts."""
         if contexts is None:
             return self
         return ConditionedDenoiser(self.part, contexts)
 
     def in_unit(self, unit: jax.Array) -> "ConditionedDenoiser":
-        """Return the same prior with another unit."""
         return ConditionedDenoiser(self.part.in_unit(unit), self.context)
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
@@ -152,22 +142,18 @@ class PlateDenoiser(DenoiserWrapper):
     batch_shape: tuple[int, ...] = field(metadata={"static": True})
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
         sigma = jnp.asarray(sigma, self.dtype)
         return self.part(x_t, align(sigma, self.batch_shape))
 
     @property
     def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
         return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
 
     @property
     def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance, block diagonal."""
         return Repeated(self.part.cov, prod(self.batch_shape))
 
     def in_unit(self, unit: jax.Array) -> "PlateDenoiser":
-        """Return the same prior with another unit."""
         return PlateDenoiser(self.part.in_unit(unit), self.batch_shape)
 
     def contexts(self, batch_shape: tuple[int, ...]) -> None:
@@ -175,7 +161,6 @@ class PlateDenoiser(DenoiserWrapper):
         return None
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the initial means of the elements."""
         return self.part.initial_mean((*batch_shape, *self.batch_shape))
 
 
@@ -194,19 +179,16 @@ class ProductDenoiser(Denoiser):
     parts: tuple[Denoiser, ...]
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the conditional mean; see `Denoiser`."""
         sigma = jnp.asarray(sigma, self.dtype)
         values = zip(self.parts, self.split(x_t), strict=True)
         return self.join([part(x, sigma * part.scale) for part, x in values])
 
     @property
     def mean(self) -> jax.Array:  # type: ignore[override]
-        """The prior's mean."""
         return self.join([part.mean for part in self.parts])
 
     @property
     def cov(self) -> Covariance:  # type: ignore[override]
-        """The prior's covariance, block diagonal."""
         return Blocks(tuple(part.cov.scale(part.scale**-2) for part in self.parts))
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
@@ -216,7 +198,6 @@ class ProductDenoiser(Denoiser):
         return sum(weighted[1:], start=weighted[0]) / self.event_size
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Return the parts' initial means, joined."""
         return self.join([part.initial_mean(batch_shape) for part in self.parts])
 
     def split(self, x: jax.Array) -> tuple[jax.Array, ...]:

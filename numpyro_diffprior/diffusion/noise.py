@@ -71,7 +71,6 @@ class LogLinear(Schedule):
     """
 
     def __call__(self, num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
-        """See `Schedule.__call__`."""
         low, high, t = _grid(num_steps, sigma_min, sigma_max)
         return high * (low / high) ** t
 
@@ -95,11 +94,9 @@ class Karras(Schedule):
     rho: float = field(default=7.0, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Validate."""
         set_fields(self, rho=check_number("Karras", "rho", self.rho))
 
     def __call__(self, num_steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> jax.Array:
-        """See `Schedule.__call__`."""
         low, high, t = _grid(num_steps, sigma_min, sigma_max)
         # Relative to the largest level: the first level is then exactly `sigma_max`.
         ratio = (low / high) ** (1 / self.rho)
@@ -189,7 +186,6 @@ class LogBeta(NoiseDistribution):
     stratified: bool = field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Validate."""
         set_fields(
             self,
             alpha=check_number("LogBeta", "alpha", self.alpha),
@@ -238,7 +234,6 @@ class LogNormal(NoiseDistribution):
     stratified: bool = field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Validate."""
         mean = check_number("LogNormal", "mean", self.mean, -math.inf)
         set_fields(self, mean=mean, std=check_number("LogNormal", "std", self.std))
 
@@ -250,7 +245,6 @@ class LogNormal(NoiseDistribution):
         sigma_max: ArrayLike,
         scale: ArrayLike,
     ) -> jax.Array:
-        """See `NoiseDistribution.quantile`."""
         sigma = scale * jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(u))
         return jnp.clip(sigma, sigma_min, sigma_max)
 
@@ -274,7 +268,6 @@ class LogUniform(NoiseDistribution):
         sigma_max: ArrayLike,
         scale: ArrayLike,
     ) -> jax.Array:
-        """See `NoiseDistribution.quantile`."""
         return _log_interpolate(u, sigma_min, sigma_max)
 
 

@@ -291,7 +291,6 @@ class Heun(Sampler):
 
     @property
     def num_evaluations(self) -> int:
-        """The number of evaluations of the denoiser per draw."""
         return 2 * self.num_steps - 1
 
     def step(
@@ -344,7 +343,6 @@ class PredictorCorrector(Sampler):
 
     @property
     def num_evaluations(self) -> int:
-        """The number of evaluations of the denoiser per draw."""
         return (self.num_steps - 1) * (1 + self.num_corrections) + 1
 
     def step(
@@ -355,7 +353,6 @@ class PredictorCorrector(Sampler):
         x_hat_prev: jax.Array,
         levels: Levels,
     ) -> tuple[jax.Array, jax.Array]:
-        """Predict, then correct."""
         x_hat = denoiser(x_t, levels.current)
         x_s, _ = self.transition(x_t, x_hat, levels)
 

@@ -105,7 +105,6 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         return jnp.minimum(low, jnp.maximum(wanted, finest(self.prior)))
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
-        """Return the posterior's conditional mean; see `Denoiser`."""
         return self.guide(x_t, sigma).x_hat_y
 
     def guide(self, x_t: jax.Array, sigma: jax.Array | float) -> Guided:

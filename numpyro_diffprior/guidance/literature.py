@@ -43,7 +43,6 @@ class TMPD(Guidance):
     """
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior."""
         return _TMPDPosterior(denoiser, likelihood)
 
 
@@ -52,7 +51,6 @@ class _TMPDPosterior(GuidedDenoiser):
     """The denoiser of a posterior by `TMPD`."""
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
         x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         row_sums = local.matvec(pull(local.transpose(jnp.ones_like(local.residual))))
@@ -86,7 +84,6 @@ class DPS(Guidance):
         set_fields(self, strength=strength)
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior."""
         return _DPSPosterior(denoiser, likelihood, self.strength)
 
 
@@ -97,7 +94,6 @@ class _DPSPosterior(GuidedDenoiser):
     strength: float
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
         x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)

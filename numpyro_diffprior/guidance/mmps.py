@@ -127,7 +127,6 @@ class _Posterior(GuidedDenoiser):
     matrix: jax.Array | None  # the operator, (*batch, m, d), if it is constant and needed
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
         cov = self.guidance.covariance.at(self.prior, x_t, sigma)
         x_hat = cov.x_hat
         batch_shape = x_hat.shape[: x_hat.ndim - len(self.event_shape)]
@@ -162,11 +161,9 @@ class _Posterior(GuidedDenoiser):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether look-ahead proposals are asked for and possible."""
         return self.guidance.look_ahead and self.matrix is not None
 
     def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return the prediction of the observations; see `LookAhead`."""
         assert self.matrix is not None
         local = self.likelihood.linearize(x)
         cov = self.guidance.covariance.closed_form(self.prior, sigma)

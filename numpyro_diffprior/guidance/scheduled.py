@@ -46,7 +46,6 @@ class Piecewise(Guidance):
         set_fields(self, threshold=check_number("Piecewise", "threshold", self.threshold))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with one part for each guidance."""
         high, low = (
             _condition(self, part, denoiser, likelihood) for part in (self.high, self.low)
         )
@@ -108,7 +107,6 @@ class Tempered(Guidance):
         set_fields(self, power=power)
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior, with a tempered twist."""
         posterior = _condition(self, self.guidance, denoiser, likelihood)
         return _TemperedPosterior(denoiser, likelihood, posterior, self.power)
 
@@ -121,7 +119,6 @@ class _TemperedPosterior(GuidedDenoiser):
     power: float
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        """Evaluate prior and posterior at one noise level."""
         guided = self.posterior.guide(x_t, sigma)
         share = sigma**2 / (sigma**2 + self.prior.scale**2)
         power = 1 - (1 - self.power) * share

@@ -60,7 +60,6 @@ class MLP(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialize the weights."""
         check_rngs("MLP", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         self.features = check_sizes("features", features)

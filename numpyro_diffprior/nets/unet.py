@@ -68,7 +68,6 @@ class UNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialize the weights."""
         check_rngs("UNet", rngs)
         self.event_shape = check_sizes("event_shape", event_shape)
         if len(self.event_shape) not in (2, 3):
