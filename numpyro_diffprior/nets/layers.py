@@ -24,12 +24,8 @@ __all__ = [
     "conv",
     "upsample",
     "group_norm",
-    "layer_norm",
     "linear",
 ]
-
-
-_MAX_FREQUENCY = 64.0
 
 
 class Embedding(nnx.Module):
@@ -54,7 +50,7 @@ class Embedding(nnx.Module):
     def __call__(self, noise: jax.Array, context: jax.Array | None) -> jax.Array:
         # `noise` is log(sigma / s) / 4, which spans a few units. The slowest sine has less than
         # one period over this range, the fastest has several per unit.
-        frequencies = jnp.geomspace(0.5, _MAX_FREQUENCY, self.features // 2, dtype=noise.dtype)
+        frequencies = jnp.geomspace(0.5, 64.0, self.features // 2, dtype=noise.dtype)
         angles = noise[:, None] * frequencies
         h = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
         if self.context_shape is not None:
@@ -144,13 +140,6 @@ class _Attention(nnx.Module):
         return x + self.out(h.reshape(batch, height, width, features))
 
 
-def layer_norm(width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer normalization without scale and shift, which `ModulatedNorm` adds."""
-    return nnx.LayerNorm(
-        width, use_bias=False, use_scale=False, param_dtype=param_dtype, rngs=rngs
-    )
-
-
 def group_norm(
     width: int, *, affine: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.GroupNorm:
@@ -171,7 +160,7 @@ def linear(
     size: int, width: int, *, zero: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """An affine map of the last axis."""
-    init = _zeros if zero else _lecun_normal
+    init = jax.nn.initializers.zeros if zero else _lecun_normal
     return nnx.Linear(size, width, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
 
 
@@ -190,7 +179,7 @@ def conv(
         width,
         (3, 3),
         strides=strides,
-        kernel_init=_zeros if zero else _lecun_normal,
+        kernel_init=jax.nn.initializers.zeros if zero else _lecun_normal,
         conv_general_dilated=_convolve,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -206,10 +195,6 @@ def _lecun_normal(rng_key: jax.Array, shape: Sequence[int], dtype: DTypeLike) ->
     variance = 0.774  # of a standard normal truncated at two deviations
     draws = jax.random.truncated_normal(rng_key, -2, 2, (math.prod(shape),), dtype)
     return (draws / math.sqrt(variance * math.prod(shape[:-1]))).astype(dtype).reshape(shape)
-
-
-def _zeros(rng_key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-    return jnp.zeros(shape, dtype)
 
 
 def _convolve(

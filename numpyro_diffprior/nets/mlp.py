@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from numpyro_diffprior.nets.layers import (
     Embedding,
     ModulatedNorm,
-    layer_norm,
     linear,
 )
 from numpyro_diffprior.nets.options import (
@@ -74,9 +73,11 @@ class MLP(nnx.Module):
         self.first = linear(size, widths[0], **options)
         # Added before the first normalization, which would otherwise hide the magnitude of `x`.
         self.offset = linear(self.embedding, widths[0], **options)
+        # Without scale and shift, which `ModulatedNorm` adds.
+        plain = {"use_bias": False, "use_scale": False, **options}
         self.norms = nnx.List(
             [
-                ModulatedNorm(layer_norm(width, **options), width, self.embedding, **options)
+                ModulatedNorm(nnx.LayerNorm(width, **plain), width, self.embedding, **options)
                 for width in widths
             ]
         )
