@@ -1,7 +1,8 @@
 """Layers of noise-conditional networks, as flax nnx modules.
 
 Features are modulated by an embedding of the noise level; images have shape
-``(batch, height, width, channels)``. Layers with ``zero=True`` are initialized to zero.
+``(batch, height, width, channels)``. Layers with ``zero=True`` are initialized to zero; further
+keyword arguments are ``param_dtype`` and ``rngs``, as in flax.
 
 References:
     Dhariwal, Nichol, *Diffusion models beat GANs on image synthesis*, 2021, arXiv 2105.05233
@@ -32,14 +33,8 @@ class Embedding(nnx.Module):
     """A two-layer embedding of the noise level (its sines and cosines) and the context."""
 
     def __init__(
-        self,
-        features: int,
-        context_shape: tuple[int, ...] | None,
-        *,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, features: int, context_shape: tuple[int, ...] | None, **options: Any
     ) -> None:
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.features = features
         self.context_shape = context_shape
         self.first = linear(features, features, **options)
@@ -68,16 +63,10 @@ class ModulatedNorm(nnx.Module):
     """A normalization whose scale and shift depend on the noise level."""
 
     def __init__(
-        self,
-        norm: nnx.LayerNorm | nnx.GroupNorm,
-        width: int,
-        embedding: int,
-        *,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, norm: nnx.LayerNorm | nnx.GroupNorm, width: int, embedding: int, **options: Any
     ) -> None:
         self.norm = norm
-        self.linear = linear(embedding, 2 * width, param_dtype=param_dtype, rngs=rngs)
+        self.linear = linear(embedding, 2 * width, **options)
 
     def __call__(self, h: jax.Array, embedded: jax.Array) -> jax.Array:
         modulation = self.linear(embedded)
@@ -97,10 +86,8 @@ class ResidualBlock(nnx.Module):
         embedding: int,
         num_heads: int,
         dropout: float,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.norm = group_norm(size, affine=True, **options)
         self.first = conv(size, width, **options)
         self.modulated = ModulatedNorm(group_norm(width, **options), width, embedding, **options)
@@ -121,10 +108,7 @@ class ResidualBlock(nnx.Module):
 class _Attention(nnx.Module):
     """Residual self-attention over all positions of an image."""
 
-    def __init__(
-        self, width: int, num_heads: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, width: int, num_heads: int, **options: Any) -> None:
         self.num_heads = num_heads
         self.norm = group_norm(width, affine=True, **options)
         self.qkv = linear(width, 3 * width, **options)
@@ -140,38 +124,23 @@ class _Attention(nnx.Module):
         return x + self.out(h.reshape(batch, height, width, features))
 
 
-def group_norm(
-    width: int, *, affine: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
+def group_norm(width: int, *, affine: bool = False, **options: Any) -> nnx.GroupNorm:
     """A group normalization with at most 32 groups, of at least four channels if possible."""
     most = min(32, max(1, width // 4))
     num_groups = max(k for k in range(1, most + 1) if width % k == 0)
     return nnx.GroupNorm(
-        width,
-        num_groups=num_groups,
-        use_bias=affine,
-        use_scale=affine,
-        param_dtype=param_dtype,
-        rngs=rngs,
+        width, num_groups=num_groups, use_bias=affine, use_scale=affine, **options
     )
 
 
-def linear(
-    size: int, width: int, *, zero: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
+def linear(size: int, width: int, *, zero: bool = False, **options: Any) -> nnx.Linear:
     """An affine map of the last axis."""
     init = jax.nn.initializers.zeros if zero else _lecun_normal
-    return nnx.Linear(size, width, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+    return nnx.Linear(size, width, kernel_init=init, **options)
 
 
 def conv(
-    size: int,
-    width: int,
-    *,
-    strides: int = 1,
-    zero: bool = False,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
+    size: int, width: int, *, strides: int = 1, zero: bool = False, **options: Any
 ) -> nnx.Conv:
     """A 3 x 3 convolution that keeps the resolution, or with stride two halves it (rounded up)."""
     return nnx.Conv(
@@ -181,8 +150,7 @@ def conv(
         strides=strides,
         kernel_init=jax.nn.initializers.zeros if zero else _lecun_normal,
         conv_general_dilated=_convolve,
-        param_dtype=param_dtype,
-        rngs=rngs,
+        **options,
     )
 
 
