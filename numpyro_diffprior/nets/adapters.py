@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
+from numpyro_diffprior._compile.checks import set_fields
 
 __all__ = ["FunctionNetwork", "as_network", "untrained", "split_network"]
 
@@ -46,9 +47,8 @@ class FunctionNetwork:
     context_shape: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "event_shape", tuple(self.event_shape))
-        if self.context_shape is not None:
-            object.__setattr__(self, "context_shape", tuple(self.context_shape))
+        context_shape = None if self.context_shape is None else tuple(self.context_shape)
+        set_fields(self, event_shape=tuple(self.event_shape), context_shape=context_shape)
 
     def __call__(
         self,

@@ -53,11 +53,10 @@ def check_rate(dropout: float) -> float:
     return rate
 
 
-def check_rngs(name: str, rngs: nnx.Rngs) -> nnx.Rngs:
-    """Return the random streams of a network."""
+def check_rngs(name: str, rngs: nnx.Rngs) -> None:
+    """Raise unless these are random streams."""
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(f"{name}: expected rngs such as nnx.Rngs(0), got rngs={rngs!r}.")
-    return rngs
 
 
 def check_dtype(param_dtype: DTypeLike) -> np.dtype:
