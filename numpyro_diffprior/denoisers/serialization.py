@@ -48,6 +48,7 @@ from numpyro_diffprior.linalg.covariances import (
     Repeated,
 )
 from numpyro_diffprior.nets import NETWORKS
+from numpyro_diffprior.nets.adapters import named_arrays, replace_arrays
 
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 
@@ -286,11 +287,7 @@ def _config(net: nnx.Module) -> dict[str, Any]:
 
 def _weights(net: nnx.Module) -> dict[str, jax.Array]:
     """Return all arrays of a network by path, except the state of random streams."""
-    state = nnx.state(net, nnx.Not(nnx.RngState))
-    return {
-        _key(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in nnx.to_flat_state(state)
-    }
+    return named_arrays(nnx.state(net, nnx.Not(nnx.RngState)))
 
 
 def _decode(
@@ -347,7 +344,8 @@ def _build_network(
             f"'{file}': expected one of the networks {', '.join(networks)}, got {name!r}; pass "
             f'its class: networks={{"{name}": {name}}}.'
         )
-    stored = _stored_weights(path, tensors)
+    prefix = _join(path, "")
+    stored = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
     def build() -> nnx.Module:
         try:
@@ -370,13 +368,9 @@ def _build_network(
         pass  # The constructor needs concrete weights; the network is checked once it is built.
     net = build()
     _check_shapes(_weights(net), name, stored, file)
-    _set_weights(net, stored, file)
+    arrays = {key: _to_jax(array, key, file) for key, array in stored.items()}
+    nnx.update(net, replace_arrays(nnx.state(net, nnx.Not(nnx.RngState)), arrays))
     return net
-
-
-def _stored_weights(path: str, tensors: _Tensors) -> _Tensors:
-    prefix = _join(path, "")
-    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
 
 def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors, file: _Path) -> None:
@@ -390,20 +384,6 @@ def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors, file:
             f"it: expected also {different}, got {[shapes.get(key) for key in different]} there, "
             f"and unexpected {superfluous}; pass the class that was saved."
         )
-
-
-def _set_weights(net: nnx.Module, stored: _Tensors, file: _Path) -> None:
-    leaves = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
-    flat = []
-    for parts, leaf in leaves:
-        key = _key(parts)
-        array = _to_jax(stored[key], key, file)
-        flat.append((parts, leaf.replace(array) if isinstance(leaf, nnx.Variable) else array))
-    nnx.update(net, nnx.from_flat_state(flat))
-
-
-def _key(parts: tuple[Any, ...]) -> str:
-    return ".".join(map(str, parts))
 
 
 def _to_jax(array: np.ndarray, name: str, file: _Path) -> jax.Array:

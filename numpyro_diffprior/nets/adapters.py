@@ -9,12 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
 from numpyro_diffprior._compile.checks import set_fields
 
-__all__ = ["FunctionNetwork", "as_network", "untrained", "split_network"]
+__all__ = [
+    "FunctionNetwork",
+    "as_network",
+    "named_arrays",
+    "replace_arrays",
+    "split_network",
+    "untrained",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -121,41 +129,46 @@ def split_network(net: Any) -> tuple[Arrays, Arrays, Rebuild]:
     """
     if isinstance(net, nnx.Module):
         graph, state = nnx.split(net)
+        arrays = named_arrays(state)
         flat = nnx.to_flat_state(state)
-        weights = {_name(path): leaf[...] for path, leaf in flat if isinstance(leaf, nnx.Param)}
-        rest = {
-            _name(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
-            for path, leaf in flat
-            if not isinstance(leaf, nnx.Param)
-        }
+        trained = {_name(path) for path, leaf in flat if isinstance(leaf, nnx.Param)}
 
-        def rebuild(weights: Arrays, rest: Arrays) -> nnx.Module:
-            arrays = weights | rest
-            leaves = [
-                (path, leaf.replace(arrays[_name(path)]))
-                if isinstance(leaf, nnx.Variable)
-                else (path, arrays[_name(path)])
-                for path, leaf in flat
-            ]
-            return nnx.merge(graph, nnx.from_flat_state(leaves))
+        def rebuild(arrays: Arrays) -> Any:
+            return nnx.merge(graph, replace_arrays(state, arrays))
+    else:
+        paths, treedef = jax.tree.flatten_with_path(net)
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+        names = list(arrays)
+        trained = {name for name in names if jnp.issubdtype(arrays[name].dtype, jnp.inexact)}
 
-        return weights, rest, rebuild
-    paths, treedef = jax.tree.flatten_with_path(net)
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
-    arrays = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
-    trained = {k: v for k, v in arrays.items() if jax.numpy.issubdtype(v.dtype, jax.numpy.inexact)}
-    others = {k: v for k, v in arrays.items() if k not in trained}
+        def rebuild(arrays: Arrays) -> Any:
+            return jax.tree.unflatten(treedef, [arrays[name] for name in names])
 
-    def rebuild_tree(weights: Arrays, rest: Arrays) -> Any:
-        both = weights | rest
-        return jax.tree.unflatten(treedef, [both[name] for name in names])
-
-    return trained, others, rebuild_tree
+    weights = {name: array for name, array in arrays.items() if name in trained}
+    rest = {name: array for name, array in arrays.items() if name not in trained}
+    return weights, rest, lambda weights, rest: rebuild(weights | rest)
 
 
 def untrained(net: Any) -> Arrays:
     """Return the untrained arrays of a network, which a call may update; see `split_network`."""
     return split_network(net)[1]
+
+
+def named_arrays(state: nnx.State) -> Arrays:
+    """Return the arrays in the state of a flax nnx module, by path."""
+    return {
+        _name(path): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def replace_arrays(state: nnx.State, arrays: Arrays) -> nnx.State:
+    """Return the state of a flax nnx module with other arrays; the inverse of `named_arrays`."""
+    leaves = []
+    for path, leaf in nnx.to_flat_state(state):
+        array = arrays[_name(path)]
+        leaves.append((path, leaf.replace(array) if isinstance(leaf, nnx.Variable) else array))
+    return nnx.from_flat_state(leaves)
 
 
 def _name(path: tuple[Any, ...]) -> str:
