@@ -34,7 +34,7 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
 from numpyro_diffprior.linalg.empirical import empirical_gaussian
-from numpyro_diffprior.nets.adapters import split_network, untrained
+from numpyro_diffprior.nets.adapters import split_network
 
 __all__ = [
     "FitResult",
@@ -357,7 +357,7 @@ def _train(
         denoiser = _at(replace(fixed, net=net), context, index)
         loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
         # Batch statistics and the counts of random streams are passed to the next step.
-        return loss, untrained(net)
+        return loss, split_network(net)[1]
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(

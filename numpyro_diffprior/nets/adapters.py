@@ -15,14 +15,7 @@ from flax import nnx
 from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
 from numpyro_diffprior._compile.checks import set_fields
 
-__all__ = [
-    "FunctionNetwork",
-    "as_network",
-    "named_arrays",
-    "replace_arrays",
-    "split_network",
-    "untrained",
-]
+__all__ = ["FunctionNetwork", "as_network", "named_arrays", "replace_arrays", "split_network"]
 
 
 @jax.tree_util.register_dataclass
@@ -147,11 +140,6 @@ def split_network(net: Any) -> tuple[Arrays, Arrays, Rebuild]:
     weights = {name: array for name, array in arrays.items() if name in trained}
     rest = {name: array for name, array in arrays.items() if name not in trained}
     return weights, rest, lambda weights, rest: rebuild(weights | rest)
-
-
-def untrained(net: Any) -> Arrays:
-    """Return the untrained arrays of a network, which a call may update; see `split_network`."""
-    return split_network(net)[1]
 
 
 def named_arrays(state: nnx.State) -> Arrays:
