@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import check_batch_size, replicate, spread
-from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
+from numpyro_diffprior.denoisers.denoiser import Denoiser, align, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
@@ -101,17 +101,16 @@ def denoising_loss(
     Returns:
         The loss, a scalar.
     """
-    event_axes = tuple(range(-len(denoiser.event_shape), 0))
-    sigma = jnp.expand_dims(jnp.asarray(sigma, x.dtype), event_axes)
-    x_t = x + sigma * jax.random.normal(rng_key, x.shape, x.dtype)
-    level = sigma.squeeze(event_axes)
+    sigma = jnp.asarray(sigma, x.dtype)
+    level = align(sigma, denoiser.event_shape)
+    x_t = x + level * jax.random.normal(rng_key, x.shape, x.dtype)
     if isinstance(denoiser, NetworkDenoiser | ConditionedDenoiser):
-        x_hat = denoiser(x_t, level, rngs=rngs)
+        x_hat = denoiser(x_t, sigma, rngs=rngs)
     else:
-        x_hat = denoiser(x_t, level)
+        x_hat = denoiser(x_t, sigma)
     # The square of 1 / c_out in `NetworkDenoiser`, if its base has the data's scale. In EM, the
     # base is fixed while the scale follows the draws.
-    weight = 1 / sigma**2 + 1 / denoiser.scale**2
+    weight = 1 / level**2 + 1 / denoiser.scale**2
     return jnp.mean(weight * (x_hat - x) ** 2)
 
 
@@ -128,10 +127,8 @@ def init_training(
     Returns:
         The state that `train` takes.
     """
-    weights, _, _ = split_network(denoiser.net)
-    weights = _widen(weights)
-    num_steps = jnp.zeros((), int)
-    return TrainState(denoiser, denoiser, optimizer.init(weights), num_steps)
+    weights = _widen(split_network(denoiser.net)[0])
+    return TrainState(denoiser, denoiser, optimizer.init(weights), jnp.zeros((), int))
 
 
 def train(
