@@ -358,49 +358,36 @@ def _train(
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
-        carry: tuple[Any, Any, Any, optax.OptState, jax.Array, jax.Array], rng_key: jax.Array
-    ) -> tuple[tuple[Any, Any, Any, optax.OptState, jax.Array, jax.Array], jax.Array]:
-        weights, rest, averaged, opt_state, count, diverged = carry
+        carry: tuple[Any, jax.Array], rng_key: jax.Array
+    ) -> tuple[tuple[Any, jax.Array], jax.Array]:
+        old, diverged = carry
+        weights, rest, averaged, opt_state, count = old
         key_batch, key_loss = jax.random.split(rng_key)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
         differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, new_rest), gradient = differentiate(weights, rest, index, key_loss)
-        update, new_opt_state = optimizer.update(gradient, opt_state, weights)
-        new_weights = optax.apply_updates(weights, update)
-        # A step that is not finite is not taken, nor is any later one; their losses are NaN.
-        is_finite = _are_finite((loss, new_weights)) & _are_finite(gradient)
-        diverged = diverged | ~is_finite
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
-
-        loss = jnp.where(diverged, jnp.nan, loss)
-        weights, rest = keep(new_weights, weights), keep(new_rest, rest)
-        opt_state = keep(new_opt_state, opt_state)
-        count = count + ~diverged
+        (loss, rest), gradient = differentiate(weights, rest, index, key_loss)
+        update, opt_state = optimizer.update(gradient, opt_state, weights)
+        weights = optax.apply_updates(weights, update)
+        count = count + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
             # In the average's dtype, which may be narrower than that of `decay`.
-            lambda new, old: jnp.where(
-                diverged, old, old + (1 - decay).astype(old.dtype) * (new - old)
-            ),
+            lambda new, mean: mean + (1 - decay).astype(mean.dtype) * (new - mean),
             weights,
             averaged,
         )
-        return (weights, rest, averaged, opt_state, count, diverged), loss
+        # A step that is not finite is not taken, nor is any later one; their losses are NaN.
+        diverged = diverged | ~_are_finite((loss, gradient, weights))
+        new = weights, rest, averaged, opt_state, count
+        kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
+        return (kept, diverged), jnp.where(diverged, jnp.nan, loss)
 
     # In a dtype such as bfloat16, small updates of the weights and of their average would round to
     # zero, and so would the optimizer's averages of squared gradients.
-    carry = (
-        _widen(narrow),
-        rest,
-        _widen(averaged),
-        state.opt_state,
-        state.num_steps,
-        jnp.zeros((), bool),
-    )
-    carry, losses = jax.lax.scan(step, carry, jax.random.split(rng_key, num_steps))
-    weights, rest, wide, opt_state, count, _ = carry
+    first = _widen(narrow), rest, _widen(averaged), state.opt_state, state.num_steps
+    keys = jax.random.split(rng_key, num_steps)
+    (last, _), losses = jax.lax.scan(step, (first, jnp.zeros((), bool)), keys)
+    weights, rest, wide, opt_state, count = last
     weights, averaged = _like(weights, narrow), _like(wide, averaged)
     state = TrainState(
         replace(fixed, net=rebuild(weights, rest)),
