@@ -82,7 +82,7 @@ def sliced_wasserstein(
     """
     name = "sliced_wasserstein"
     x, y, unit = _in_unit(*_clouds(name, x, y))
-    p = _check_order(name, p)
+    p = check_number(name, "p", p, 1.0, inclusive=True)
     directions = _random_directions(name, rng_key, num_projections, x)
     return unit * jnp.mean(_projected_distances(directions, x, y, p)) ** (1 / p)
 
@@ -122,7 +122,7 @@ def max_sliced_wasserstein(
     """
     name = "max_sliced_wasserstein"
     x, y, unit = _in_unit(*_clouds(name, x, y))
-    p = _check_order(name, p)
+    p = check_number(name, "p", p, 1.0, inclusive=True)
     num_refined = check_count(name, "num_refined", num_refined)
     num_steps = check_count(name, "num_steps", num_steps, least=0)
     directions = _random_directions(name, rng_key, num_projections, x)
@@ -200,28 +200,14 @@ def entropic_transport_cost(
 
     POT's ``sinkhorn2`` returns the same cost by default. It is not zero even between a cloud and
     itself: see `excess_transport_cost` and `sinkhorn_divergence`.
-    Warns if the iterations did not converge, except under ``jit``; see `entropic_transport`.
-
-    Args:
-        x: Cloud with shape ``(n, *event_shape)``.
-        y: Cloud with shape ``(m, *event_shape)``.
-        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
-        tolerance: Largest total violation of the marginals.
-        max_steps: Largest number of iterations.
+    Warns if the iterations did not converge, except under ``jit``. The arguments are those of
+    `entropic_transport`.
 
     Returns:
         The cost, in squared units of the events, scalar.
-
-    Raises:
-        ImportError: If ott-jax is missing.
-        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
     result = entropic_transport(
-        x,
-        y,
-        regularization=regularization,
-        tolerance=tolerance,
-        max_steps=max_steps,
+        x, y, regularization=regularization, tolerance=tolerance, max_steps=max_steps
     )
     _warn_unless_converged(result)
     return result.cost
@@ -293,21 +279,11 @@ def sinkhorn_divergence(
     \mathrm{OT}_\varepsilon(y, y)) / 2`, where :math:`\mathrm{OT}_\varepsilon` is the
     ``regularized_cost`` of `entropic_transport`. It is zero for identical clouds and positive
     otherwise; for a shifted copy of a cloud it is the squared length of the shift.
-    Warns if the iterations did not converge, except under ``jit``.
-
-    Args:
-        x: Cloud with shape ``(n, *event_shape)``.
-        y: Cloud with shape ``(m, *event_shape)``.
-        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
-        tolerance: Largest total violation of the marginals.
-        max_steps: Largest number of iterations.
+    Warns if the iterations did not converge, except under ``jit``. The arguments are those of
+    `entropic_transport`.
 
     Returns:
         The divergence, in squared units of the events, scalar.
-
-    Raises:
-        ImportError: If ott-jax is missing.
-        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
     options = _check_transport("sinkhorn_divergence", regularization, tolerance, max_steps)
     x, y = _clouds("sinkhorn_divergence", x, y)
@@ -336,10 +312,6 @@ def _in_unit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
     size = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
     unit = jnp.where(size > 0, jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1]), 1)
     return x / unit, y / unit, unit
-
-
-def _check_order(name: str, p: float) -> float:
-    return check_number(name, "p", p, 1.0, inclusive=True)
 
 
 def _random_directions(
