@@ -156,7 +156,7 @@ class NoiseDistribution(ABC):
             Noise levels with shape ``(num,)``. Independent draws, or, if the distribution is
             stratified, one draw from each of `num` strata of equal probability, in random order.
         """
-        dtype = _float_dtype(sigma_min, sigma_max)
+        dtype = jnp.result_type(float, sigma_min, sigma_max)
         key_uniform, key_order = jax.random.split(rng_key)
         u = jax.random.uniform(key_uniform, (num,), dtype)
         if self.stratified:
@@ -276,7 +276,7 @@ def _grid(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return both ends as arrays, and the positions of the levels between them, from 0 to 1."""
     num_steps = check_count("Schedule", "num_steps", num_steps)
-    dtype = _float_dtype(sigma_min, sigma_max)
+    dtype = jnp.result_type(float, sigma_min, sigma_max)
     t = jnp.linspace(0, 1, num_steps, dtype=dtype)
     return jnp.asarray(sigma_min, dtype), jnp.asarray(sigma_max, dtype), t
 
@@ -285,7 +285,3 @@ def _log_interpolate(t: jax.Array, sigma_min: ArrayLike, sigma_max: ArrayLike) -
     low, high = jnp.log(sigma_min), jnp.log(sigma_max)
     # Clipped, because rounding may leave the range by an ulp.
     return jnp.clip(jnp.exp(low + t * (high - low)), sigma_min, sigma_max)
-
-
-def _float_dtype(*values: ArrayLike) -> jnp.dtype:
-    return jnp.result_type(float, *values)

@@ -263,11 +263,12 @@ def sandwich_square(cov: Covariance, operator: jax.Array) -> jax.Array:
 
     def product() -> jax.Array:
         rows = jax.vmap(cov.matvec, in_axes=-2, out_axes=-2)(operator)
-        return _gram(rows)
+        return matmul(rows, rows.mT)
 
     if operator.shape[-2] != operator.shape[-1]:
         return product()
-    return _where_diagonal(operator, _gram(cov.dense()), product)
+    matrix = cov.dense()
+    return _where_diagonal(operator, matmul(matrix, matrix.mT), product)
 
 
 def _where_diagonal(
@@ -281,10 +282,6 @@ def _where_diagonal(
         otherwise,
         lambda: diagonal[..., :, None] * matrix * diagonal[..., None, :],
     )
-
-
-def _gram(rows: jax.Array) -> jax.Array:
-    return matmul(rows, rows.mT)
 
 
 def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -62,13 +62,11 @@ def coverage(
         )
     dtype = jnp.result_type(samples, float)
     level = np.asarray(levels, dtype=np.float64)
+    # The arguments of `jnp.quantile` that give the ``q (draws + 1)``-th smallest draws.
+    q = np.stack([(1 - level) / 2, (1 + level) / 2])
+    positions = np.clip((q * (num_draws + 1) - 1) / max(num_draws - 1, 1), 0.0, 1.0)
     lower, upper = (
-        jnp.quantile(
-            samples.astype(dtype),
-            jnp.asarray(_quantile_position(q, num_draws), dtype=dtype),
-            axis=0,
-        )
-        for q in ((1 - level) / 2, (1 + level) / 2)
+        jnp.quantile(samples.astype(dtype), jnp.asarray(row, dtype), axis=0) for row in positions
     )
     inside = (lower <= truth) & (truth <= upper)
     mask = None if where is None else jnp.broadcast_to(where, truth.shape)
@@ -153,8 +151,3 @@ def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 1
     counts = jax.vmap(functools.partial(jnp.bincount, length=num_bins), in_axes=1)(bins)
     statistic = jnp.sum((counts - expected) ** 2 / expected, axis=-1)
     return chi2.sf(statistic, num_bins - 1).reshape(ranks.shape[1:])
-
-
-def _quantile_position(q: np.ndarray, num_draws: int) -> np.ndarray:
-    """Argument of `jnp.quantile` that gives the ``q (num_draws + 1)``-th smallest draw."""
-    return np.clip((q * (num_draws + 1) - 1) / max(num_draws - 1, 1), 0.0, 1.0)
