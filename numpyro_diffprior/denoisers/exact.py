@@ -113,7 +113,12 @@ class MixtureDenoiser(Denoiser):
                 f"length {num}, or none; got leading axes {batch_shape}."
             )
         if not isinstance(weights, jax.core.Tracer):
-            _check_weights(np.asarray(weights))
+            found = np.asarray(weights)
+            if not (found >= 0).all() or abs(found.sum() - 1) > 1e-3:
+                raise ValueError(
+                    "MixtureDenoiser: expected weights that are not negative and sum to one, got "
+                    f"{found}; divide them by their sum."
+                )
         weights = (weights / weights.sum()).astype(means.dtype)
         mean = einsum("k,k...->...", weights, means)
         within = jnp.broadcast_to(covs.dense(), (num, covs.size, covs.size))
@@ -138,11 +143,3 @@ class MixtureDenoiser(Denoiser):
         posterior = jax.nn.softmax(jnp.log(self.weights) + log_density, axis=-1)
         x_hat = jnp.sum(posterior[..., None] * (means + self.covs.matvec(solution)), axis=-2)
         return x_hat.reshape(x_t.shape)
-
-
-def _check_weights(weights: np.ndarray) -> None:
-    if not (weights >= 0).all() or abs(weights.sum() - 1) > 1e-3:
-        raise ValueError(
-            "MixtureDenoiser: expected weights that are not negative and sum to one, got "
-            f"{weights}; divide them by their sum."
-        )

@@ -38,13 +38,11 @@ class Network(Protocol):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one event."""
-        ...
 
     def __call__(
         self, x: jax.Array, noise: jax.Array, *, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         """Map ``x`` of shape ``(batch, *event)``; ``noise`` has shape ``(batch,)`` or ``(1,)``."""
-        ...
 
 
 # Fixed, so that measuring the ratios does not change the shapes of a compiled prior.
@@ -148,20 +146,14 @@ class NetworkDenoiser(Denoiser):
         noise = jnp.log(jnp.maximum(sigma, self.sigma_min) / scale) / 4
         if noise.ndim:
             noise = jnp.broadcast_to(noise, batch_shape)
-        contexts = self._check_context(context)
-        net_out = self.net(net_in, noise.reshape(-1), *contexts, rngs=rngs).reshape(x_t.shape)
-        return self.base(x_t, sigma) + c_in * scale * level * net_out
-
-    def _check_context(self, context: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Return the further arguments of the network: its contexts, if it takes them."""
-        if self.context_shape is None:
-            return ()
-        if context is None:
+        if self.context_shape is not None and context is None:
             raise ValueError(
                 "NetworkDenoiser: expected a context of shape "
                 f"{self.context_shape}, got none; give one by `prior.condition(context)`."
             )
-        return (context,)
+        contexts = () if self.context_shape is None else (context,)
+        net_out = self.net(net_in, noise.reshape(-1), *contexts, rngs=rngs).reshape(x_t.shape)
+        return self.base(x_t, sigma) + c_in * scale * level * net_out
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
         low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
