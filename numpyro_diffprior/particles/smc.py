@@ -94,35 +94,26 @@ def _guided_walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
     """Run the sampler once per draw, and record the largest residual of guidance's solves."""
-    batch_shape = x_t.shape[: x_t.ndim - len(posterior.event_shape)]
-    zeros = jnp.zeros(batch_shape, x_t.dtype)
 
     def body(
-        carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-        inputs: tuple[jax.Array, Levels],
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], None]:
-        (x_t, x_hat_prev, residual, num_truncated), (key, levels) = carry, inputs
+        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        (x_t, x_hat_prev), (key, levels) = carry, inputs
         guided = posterior.guide(x_t, levels.current)
         x_tilde = sampler.extrapolate(guided.x_hat_y, x_hat_prev, levels)
         x_s, tau = sampler.transition(x_t, x_tilde, levels)
         if sampler.eta > 0:
             x_s = x_s + tau * jax.random.normal(key, x_t.shape, x_t.dtype)
-        residual = jnp.maximum(residual, guided.residual)
-        num_truncated = jnp.maximum(num_truncated, guided.num_truncated)
-        return (x_s, guided.x_hat_y, residual, num_truncated), None
+        return (x_s, guided.x_hat_y), (guided.residual, guided.num_truncated)
 
     levels = sampler.levels(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps - 1)
-    first = x_t, jnp.zeros_like(x_t), zeros, zeros.astype(int)
-    (x_t, _, residual, num_truncated), _ = jax.lax.scan(body, first, (keys, levels))
+    first = x_t, jnp.zeros_like(x_t)
+    (x_t, _), (residuals, counts) = jax.lax.scan(body, first, (keys, levels))
     last = posterior.guide(x_t, levels.following[-1])
-    return _single_draws(
-        posterior,
-        sampler,
-        last.x_hat_y,
-        jnp.maximum(residual, last.residual),
-        jnp.maximum(num_truncated, last.num_truncated),
-    )
+    residual = jnp.maximum(residuals.max(0), last.residual)
+    num_truncated = jnp.maximum(counts.max(0), last.num_truncated)
+    return _single_draws(posterior, sampler, last.x_hat_y, residual, num_truncated)
 
 
 def _single_draws(
