@@ -58,7 +58,6 @@ class LookAhead(NamedTuple):
         transpose: The product with :math:`G^T`, from ``m`` to ``d`` elements.
         cov: :math:`S`, with shape ``(*batch, m, m)``.
         spread: :math:`G G^T`, with the same shape.
-        event_size: The number ``d`` of an event's elements.
     """
 
     residual: jax.Array
@@ -66,7 +65,6 @@ class LookAhead(NamedTuple):
     transpose: Callable[[jax.Array], jax.Array]
     cov: jax.Array
     spread: jax.Array
-    event_size: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,7 +175,6 @@ class _Posterior(GuidedDenoiser):
             transpose=lambda u: cov.matvec(local.transpose(u)) / variance,
             cov=sandwich(cov, self.matrix) + local.noise.dense(),
             spread=sandwich_square(cov, self.matrix) / variance**2,
-            event_size=self.event_size,
         )
 
     def _matrix_at(self, x: jax.Array) -> jax.Array | None:

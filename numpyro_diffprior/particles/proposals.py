@@ -139,14 +139,13 @@ class _LookAheadProposal(Proposal):
         """Draw from chain and predictive jointly, then condition on ``y`` (Matheron's rule)."""
         key_chain, key_outlook = jax.random.split(rng_key)
         shape, dtype = self.residual.shape, self.residual.dtype
-        noise = self.tau * jax.random.normal(
-            key_chain, (*shape[:-1], self.predictive.event_size), dtype
-        )
+        flat = self.mean.reshape(*shape[:-1], -1)
+        noise = self.tau * jax.random.normal(key_chain, flat.shape, dtype)
         imagined = self.predictive.matvec(noise)
         imagined += self.ahead.sqrt_matvec(jax.random.normal(key_outlook, shape, dtype))
         solution = self.before.solve(self.residual - imagined)
         step = noise + self.tau**2 * self.predictive.transpose(solution)
-        return self.mean + step.reshape(self.mean.shape)
+        return (flat + step).reshape(self.mean.shape)
 
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
         step = (x_s - self.mean).reshape(*self.residual.shape[:-1], -1)
