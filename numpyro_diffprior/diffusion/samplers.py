@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
-from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.denoiser import Denoiser, flatten_events
 from numpyro_diffprior.diffusion.noise import LogLinear, Schedule
 
 __all__ = [
@@ -153,7 +153,7 @@ class Sampler:
         r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
         noisy = denoiser.cov.noisy(self.sigmas(denoiser)[0] ** 2)
         batch_shape = z.shape[: z.ndim - len(denoiser.event_shape)]
-        deviation = noisy.sqrt_matvec(z.reshape(*batch_shape, -1)).reshape(z.shape)
+        deviation = noisy.sqrt_matvec(flatten_events(z, denoiser.event_shape)).reshape(z.shape)
         return denoiser.initial_mean(batch_shape) + deviation
 
     def initial(

@@ -18,13 +18,14 @@ length ``m``; masked values have a zero row in :math:`A`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from numpyro_diffprior.denoisers.denoiser import flatten_events
 from numpyro_diffprior.linalg.batched import apply
 from numpyro_diffprior.linalg.covariances import Covariance
 
@@ -111,10 +112,10 @@ class Likelihood:
     read: Callable[[jax.Array], ObservationMoments]
     log_prob: Callable[[jax.Array], jax.Array]
     event_shape: tuple[int, ...]
-    linear: bool = field(default=False)
-    visible: jax.Array | None = field(default=None)
-    has_residuals: bool = field(default=True)
-    potential: Callable[[jax.Array], jax.Array] | None = field(default=None)
+    linear: bool = False
+    visible: jax.Array | None = None
+    has_residuals: bool = True
+    potential: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -210,16 +211,13 @@ class Likelihood:
 
     def operator(self, x: jax.Array) -> jax.Array:
         """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""
-        local = self.linearize(x)
-        size = prod(self.event_shape)
-        if size <= self.num_observed:
-            basis = jnp.eye(size, dtype=x.dtype)
-            shape = (*local.residual.shape[:-1], size)
-            columns = jax.vmap(lambda e: local.matvec(jnp.broadcast_to(e, shape)), out_axes=-1)
-            return columns(basis)
-        basis = jnp.eye(self.num_observed, dtype=x.dtype)
-        shape = local.residual.shape
-        return jax.vmap(lambda e: local.transpose(jnp.broadcast_to(e, shape)), out_axes=-2)(basis)
+        local, size = self.linearize(x), prod(self.event_shape)
+        product, axis = local.matvec, -1  # by columns, or by rows if there are fewer
+        if size > self.num_observed:
+            product, size, axis = local.transpose, self.num_observed, -2
+        shape = (*local.residual.shape[:-1], size)
+        vectors = jax.vmap(lambda e: product(jnp.broadcast_to(e, shape)), out_axes=axis)
+        return vectors(jnp.eye(size, dtype=x.dtype))
 
 
 def linear_gaussian(
@@ -244,9 +242,7 @@ def linear_gaussian(
         )
 
     def read(x: jax.Array) -> ObservationMoments:
-        flat = x.reshape(*x.shape[: x.ndim - len(event_shape)], -1)
-        y_hat = apply(matrix, flat)
-        return ObservationMoments(y_hat, noise, y)
+        return ObservationMoments(apply(matrix, flatten_events(x, event_shape)), noise, y)
 
     def log_prob(x: jax.Array) -> jax.Array:
         residual = y - read(x).y_hat
