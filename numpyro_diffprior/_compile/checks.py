@@ -10,14 +10,7 @@ __all__ = ["check_count", "check_number", "set_fields"]
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 1) -> int:
-    """Return ``value`` as an ``int``, or raise if it is not an integer of at least ``least``.
-
-    Args:
-        owner: The name of the function or class that takes the option.
-        name: The name of the option.
-        value: A Python or NumPy integer.
-        least: The smallest allowed value.
-    """
+    """Return the option ``name`` of ``owner`` as an ``int``, or raise if it is below ``least``."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise ValueError(f"{owner}: expected {name} to be an integer, got {value!r}.")
     if value < least:
@@ -34,15 +27,9 @@ def check_number(
     *,
     inclusive: bool = False,
 ) -> float:
-    """Return ``value`` as a ``float``, or raise if it is not finite and within the limits.
+    """Return the option ``name`` of ``owner`` as a ``float``, or raise if it is not in the limits.
 
-    Args:
-        owner: The name of the function or class that takes the option.
-        name: The name of the option.
-        value: A Python, NumPy or JAX scalar.
-        low: The lower limit.
-        high: The upper limit, inclusive.
-        inclusive: Whether the lower limit is inclusive.
+    The upper limit is inclusive, the lower one only if ``inclusive``.
     """
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
         value = value.item() if value.ndim == 0 else value

@@ -23,12 +23,10 @@ __all__ = [
 
 def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Return positive integers as a tuple."""
-    if any(isinstance(v, bool) or not isinstance(v, int | np.integer) for v in values):
+    integers = [isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values]
+    if not (integers and all(integers) and min(values) >= 1):
         raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
-    sizes = tuple(int(value) for value in values)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
-    return sizes
+    return tuple(int(value) for value in values)
 
 
 def check_embedding(embedding: int) -> int:
