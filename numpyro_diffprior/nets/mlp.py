@@ -122,11 +122,12 @@ class MLP(nnx.Module):
         x, noise = check_inputs(x, noise, self.event_shape, self.param_dtype)
         embedded = self.embed(noise, context)
         h = self.first(x.reshape(x.shape[0], -1)) + self.offset(embedded)
-        for i, norm in enumerate(self.norms):
-            update = nnx.silu(norm(h, embedded))
-            update = self.drop(update, deterministic=rngs is None, rngs=rngs)
-            if i == len(self.hidden):
-                return self.last(update).reshape(x.shape)
-            update = self.hidden[i](update)
+
+        def activate(norm: ModulatedNorm, h: jax.Array) -> jax.Array:
+            h = nnx.silu(norm(h, embedded))
+            return self.drop(h, deterministic=rngs is None, rngs=rngs)
+
+        for norm, hidden in zip(self.norms, self.hidden):  # the last norm is that of the output
+            update = hidden(activate(norm, h))
             h = h + update if h.shape == update.shape else update
-        raise AssertionError("unreachable: there is at least one hidden layer")
+        return self.last(activate(self.norms[-1], h)).reshape(x.shape)
