@@ -94,17 +94,15 @@ class UNet(nnx.Module):
         self.dropout = check_rate(dropout)
         self.param_dtype = check_dtype(param_dtype)
         options: dict[str, Any] = {"param_dtype": self.param_dtype, "rngs": rngs}
+        shared = {"embedding": self.embedding, "dropout": self.dropout, **options}
 
         def blocks(level: int, first: int) -> nnx.List[ResidualBlock]:
             width = self.channels[level]
             heads = self.num_heads if level in self.attention else 0
-            shape: dict[str, Any] = {
-                "embedding": self.embedding,
-                "num_heads": heads,
-                "dropout": self.dropout,
-            }
             sizes = [first, *[width] * (self.num_blocks - 1)]
-            return nnx.List([ResidualBlock(size, width, **shape, **options) for size in sizes])
+            return nnx.List(
+                [ResidualBlock(size, width, num_heads=heads, **shared) for size in sizes]
+            )
 
         size = self.event_shape[2] if len(self.event_shape) == 3 else 1
         self.embed = Embedding(self.embedding, self.context_shape, **options)
