@@ -26,6 +26,7 @@ References:
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -136,7 +137,7 @@ class _Posterior(GuidedDenoiser):
         def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, jax.Array, jax.Array]]:
             x = x_hat + mode.shift.reshape(x_hat.shape)
             local = self.likelihood.linearize(x).recenter(mode.shift)
-            solution = self.solve(local, cov, self._matrix_at(x))
+            solution = self.solve(local, cov, partial(self._operator, x))
             if self.likelihood.linear:
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
@@ -177,11 +178,8 @@ class _Posterior(GuidedDenoiser):
             spread=sandwich_square(cov, self.matrix) / variance**2,
         )
 
-    def _matrix_at(self, x: jax.Array) -> jax.Array | None:
-        """Return the likelihood's operator as matrices, if the solver needs them."""
-        if self.matrix is None and self.solve.needs_matrix:
-            return self.likelihood.operator(x)
-        return self.matrix
+    def _operator(self, x: jax.Array) -> jax.Array:
+        return self.likelihood.operator(x) if self.matrix is None else self.matrix
 
     def _at(self, x_hat: jax.Array, shift: jax.Array, b: jax.Array) -> _Mode:
         log_likelihood = self.likelihood.log_prob(x_hat + shift.reshape(x_hat.shape))

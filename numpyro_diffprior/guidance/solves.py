@@ -12,8 +12,9 @@ for a learned Jacobian, its eigenvectors; or without the matrix, by conjugate gr
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,24 +52,18 @@ class Solution(NamedTuple):
 
 
 class Solve(ABC):
-    """A method that solves for the mode.
-
-    Attributes:
-        needs_matrix: Whether it needs the likelihood's operator as a matrix.
-    """
-
-    needs_matrix: ClassVar[bool] = False
+    """A method that solves for the mode."""
 
     @abstractmethod
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         """Solve for the mode.
 
         Args:
             local: The linearized likelihood.
             cov: The covariance :math:`V`.
-            matrix: :math:`A`, with shape ``(*batch, m, d)``, or None if it was not built.
+            operator: A function that returns :math:`A`, with shape ``(*batch, m, d)``.
         """
 
 
@@ -76,14 +71,11 @@ class Solve(ABC):
 class FactoredSolve(Solve):
     r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form."""
 
-    needs_matrix: ClassVar[bool] = True
-
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
-        assert matrix is not None
         assert cov.closed_form is not None
-        gain = sandwich(cov.closed_form, matrix)
+        gain = sandwich(cov.closed_form, operator())
         w, logdet, residual = factored_solve(gain, local.noise, local.residual)
         b = local.transpose(w)
         zeros = jnp.zeros(residual.shape, int)
@@ -99,7 +91,7 @@ class EigenSolve(Solve):
     """
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         basis = jnp.eye(local.residual.shape[-1], dtype=local.residual.dtype)
 
@@ -131,7 +123,7 @@ class ConjugateGradients(Solve):
     max_steps: int | None = None
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, matrix: jax.Array | None
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         score = local.score()
         size = score.shape[-1]
