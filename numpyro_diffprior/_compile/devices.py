@@ -71,11 +71,7 @@ def on_devices(f: Callable[[S, P], T], shared: S, parts: P, mesh: Mesh | None) -
     own = _leading(mesh)
     # The check concerns communication between devices, and there is none.
     spread_f = jax.shard_map(
-        f,
-        mesh=_automatic(mesh),
-        in_specs=(PartitionSpec(), own),
-        out_specs=own,
-        check_vma=False,
+        f, mesh=_automatic(mesh), in_specs=(PartitionSpec(), own), out_specs=own, check_vma=False
     )
     return spread_f(shared, parts)
 

@@ -15,12 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from numpyro_diffprior._compile.checks import set_fields
-from numpyro_diffprior.denoisers.denoiser import (
-    Denoiser,
-    align,
-    as_gaussian,
-    register,
-)
+from numpyro_diffprior.denoisers.denoiser import Denoiser, align, as_gaussian, register
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
 from numpyro_diffprior.nets.adapters import as_network

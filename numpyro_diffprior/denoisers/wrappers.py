@@ -12,12 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from numpyro_diffprior._compile.checks import set_fields
-from numpyro_diffprior.denoisers.denoiser import (
-    Denoiser,
-    align,
-    flatten_events,
-    register,
-)
+from numpyro_diffprior.denoisers.denoiser import Denoiser, align, flatten_events, register
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Repeated
 
 __all__ = ["ConditionedDenoiser", "DenoiserWrapper", "PlateDenoiser", "ProductDenoiser"]

@@ -115,12 +115,7 @@ class NoiseDistribution(ABC):
 
     @abstractmethod
     def quantile(
-        self,
-        u: jax.Array,
-        *,
-        sigma_min: ArrayLike,
-        sigma_max: ArrayLike,
-        scale: ArrayLike,
+        self, u: jax.Array, *, sigma_min: ArrayLike, sigma_max: ArrayLike, scale: ArrayLike
     ) -> jax.Array:
         """Map probabilities to noise levels.
 
@@ -193,12 +188,7 @@ class LogBeta(NoiseDistribution):
         )
 
     def quantile(
-        self,
-        u: jax.Array,
-        *,
-        sigma_min: ArrayLike,
-        sigma_max: ArrayLike,
-        scale: ArrayLike,
+        self, u: jax.Array, *, sigma_min: ArrayLike, sigma_max: ArrayLike, scale: ArrayLike
     ) -> jax.Array:
         """See `NoiseDistribution.quantile`; accurate to 1e-6 in ``t``, less in the tails."""
         # JAX has no inverse of the incomplete beta function. The inverse of a tabulated CDF is
@@ -238,12 +228,7 @@ class LogNormal(NoiseDistribution):
         set_fields(self, mean=mean, std=check_number("LogNormal", "std", self.std))
 
     def quantile(
-        self,
-        u: jax.Array,
-        *,
-        sigma_min: ArrayLike,
-        sigma_max: ArrayLike,
-        scale: ArrayLike,
+        self, u: jax.Array, *, sigma_min: ArrayLike, sigma_max: ArrayLike, scale: ArrayLike
     ) -> jax.Array:
         sigma = scale * jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(u))
         return jnp.clip(sigma, sigma_min, sigma_max)
@@ -261,12 +246,7 @@ class LogUniform(NoiseDistribution):
     stratified: bool = field(default=True, metadata={"static": True})
 
     def quantile(
-        self,
-        u: jax.Array,
-        *,
-        sigma_min: ArrayLike,
-        sigma_max: ArrayLike,
-        scale: ArrayLike,
+        self, u: jax.Array, *, sigma_min: ArrayLike, sigma_max: ArrayLike, scale: ArrayLike
     ) -> jax.Array:
         return _log_interpolate(u, sigma_min, sigma_max)
 

@@ -223,13 +223,7 @@ class _Flow:
         return residual / width - jnp.exp(2 * jnp.asarray(time)) / width**2 * z
 
     def solve(
-        self,
-        field: Callable,
-        start: Any,
-        rtol: float,
-        max_steps: int,
-        *,
-        twice: bool = False,
+        self, field: Callable, start: Any, rtol: float, max_steps: int, *, twice: bool = False
     ) -> tuple[Any, jax.Array]:
         """Return the state at the highest noise level, and whether the solver reached it.
 

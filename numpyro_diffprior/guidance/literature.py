@@ -13,11 +13,7 @@ from numpyro_diffprior._compile.checks import check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import IsotropicPriorCovariance, pull_back
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
-from numpyro_diffprior.guidance.likelihood import (
-    Likelihood,
-    Linearization,
-    gaussian_log_density,
-)
+from numpyro_diffprior.guidance.likelihood import Likelihood, Linearization, gaussian_log_density
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Diagonal
 

@@ -34,18 +34,10 @@ import jax.numpy as jnp
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
-from numpyro_diffprior.guidance.covariances import (
-    PosteriorCovariance,
-    TweedieCovariance,
-)
+from numpyro_diffprior.guidance.covariances import PosteriorCovariance, TweedieCovariance
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, LookAhead
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.guidance.solves import (
-    ConjugateGradients,
-    EigenSolve,
-    FactoredSolve,
-    Solve,
-)
+from numpyro_diffprior.guidance.solves import ConjugateGradients, EigenSolve, FactoredSolve, Solve
 from numpyro_diffprior.linalg.solvers import sandwich, sandwich_square
 
 __all__ = ["MMPS"]
@@ -191,9 +183,7 @@ class _Posterior(GuidedDenoiser):
 
         def at(length: jax.Array) -> _Mode:
             found = self._at(
-                x_hat,
-                mode.shift + length * (shift - mode.shift),
-                mode.b + length * (b - mode.b),
+                x_hat, mode.shift + length * (shift - mode.shift), mode.b + length * (b - mode.b)
             )
             log_joint = jnp.where(jnp.isnan(found.log_joint), -jnp.inf, found.log_joint)
             return found._replace(log_joint=log_joint)

@@ -52,11 +52,7 @@ class FunctionNetwork:
         set_fields(self, event_shape=tuple(self.event_shape), context_shape=context_shape)
 
     def __call__(
-        self,
-        x: jax.Array,
-        noise: jax.Array,
-        *contexts: jax.Array,
-        rngs: nnx.Rngs | None = None,
+        self, x: jax.Array, noise: jax.Array, *contexts: jax.Array, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         """Call the function."""
         return self.function(self.params, x, noise, *contexts)

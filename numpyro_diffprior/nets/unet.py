@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from numpyro_diffprior.nets.layers import (
-    Embedding,
-    ResidualBlock,
-    conv,
-    group_norm,
-    upsample,
-)
+from numpyro_diffprior.nets.layers import Embedding, ResidualBlock, conv, group_norm, upsample
 from numpyro_diffprior.nets.options import (
     check_context_shape,
     check_dtype,
