@@ -6,10 +6,10 @@ arguments (``variance``, ``c``), with shape ``()`` or ``(*batch,)``. Each class 
 the two operations that involve a noise variance :math:`v`:
 
 .. math:: \mathrm{noisy}: \Sigma + v I, \qquad
-    \mathrm{denoised}: (\Sigma^{-1} + I / v)^{-1}.
+    \mathrm{conditional}: (\Sigma^{-1} + I / v)^{-1}.
 
 For a singular covariance, ``solve`` and ``logdet`` return infinities or NaN; ``noisy``,
-``denoised`` and ``sqrt_matvec`` remain valid.
+``conditional`` and ``sqrt_matvec`` remain valid.
 """
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
