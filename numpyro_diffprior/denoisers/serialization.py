@@ -74,6 +74,7 @@ _NEEDS_NUMBERS = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConv
 
 _Path = str | os.PathLike[str]
 _Tensors = dict[str, np.ndarray]
+_Networks = Mapping[str, Callable[..., nnx.Module]]
 
 
 def save_denoiser(
@@ -121,9 +122,7 @@ def save_denoiser(
         part.unlink(missing_ok=True)
 
 
-def load_denoiser(
-    path: _Path, *, networks: Mapping[str, Callable[..., nnx.Module]] | None = None
-) -> Denoiser:
+def load_denoiser(path: _Path, *, networks: _Networks | None = None) -> Denoiser:
     """Read a denoiser from a file written by `save_denoiser`; arrays keep their dtypes.
 
     Args:
@@ -138,11 +137,13 @@ def load_denoiser(
             holds 64-bit arrays while JAX is limited to 32 bits.
     """
     header, tensors = _read(path)
-    known = {**NETWORKS, **(networks or {})}
+    tree, known = _from_json(header, "tree", path), {**NETWORKS, **(networks or {})}
     try:
-        denoiser = _decode(_from_json(header, "tree", path), "", tensors, known, path)
+        denoiser = _decode(tree, "", tensors, known)
     except RecursionError as error:
         raise ValueError(f"'{path}': the header is nested too deeply to be a denoiser.") from error
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
             f"'{path}': expected a denoiser, got {type(denoiser).__name__}; the file is damaged."
@@ -290,59 +291,48 @@ def _weights(net: nnx.Module) -> dict[str, jax.Array]:
     return named_arrays(nnx.state(net, nnx.Not(nnx.RngState)))
 
 
-def _decode(
-    node: Any,
-    path: str,
-    tensors: _Tensors,
-    networks: Mapping[str, Callable[..., nnx.Module]],
-    file: _Path,
-) -> Any:
+def _decode(node: Any, path: str, tensors: _Tensors, networks: _Networks) -> Any:
     match node:
         case {"type": str(name), "fields": dict(parts)}:
             if name not in _TYPES:
                 raise ValueError(
-                    f"'{file}': expected one of the types {', '.join(_TYPES)}, got {name!r}; "
-                    "a later release of numpyro_diffprior may know it."
+                    f"expected one of the types {', '.join(_TYPES)}, got {name!r}; a later "
+                    "release of numpyro_diffprior may know it."
                 )
             cls = _TYPES[name]
             expected = [spec.name for spec in fields(cls)]
             if sorted(parts) != sorted(expected):
                 raise ValueError(
-                    f"'{file}': expected the fields {expected} of a {name}, got {sorted(parts)}; "
-                    "the file is damaged."
+                    f"expected the fields {expected} of a {name}, got {sorted(parts)}; the file "
+                    "is damaged."
                 )
             # Without __init__, as JAX rebuilds a pytree: nothing is converted or recomputed.
             instance: Any = object.__new__(cls)
             for key, part in parts.items():
-                decoded = _decode(part, _join(path, key), tensors, networks, file)
+                decoded = _decode(part, _join(path, key), tensors, networks)
                 object.__setattr__(instance, key, decoded)
             return instance
         case {"network": str(name), "config": dict(config)}:
-            return _build_network(name, config, path, tensors, networks, file)
+            return _build_network(name, config, path, tensors, networks)
         case {"array": str(key)} if key in tensors:
-            return _to_jax(tensors[key], key, file)
+            return _to_jax(tensors[key], key)
         case {"items": list(items)}:
             return tuple(
-                _decode(item, _join(path, str(i)), tensors, networks, file)
+                _decode(item, _join(path, str(i)), tensors, networks)
                 for i, item in enumerate(items)
             )
         case {"value": bool() | int() | float() | str() | None as value}:
             return value
-    raise ValueError(f"'{file}': cannot read {node!r} at '{path}'; the file is damaged.")
+    raise ValueError(f"cannot read {node!r} at '{path}'; the file is damaged.")
 
 
 def _build_network(
-    name: str,
-    config: dict[str, Any],
-    path: str,
-    tensors: _Tensors,
-    networks: Mapping[str, Callable[..., nnx.Module]],
-    file: _Path,
+    name: str, config: dict[str, Any], path: str, tensors: _Tensors, networks: _Networks
 ) -> nnx.Module:
     if name not in networks:
         raise ValueError(
-            f"'{file}': expected one of the networks {', '.join(networks)}, got {name!r}; pass "
-            f'its class: networks={{"{name}": {name}}}.'
+            f"expected one of the networks {', '.join(networks)}, got {name!r}; pass its class: "
+            f'networks={{"{name}": {name}}}.'
         )
     prefix = _join(path, "")
     stored = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
@@ -354,47 +344,46 @@ def _build_network(
             if isinstance(error, _NEEDS_NUMBERS):
                 raise
             raise ValueError(
-                f"'{file}': the network {name} does not take the stored config {config}: {error}; "
+                f"the network {name} does not take the stored config {config}: {error}; "
                 "pass the class that was saved."
             ) from error
 
     try:  # A small file must not allocate a large network: compare shapes before building it.
         variables = jax.eval_shape(lambda: _weights(build()))
         # Under tracing, nnx does not report arrays that are not variables.
-        _check_shapes(
-            variables, name, {key: stored[key] for key in variables if key in stored}, file
-        )
+        found = {key: stored[key] for key in variables if key in stored}
+        _check_shapes(variables, name, found)
     except _NEEDS_NUMBERS:
         pass  # The constructor needs concrete weights; the network is checked once it is built.
     net = build()
-    _check_shapes(_weights(net), name, stored, file)
-    arrays = {key: _to_jax(array, key, file) for key, array in stored.items()}
+    _check_shapes(_weights(net), name, stored)
+    arrays = {key: _to_jax(array, key) for key, array in stored.items()}
     nnx.update(net, replace_arrays(nnx.state(net, nnx.Not(nnx.RngState)), arrays))
     return net
 
 
-def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors, file: _Path) -> None:
+def _check_shapes(weights: Mapping[str, Any], name: str, stored: _Tensors) -> None:
     shapes = {key: array.shape for key, array in stored.items()}
     wanted = {key: leaf.shape for key, leaf in weights.items()}
     if shapes != wanted:
         different = dict(sorted(wanted.items() - shapes.items()))
         superfluous = sorted(shapes.keys() - wanted.keys())
         raise ValueError(
-            f"'{file}': the weights stored for the network {name} do not fit the class given for "
-            f"it: expected also {different}, got {[shapes.get(key) for key in different]} there, "
+            f"the weights stored for the network {name} do not fit the class given for it: "
+            f"expected also {different}, got {[shapes.get(key) for key in different]} there, "
             f"and unexpected {superfluous}; pass the class that was saved."
         )
 
 
-def _to_jax(array: np.ndarray, name: str, file: _Path) -> jax.Array:
+def _to_jax(array: np.ndarray, name: str) -> jax.Array:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
-            f"'{file}': the array '{name}' is {array.dtype}, but JAX is limited to 32 bits; set "
-            "the environment variable JAX_ENABLE_X64=1 to load it."
+            f"the array '{name}' is {array.dtype}, but JAX is limited to 32 bits; set the "
+            "environment variable JAX_ENABLE_X64=1 to load it."
         )
     if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(float)).all():
         raise ValueError(
-            f"'{file}': the array '{name}' holds NaN or infinities; the run that wrote it "
-            "diverged, or the file is damaged."
+            f"the array '{name}' holds NaN or infinities; the run that wrote it diverged, or the "
+            "file is damaged."
         )
     return jnp.asarray(array)
