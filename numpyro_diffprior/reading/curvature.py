@@ -26,7 +26,7 @@ import numpyro.distributions as dist
 
 from numpyro_diffprior.linalg.batched import apply, apply_transpose, eigh
 from numpyro_diffprior.reading.moments import gaussian_moments
-from numpyro_diffprior.reading.unwrap import unwrap
+from numpyro_diffprior.reading.unwrap import innermost
 
 __all__ = ["PseudoObservation", "from_log_prob", "pearson_residuals", "pseudo_observe"]
 
@@ -202,7 +202,7 @@ def _by_component(
             components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
         case _:
             return None
-    parts = [unwrap(component).fn for component in components]
+    parts = [innermost(component) for component in components]
     scales = [part.scale for part in parts if isinstance(part, dist.Normal)]
     beyond = jax.tree.leaves((weights, scales))
     marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]

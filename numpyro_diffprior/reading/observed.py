@@ -19,6 +19,7 @@ from numpyro_diffprior.reading.moments import Moments, gaussian_moments
 from numpyro_diffprior.reading.units import standardize, standardized_log_density
 from numpyro_diffprior.reading.unwrap import (
     elementwise_transforms,
+    innermost,
     is_complex,
     peel,
     to_pairs,
@@ -133,18 +134,17 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
             fn, value = cast(tuple[dist.Distribution, jax.Array], to_pairs(fn, value))
         except ValueError as error:
             raise ValueError(f"observed site '{name}': {error}") from None
-    mask, event_dim = unwrap(fn).mask, unwrap(fn).fn.event_dim
+    own, _, mask = unwrap(fn)
     safe = value
     if not isinstance(mask, bool) and jnp.issubdtype(value.dtype, jnp.inexact):
         # Masked values may be NaN, which would make derivatives NaN.
-        seen = mask.reshape(*mask.shape, *(1,) * event_dim)
+        seen = mask.reshape(*mask.shape, *(1,) * own.event_dim)
         safe = jnp.where(seen | jnp.isfinite(value), value, 0)
     transforms = elementwise_transforms(fn)
     readable = [(fn, value)] + ([peel(fn, value)] if transforms else [])
     forms, arrays = zip(*(_describe_form(f, v) for f, v in readable), strict=True)
     plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
-    family = type(unwrap(fn).fn).__name__
-    form = SiteForm(name, family, tuple(fn.batch_shape), plates, forms)
+    form = SiteForm(name, type(own).__name__, tuple(fn.batch_shape), plates, forms)
     return form, {
         "log_prob": standardized_log_density(fn, safe),
         "scale": jnp.ones(()) if site["scale"] is None else jnp.asarray(site["scale"]),
@@ -161,10 +161,10 @@ def _describe_form(fn: dist.Distribution, value: jax.Array) -> tuple[Form, dict[
     except ValueError as reason:
         error = str(reason)
     leaves, static = split_arguments(divided)
-    rule = _rule(unwrap(divided).fn, moments)
+    rule = _rule(innermost(divided), moments)
     form = Form(static, rule, moments is not None and moments.full, error)
     arrays: dict[str, Any] = {
-        "own": [jnp.asarray(leaf) for leaf in jax.tree.leaves(unwrap(fn).fn)],
+        "own": [jnp.asarray(leaf) for leaf in jax.tree.leaves(innermost(fn))],
         "value": value,
         "fn": leaves,
         "quotient": quotient,

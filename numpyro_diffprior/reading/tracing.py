@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_diffprior._compile.program import name_input
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.unwrap import from_pairs, is_complex, to_pairs
+from numpyro_diffprior.reading.unwrap import from_pairs, innermost, is_complex, to_pairs
 
 __all__ = [
     "Execution",
@@ -237,8 +237,7 @@ class complex_noise(Messenger):  # noqa: N801  # a NumPyro handler
 
 def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:
     """Return the diffusion prior inside the wrappers of plates, masks and `to_event`, or None."""
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
-        fn = fn.base_dist
+    fn = innermost(fn)
     return fn if isinstance(fn, DiffusionPrior) else None
 
 

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.powers import near_exponent, scale_by_power
-from numpyro_diffprior.reading.unwrap import log_density, unwrap
+from numpyro_diffprior.reading.unwrap import innermost, log_density, map_innermost, unwrap
 
 __all__ = ["Standardized", "standardize", "standardized_log_density"]
 
@@ -87,7 +87,6 @@ _LOCATION_SCALE = (
 )
 _SCALE = (dist.HalfCauchy, dist.HalfNormal)
 _MATRIX = (dist.MultivariateNormal, dist.MultivariateStudentT)
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 _BOUNDED = (
     dist.LeftCensoredDistribution,
     dist.LeftTruncatedDistribution,
@@ -99,7 +98,8 @@ _BOUNDED = (
 
 def _scale(fn: Any) -> jax.Array | float | None:
     """Return the scale of a distribution, broadcastable to its values; None if it has none."""
-    if isinstance(fn, _WRAPPERS + _BOUNDED):
+    fn = innermost(fn)
+    if isinstance(fn, _BOUNDED):
         return _scale(fn.base_dist)
     kind = type(fn)
     if kind in (*_LOCATION_SCALE, *_SCALE, dist.StudentT, dist.Weibull):
@@ -125,53 +125,43 @@ def _scale(fn: Any) -> jax.Array | float | None:
     return None
 
 
-def _shift(fn: Any, exponent: jax.Array) -> dist.Distribution:
+def _shift(fn: dist.Distribution, exponent: jax.Array) -> dist.Distribution:
     """Return the distribution of values times a power of two."""
+    return map_innermost(lambda own: _shift_own(own, exponent), fn)
+
+
+def _shift_own(fn: Any, exponent: jax.Array) -> dist.Distribution:
+    """Return `_shift` of a distribution without wrappers."""
     kind = type(fn)
+
+    def shift(parameter: ArrayLike) -> jax.Array:
+        return scale_by_power(parameter, exponent)
+
     match fn:
-        case dist.Independent():
-            return _shift(fn.base_dist, exponent).to_event(fn.reinterpreted_batch_ndims)
-        case dist.ExpandedDistribution():
-            return _shift(fn.base_dist, exponent).expand(fn.batch_shape)
-        case dist.MaskedDistribution():
-            return _shift(fn.base_dist, exponent).mask(fn._mask)
         case dist.LeftTruncatedDistribution():
-            return kind(_shift(fn.base_dist, exponent), scale_by_power(fn.low, exponent))
+            return kind(_shift(fn.base_dist, exponent), shift(fn.low))
         case dist.RightTruncatedDistribution():
-            return kind(_shift(fn.base_dist, exponent), scale_by_power(fn.high, exponent))
+            return kind(_shift(fn.base_dist, exponent), shift(fn.high))
         case dist.TwoSidedTruncatedDistribution():
-            return kind(
-                _shift(fn.base_dist, exponent),
-                scale_by_power(fn.low, exponent),
-                scale_by_power(fn.high, exponent),
-            )
+            return kind(_shift(fn.base_dist, exponent), shift(fn.low), shift(fn.high))
         case dist.LeftCensoredDistribution() | dist.RightCensoredDistribution():
             return kind(_shift(fn.base_dist, exponent), fn.censored)
         case dist.StudentT():
-            return dist.StudentT(
-                fn.df, scale_by_power(fn.loc, exponent), scale_by_power(fn.scale, exponent)
-            )
+            return kind(fn.df, shift(fn.loc), shift(fn.scale))
         case dist.Weibull():
-            return dist.Weibull(scale_by_power(fn.scale, exponent), fn.concentration)
+            return kind(shift(fn.scale), fn.concentration)
         case dist.Exponential():
-            return dist.Exponential(scale_by_power(fn.rate, -exponent))
+            return kind(scale_by_power(fn.rate, -exponent))
         case dist.Gamma():
-            return dist.Gamma(fn.concentration, scale_by_power(fn.rate, -exponent))
+            return kind(fn.concentration, scale_by_power(fn.rate, -exponent))
         case dist.Uniform():
-            return dist.Uniform(
-                scale_by_power(fn.low, exponent), scale_by_power(fn.high, exponent)
-            )
+            return kind(shift(fn.low), shift(fn.high))
         case dist.MultivariateNormal():
-            return kind(
-                scale_by_power(fn.loc, exponent),
-                scale_tril=scale_by_power(fn.scale_tril, exponent[..., None]),
-            )
+            scale_tril = scale_by_power(fn.scale_tril, exponent[..., None])
+            return kind(shift(fn.loc), scale_tril=scale_tril)
         case dist.MultivariateStudentT():
-            return kind(
-                fn.df,
-                scale_by_power(fn.loc, exponent),
-                scale_by_power(fn.scale_tril, exponent[..., None]),
-            )
+            scale_tril = scale_by_power(fn.scale_tril, exponent[..., None])
+            return kind(fn.df, shift(fn.loc), scale_tril)
         case dist.GaussianRandomWalk():
             return kind(scale_by_power(fn.scale, exponent[..., 0]), fn.num_steps)
         case dist.MixtureSameFamily():
@@ -181,5 +171,5 @@ def _shift(fn: Any, exponent: jax.Array) -> dist.Distribution:
             components = [_shift(part, exponent) for part in fn.component_distributions]
             return kind(fn.mixing_distribution, components)
         case _ if kind in _SCALE:
-            return kind(scale_by_power(fn.scale, exponent))
-    return kind(scale_by_power(fn.loc, exponent), scale_by_power(fn.scale, exponent))
+            return kind(shift(fn.scale))
+    return kind(shift(fn.loc), shift(fn.scale))

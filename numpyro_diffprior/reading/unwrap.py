@@ -5,6 +5,7 @@ the distribution and the scale that the model states. (NumPyro's own log-density
 differs: it squares complex residuals.)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,10 @@ __all__ = [
     "Unwrapped",
     "elementwise_transforms",
     "from_pairs",
+    "innermost",
     "is_complex",
     "log_density",
+    "map_innermost",
     "peel",
     "to_pairs",
     "unwrap",
@@ -56,6 +59,28 @@ def unwrap(fn: dist.Distribution) -> Unwrapped:
             return base._replace(mask=jnp.logical_and(base.mask, mask))
         case _:
             return Unwrapped(fn, tuple(fn.batch_shape), True)
+
+
+def innermost(fn: dist.Distribution) -> dist.Distribution:
+    """Return the distribution inside expanded, masked and independent wrappers."""
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def map_innermost(
+    f: Callable[[dist.Distribution], dist.Distribution], fn: dist.Distribution
+) -> dist.Distribution:
+    """Apply a function to the distribution inside the wrappers, and wrap the result."""
+    match fn:
+        case dist.Independent():
+            return map_innermost(f, fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+        case dist.ExpandedDistribution():
+            return map_innermost(f, fn.base_dist).expand(fn.batch_shape)
+        case dist.MaskedDistribution():
+            return map_innermost(f, fn.base_dist).mask(fn._mask)
+        case _:
+            return f(fn)
 
 
 def log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
@@ -97,8 +122,8 @@ def to_pairs(
         ValueError: If the distribution does not support complex values, its scale is complex, or
             the mean is complex and the value real.
     """
-    axis = -1 - len(unwrap(fn).fn.event_shape)
-    paired = _pair(fn)
+    axis = -1 - len(innermost(fn).event_shape)
+    paired = map_innermost(_pair, fn)
     if value is None:
         return paired, None
     if not jnp.issubdtype(value.dtype, jnp.complexfloating):
@@ -111,19 +136,13 @@ def to_pairs(
 
 def from_pairs(fn: dist.Distribution, pairs: jax.Array) -> jax.Array:
     """Return complex values of a distribution from their pairs; see `to_pairs`."""
-    axis = -1 - len(unwrap(fn).fn.event_shape)
+    axis = -1 - len(innermost(fn).event_shape)
     real, imaginary = (jnp.take(pairs, i, axis) for i in range(2))
     return jax.lax.complex(real, imaginary)
 
 
 def _pair(fn: dist.Distribution) -> dist.Distribution:
     match fn:
-        case dist.Independent():
-            return _pair(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
-        case dist.ExpandedDistribution():
-            return _pair(fn.base_dist).expand(fn.batch_shape)
-        case dist.MaskedDistribution():
-            return _pair(fn.base_dist).mask(fn._mask)
         case dist.StudentT():
             loc, df, scale = _stack(fn.loc), *(_real(p)[..., None] for p in (fn.df, fn.scale))
             return dist.StudentT(df, loc, scale).to_event(1)
@@ -159,31 +178,23 @@ def _real(parameter: jax.Array) -> jax.Array:
 
 
 def elementwise_transforms(fn: dist.Distribution) -> list[Any]:
-    """Return the elementwise transformations, which `peel` inverts."""
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
-        fn = fn.base_dist
+    """Return the elementwise transformations that `peel` inverts, in the order of application."""
+    fn = innermost(fn)
     if not isinstance(fn, dist.TransformedDistribution) or isinstance(fn, dist.FoldedDistribution):
         return []
     if any(t.domain.event_dim or t.codomain.event_dim for t in fn.transforms):
         return []
-    return [*fn.transforms, *elementwise_transforms(fn.base_dist)]
+    return [*elementwise_transforms(fn.base_dist), *fn.transforms]
 
 
 def peel(fn: dist.Distribution, value: jax.Array) -> tuple[dist.Distribution, jax.Array]:
     """Return the base distribution and the values, transformed back elementwise."""
-    match fn:
-        case dist.Independent():
-            base, value = peel(fn.base_dist, value)
-            return base.to_event(fn.reinterpreted_batch_ndims), value
-        case dist.ExpandedDistribution():
-            base, value = peel(fn.base_dist, value)
-            return base.expand(fn.batch_shape), value
-        case dist.MaskedDistribution():
-            base, value = peel(fn.base_dist, value)
-            return base.mask(fn._mask), value
-        case dist.TransformedDistribution() if elementwise_transforms(fn):
-            for transform in reversed(fn.transforms):
-                value = transform.inv(value)
-            return peel(fn.base_dist.expand(fn.batch_shape), value)
-        case _:
-            return fn, value
+    for transform in reversed(elementwise_transforms(fn)):
+        value = transform.inv(value)
+    return map_innermost(_base, fn), value
+
+
+def _base(fn: dist.Distribution) -> dist.Distribution:
+    if not elementwise_transforms(fn):
+        return fn
+    return map_innermost(_base, fn.base_dist.expand(fn.batch_shape))
