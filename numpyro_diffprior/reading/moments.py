@@ -19,6 +19,7 @@ from jax.scipy.special import digamma, polygamma
 from numpyro.distributions.transforms import AffineTransform
 
 from numpyro_diffprior.linalg.batched import einsum, matmul
+from numpyro_diffprior.reading.unwrap import unwrap
 
 __all__ = ["Moments", "gaussian_moments", "handling"]
 
@@ -63,36 +64,23 @@ def gaussian_moments(fn: dist.Distribution) -> Moments | None:
 # Wrappers of other distributions.
 
 
-@gaussian_moments.register
-def _independent(fn: dist.Independent) -> Moments | None:
-    return gaussian_moments(fn.base_dist)
-
-
-@gaussian_moments.register
-def _expanded(fn: dist.ExpandedDistribution) -> Moments | None:
-    base = gaussian_moments(fn.base_dist)
-    if base is None:
+@gaussian_moments.register(dist.ExpandedDistribution)
+@gaussian_moments.register(dist.Independent)
+@gaussian_moments.register(dist.MaskedDistribution)
+def _wrapped(fn: dist.Distribution) -> Moments | None:
+    own, batch_shape, mask = unwrap(fn)
+    moments = gaussian_moments(own)
+    if moments is None:
         return None
-    rank = len(fn.base_dist.batch_shape)
-
-    def expand(array: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(array, (*fn.batch_shape, *array.shape[rank:]))
-
-    mean = expand(base.mean)
-    mask = base.mask if isinstance(base.mask, bool) else jnp.broadcast_to(base.mask, mean.shape)
-    return Moments(mean, expand(base.cov), base.full, mask, base.transform)
-
-
-@gaussian_moments.register
-def _masked(fn: dist.MaskedDistribution) -> Moments | None:
-    base = gaussian_moments(fn.base_dist)
-    if base is None:
-        return None
-    mask = fn._mask  # NumPyro has no public name for it
+    rank = len(own.batch_shape)
+    mean, cov = (
+        jnp.broadcast_to(array, (*batch_shape, *array.shape[rank:]))
+        for array in (moments.mean, moments.cov)
+    )
     if not isinstance(mask, bool):
-        event_ndim = base.mean.ndim - len(fn.batch_shape)
-        mask = jnp.asarray(mask).reshape(*jnp.shape(mask), *(1,) * event_ndim)
-    return base._replace(mask=jnp.logical_and(base.mask, mask))
+        mask = mask.reshape(*mask.shape, *(1,) * (mean.ndim - len(batch_shape)))
+        moments = moments._replace(mask=jnp.logical_and(moments.mask, mask))
+    return moments._replace(mean=mean, cov=cov)
 
 
 @gaussian_moments.register
@@ -228,21 +216,22 @@ def _truncated(fn: dist.Distribution) -> Moments | None:
 @gaussian_moments.register(dist.GaussianCopula)
 def _(fn: dist.Distribution) -> Moments:
     """Return a Gaussian's moments; a copula's correlation is taken from its normal scores."""
-    size = fn.event_shape[0]
-    if isinstance(fn, dist.GaussianCopula):
-        deviation = jnp.sqrt(fn.variance)
-        cov = deviation[..., :, None] * fn.base_dist.covariance_matrix * deviation[..., None, :]
-    else:
-        cov = fn.covariance_matrix
-    cov = jnp.broadcast_to(cov, (*fn.batch_shape, size, size))
+    if not isinstance(fn, dist.GaussianCopula):
+        return _gaussian(fn, fn.covariance_matrix)
+    deviation = jnp.sqrt(fn.variance)
+    correlation = fn.base_dist.covariance_matrix
+    return _gaussian(fn, deviation[..., :, None] * correlation * deviation[..., None, :])
+
+
+def _gaussian(fn: dist.Distribution, cov: jax.Array) -> Moments:
+    """Return the distribution's mean and the covariance, broadcast to its batch."""
+    cov = jnp.broadcast_to(cov, (*fn.batch_shape, *fn.event_shape * 2))
     return Moments(jnp.broadcast_to(fn.mean, fn.shape()), cov, full=True)
 
 
 @gaussian_moments.register
 def _(fn: dist.CAR) -> Moments:
-    size = fn.event_shape[0]
-    cov = jnp.broadcast_to(jnp.linalg.inv(fn.precision_matrix), (*fn.batch_shape, size, size))
-    return Moments(jnp.broadcast_to(fn.mean, fn.shape()), cov, full=True)
+    return _gaussian(fn, jnp.linalg.inv(fn.precision_matrix))
 
 
 @gaussian_moments.register
@@ -377,9 +366,7 @@ _LABELS = {
     gaussian_moments.dispatch(object): "unknown: register it",
     _refuse: "refused: add its log-density by `numpyro.factor`",
     _refuse_delta: "refused: it has no noise",
-    _independent: "as what it wraps",
-    _expanded: "as what it wraps",
-    _masked: "as what it wraps",
+    _wrapped: "as what it wraps",
     _by_element: "moments",
     _of_logs: "mean and covariance of its logarithms",
     _of_counts: "moments, as independent counts",
