@@ -315,16 +315,7 @@ class EM:
             ValueError: See `init`; if ``num_iterations`` is not positive; if ``patience`` is
                 given without ``heldout``; or if ``heldout`` is, but the sampler is deterministic.
         """
-        check_names(
-            EM.run,
-            self.model,
-            1 + len(args),
-            progress_bar=progress_bar,
-            callback=callback,
-            init_state=init_state,
-            heldout=heldout,
-            patience=patience,
-        )
+        check_names(EM.run, self.model, 1 + len(args), locals())
         self._check_run(num_iterations, prior, init_state, heldout, patience)
         state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
         # `init` splits the key in two; this is a third one.

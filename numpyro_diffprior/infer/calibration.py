@@ -169,21 +169,7 @@ def calibrate(
             ``num_samples`` is not a multiple of ``num_chains``, or ``kernel`` is not a function of
             the model or comes with options of `sample_posterior`; see also `sample_posterior`.
     """
-    check_names(
-        calibrate,
-        model,
-        1 + len(args),
-        num_simulations=num_simulations,
-        num_samples=num_samples,
-        num_particles=num_particles,
-        sampler=sampler,
-        guidance=guidance,
-        kernel=kernel,
-        num_warmup=num_warmup,
-        num_chains=num_chains,
-        thinning=thinning,
-        max_batch_size=max_batch_size,
-    )
+    check_names(calibrate, model, 1 + len(args), locals())
     counts = {
         "num_simulations": (num_simulations, 1),
         "num_samples": (num_samples, 1),

@@ -116,17 +116,7 @@ def log_evidence(
         ValueError: If there are fewer than two estimates or particles, or the model cannot be
             read; see `sample_posterior`.
     """
-    check_names(
-        log_evidence,
-        model,
-        1 + len(args),
-        num_estimates=num_estimates,
-        num_particles=num_particles,
-        sampler=sampler,
-        guidance=guidance,
-        max_batch_size=max_batch_size,
-        mesh=mesh,
-    )
+    check_names(log_evidence, model, 1 + len(args), locals())
     return estimate_evidence(
         rng_key,
         model,

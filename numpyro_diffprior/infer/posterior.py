@@ -125,18 +125,7 @@ def sample_posterior(
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
     """
-    check_names(
-        sample_posterior,
-        model,
-        1 + len(args),
-        num_samples=num_samples,
-        num_particles=num_particles,
-        sampler=sampler,
-        guidance=guidance,
-        independent=independent,
-        max_batch_size=max_batch_size,
-        mesh=mesh,
-    )
+    check_names(sample_posterior, model, 1 + len(args), locals())
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
     num_particles = check_count("sample_posterior", "num_particles", num_particles)
     max_batch_size = check_count("sample_posterior", "max_batch_size", max_batch_size)

@@ -241,14 +241,16 @@ def find_prior(fn: dist.Distribution) -> DiffusionPrior | None:
     return fn if isinstance(fn, DiffusionPrior) else None
 
 
-def check_names(owner: Callable[..., Any], model: Model, num_args: int, **options: Any) -> None:
+def check_names(
+    owner: Callable[..., Any], model: Model, num_args: int, options: Mapping[str, Any]
+) -> None:
     """Reject an option that may have been meant for the model.
 
     Args:
         owner: The function that takes the options and the model's keyword arguments.
         model: The model.
         num_args: The number of the model's positional arguments.
-        **options: The options that were given.
+        options: The values of the owner's parameters, by name.
 
     Raises:
         ValueError: If an option that differs from its default has the name of a model argument.
@@ -257,9 +259,9 @@ def check_names(owner: Callable[..., Any], model: Model, num_args: int, **option
         names = list(inspect.signature(model).parameters)[num_args:]
     except (TypeError, ValueError):  # a callable without a signature
         return
-    defaults = inspect.signature(owner).parameters
-    for name in names:
-        if name in options and options[name] is not defaults[name].default:
+    for name, option in inspect.signature(owner).parameters.items():
+        is_given = option.kind is option.KEYWORD_ONLY and options[name] is not option.default
+        if is_given and name in names:
             raise ValueError(
                 f"{owner.__name__}: `{name}` is an option of this function and an argument of the "
                 "model as well; pass the model's by position, or give it another name."
