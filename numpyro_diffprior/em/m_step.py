@@ -17,7 +17,7 @@ from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import empirical_gaussian
 
-__all__ = ["MStep", "ParamStep", "Trained", "fit_prior", "fit_priors", "summarize"]
+__all__ = ["MStep", "ParamStep", "Trained", "fit_priors", "summarize"]
 
 
 @jax.tree_util.register_static
@@ -124,7 +124,7 @@ def fit_priors(
             continue
         prior = state.priors[key]
         shape = prior.denoiser.context_shape
-        trained[key] = fit_prior(
+        trained[key] = _fit_prior(
             jax.random.fold_in(rng_key, i),
             state.training[key],
             state.initial[key],
@@ -132,13 +132,13 @@ def fit_priors(
             None if shape is None else pool(contexts, state.sites, key, shape),
             optimizer,
             m_step,
-            rank=rank,
-            mesh=mesh,
+            rank,
+            mesh,
         )
     return trained
 
 
-def fit_prior(
+def _fit_prior(
     rng_key: jax.Array,
     training: TrainState,
     initial: NetworkDenoiser,
@@ -146,26 +146,15 @@ def fit_prior(
     context: jax.Array | None,
     optimizer: optax.GradientTransformation,
     m_step: MStep,
-    *,
-    rank: int | None = None,
-    mesh: Mesh | None = None,
+    rank: int | None,
+    mesh: Mesh | None,
 ) -> Trained:
-    """Fit one prior to events and their contexts.
-
-    Args:
-        rng_key: A random key.
-        training: The state of its training.
-        initial: Its untrained denoiser.
-        x: Events, with shape ``(n, *event)``.
-        context: Their contexts, or None.
-        optimizer: The optimizer of its network.
-        m_step: The options of the training.
-        rank: The rank of the Gaussian summary of large events.
-        mesh: Devices to spread minibatches over.
-    """
+    """Fit one prior to events, with shape ``(n, *event)``, and their contexts."""
     key_train, key_measure = jax.random.split(rng_key)
     mean, cov = summarize(training.denoiser.from_data(x), rank)
-    start = _restart(training, initial, optimizer, m_step)
+    start = training if m_step.warm_start else init_training(initial, optimizer)
+    if m_step.reset_optimizer:
+        start = start._replace(opt_state=init_training(start.denoiser, optimizer).opt_state)
     start = start._replace(
         denoiser=start.denoiser.with_summary(mean, cov),
         averaged=start.averaged.with_summary(mean, cov),
@@ -187,21 +176,6 @@ def fit_prior(
     )
     denoiser = replace(m_step.choose(training), error_ratios=current.error_ratios)
     return Trained(denoiser, training, losses)
-
-
-def _restart(
-    training: TrainState,
-    initial: NetworkDenoiser,
-    optimizer: optax.GradientTransformation,
-    m_step: MStep,
-) -> TrainState:
-    """Return where the M-step starts."""
-    if not m_step.warm_start:
-        return init_training(initial, optimizer)
-    if m_step.reset_optimizer:
-        fresh = init_training(training.denoiser, optimizer)
-        return training._replace(opt_state=fresh.opt_state)
-    return training
 
 
 def summarize(x: jax.Array, rank: int | None) -> tuple[jax.Array, Covariance]:
