@@ -1,5 +1,6 @@
 """Arrays that are mapped into memory are read part by part, with the same results."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -109,22 +110,15 @@ def test_parts_hold_a_few_blocks(prior, data, mapped):
     found = read(model, (prior, *mapped), {}, block_size=block_size(1, 1, BATCH_SIZE))
     parts = list(split_into_parts(found, 0))
     assert len(parts) == 5
-    shapes = {tuple(array.shape for array in part.data.arrays) for part in parts}
+    shapes = {tuple(array.shape for array in part.model.data.arrays) for part in parts}
     assert len(shapes) == 1  # so that nothing is compiled anew
     sizes = sorted(shape[0] for shape in shapes.pop() if shape and shape[0] > SIZE)
     # The gain is indexed by the model itself.
     assert sizes == [7 * BATCH_SIZE, 7 * BATCH_SIZE, NUM_EVENTS]
     elements = np.concatenate([part.indices.ravel() for part in parts])
     np.testing.assert_array_equal(np.unique(elements), np.arange(NUM_EVENTS))
-    whole = list(
-        split_into_parts(
-            found._replace(
-                data=found.data._replace(arrays=[np.array(array) for array in found.data.arrays])
-            ),
-            0,
-        )
-    )
-    assert len(whole) == 1
+    in_memory = found.data._replace(arrays=[np.array(array) for array in found.data.arrays])
+    assert len(list(split_into_parts(replace(found, data=in_memory), 0))) == 1
 
 
 def test_particles_count_in_the_batch(prior, data):

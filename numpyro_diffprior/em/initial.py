@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelData, ModelReading
+from numpyro_diffprior.reading.model import BoundModel, GroupReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
@@ -98,7 +97,7 @@ def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
     The scale is that of events whose observations, without noise, would have the size of the
     observed values.
     """
-    chosen, scales = dict(priors), _scales(model.data, model.reading)
+    chosen, scales = dict(priors), _scales(model)
     for site, key in sites.keys:
         if site in scales and key in with_network(priors):
             denoiser: Any = priors[key].denoiser
@@ -109,16 +108,16 @@ def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
     return chosen
 
 
-@partial(jax.jit, static_argnums=1)
-def _scales(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
+@jax.jit
+def _scales(model: BoundModel) -> dict[str, jax.Array]:
     """Return the scales of the events of linear models, by site, in the data's units."""
     scales: dict[str, jax.Array] = {}
-    for found in reading.groups:
+    for found in model.reading.groups:
         if not found.linear:
             continue
 
         def sizes(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
-            block, group = found.bind(data, indices), found.group
+            block, group = found.bind(model.data, indices), found.group
             zero = jnp.zeros_like(block.mean)
             local = block.likelihood.linearize(zero)
             deviation = jnp.sqrt(local.noise.diagonal())

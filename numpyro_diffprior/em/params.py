@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import optax
 from numpyro.distributions.transforms import Transform
 
-from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading
+from numpyro_diffprior.reading.model import BoundModel, ModelReading
 
 __all__ = ["fit_params", "init_params"]
 
@@ -26,15 +26,14 @@ def init_params(
     """Return the initial values of a model's parameters, and the optimizer's state."""
     if not model.reading.constraints:
         return {}, optimizer.init({})
-    params = _first_values(model.data, model.reading)
+    params = _first_values(model)
     return params, optimizer.init(_unconstrain(params, _transforms(model.reading)))
 
 
-@partial(jax.jit, static_argnums=1)
-def _first_values(data: ModelData, reading: ModelReading) -> Params:
-    return reading.params(data)
+_first_values = jax.jit(lambda model: model.reading.params(model.data))
 
 
+@partial(jax.jit, static_argnames=("optimizer", "num_steps"))
 def fit_params(
     rng_key: jax.Array,
     model: BoundModel,
@@ -57,19 +56,7 @@ def fit_params(
     Returns:
         The new values and the optimizer's new state.
     """
-    return _fit(rng_key, draws, opt_state, model.data, model.reading, optimizer, num_steps)
-
-
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _fit(
-    rng_key: jax.Array,
-    draws: dict[str, jax.Array],
-    opt_state: optax.OptState,
-    data: ModelData,
-    reading: ModelReading,
-    optimizer: optax.GradientTransformation,
-    num_steps: int,
-) -> tuple[Params, optax.OptState]:
+    reading, data = model.reading, model.data
     transforms = _transforms(reading)
     num_events = max(found.group.num_events for found in reading.groups)
 

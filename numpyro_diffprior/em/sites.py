@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelData, ModelReading
+from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelReading
 
 __all__ = [
     "Priors",
@@ -128,30 +128,25 @@ def pool(
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
 
+@partial(jax.jit, static_argnums=1)
 def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
     """Return the contexts of all draws, by site, of sites with a conditional prior."""
-    return {
-        site: jnp.broadcast_to(context, (num_draws, *context.shape))
-        for site, context in _read_contexts(model.data, model.reading).items()
-    }
-
-
-@partial(jax.jit, static_argnums=1)
-def _read_contexts(data: ModelData, reading: ModelReading) -> dict[str, jax.Array]:
-    """Return the contexts of all events."""
     contexts: dict[str, jax.Array] = {}
-    for found in reading.groups:
+    for found in model.reading.groups:
 
         def read_block(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
-            values = {}
-            for site, part in zip(found.group.sites, found.parts(data, indices), strict=True):
-                context = part.contexts(site.batch_shape)
+            values, denoisers = {}, found.parts(model.data, indices)
+            for site, denoiser in zip(found.group.sites, denoisers, strict=True):
+                context = denoiser.contexts(site.batch_shape)
                 if context is not None:
                     values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
             return values
 
         contexts |= found.over_blocks(read_block)
-    return contexts
+    return {
+        site: jnp.broadcast_to(context, (num_draws, *context.shape))
+        for site, context in contexts.items()
+    }
 
 
 def replace_non_finite(

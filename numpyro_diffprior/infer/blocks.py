@@ -16,8 +16,6 @@ from numpyro_diffprior.reading.model import (
     Block,
     BoundModel,
     GroupReading,
-    ModelData,
-    ModelReading,
     join_blocks,
 )
 from numpyro_diffprior.reading.parts import join_parts, split_into_parts
@@ -104,7 +102,7 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     found = [
-        _sample_group(key, model, _Plan(model.reading, i, settings, num_draws, batch_size, mesh))
+        _sample_group(key, model, _Plan(i, settings, num_draws, batch_size, mesh))
         for i, key in enumerate(keys)
     ]
     samples = {name: x for part in found for name, x in part.samples.items()}
@@ -129,12 +127,12 @@ def sample_first_block(
     keys = jax.random.split(rng_key, len(model.reading.groups))
     for i, (key, found) in enumerate(zip(keys, model.reading.groups, strict=True)):
         batch_size = num_draws * settings.num_particles * found.group.num_events
-        plan = _Plan(model.reading, i, settings, num_draws, batch_size, None)
+        plan = _Plan(i, settings, num_draws, batch_size, None)
         part = next(split_into_parts(model, i))
         if part.indices is None:
-            samples |= _draw_whole(key, part.data, plan).samples
+            samples |= _draw_whole(key, part.model, plan).samples
         else:
-            samples |= _draw_part(key[None], part.indices[:1], part.data, plan).samples
+            samples |= _draw_part(key[None], part.indices[:1], part.model, plan).samples
     return samples
 
 
@@ -161,7 +159,6 @@ def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dic
 class _Plan(NamedTuple):
     """How a group of latent sites is drawn; static."""
 
-    reading: ModelReading
     position: int
     settings: SamplingOptions
     num_draws: int
@@ -169,67 +166,67 @@ class _Plan(NamedTuple):
     mesh: Mesh | None
 
     @property
-    def found(self) -> GroupReading:
-        """The group."""
-        return self.reading.groups[self.position]
-
-    @property
     def num_systems(self) -> int:
         """How many particle systems are in memory at once."""
         return max(1, self.batch_size // self.settings.num_particles)
 
-    def split(self, draws: Draws, data: ModelData) -> PosteriorSamples:
-        """Return draws by site, in the data's units."""
-        samples = self.found.group.split(self.found.denoiser(data), draws.x)
-        return PosteriorSamples(samples, draws.info._asdict())
-
 
 def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
-    if plan.found.divided is None:
-        return _draw_whole(rng_key, model.data, plan)
-    plate, size = plan.found.divided
+    found = model.reading.groups[plan.position]
+    if found.divided is None:
+        return _draw_whole(rng_key, model, plan)
+    plate, size = found.divided
     keys = jax.random.split(rng_key, -(-plate.size // size))
     parts = split_into_parts(model, plan.position, plan.mesh)
-    drawn = (_draw_part(keys[part.blocks], part.indices, part.data, plan) for part in parts)
-    return join_parts(drawn, 1 + len(plan.found.group.batch_shape) + plate.dim, plate.size)
+    drawn = (_draw_part(keys[part.blocks], part.indices, part.model, plan) for part in parts)
+    return join_parts(drawn, 1 + len(found.group.batch_shape) + plate.dim, plate.size)
 
 
 @partial(jax.jit, static_argnums=2)
-def _draw_whole(rng_key: jax.Array, data: ModelData, plan: _Plan) -> PosteriorSamples:
+def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
     """Draw for whole plates."""
-    found, settings, num_draws = plan.found, plan.settings, plan.num_draws
+    found = model.reading.groups[plan.position]
     max_draws = plan.num_systems // found.group.num_events
-    keys, chunk_size = _chunk(rng_key, num_draws, max_draws, settings, plan.mesh)
+    keys, chunk_size = _chunk(rng_key, plan.num_draws, max_draws, plan.settings, plan.mesh)
 
-    def draw(data: ModelData, keys: jax.Array) -> Draws:
-        return _draw_chunks(keys, found.bind(data), settings, chunk_size)
+    def draw(model: BoundModel, keys: jax.Array) -> Draws:
+        return _draw_chunks(keys, found.bind(model.data), plan.settings, chunk_size)
 
-    draws = on_devices(draw, data, keys, plan.mesh)
-    return plan.split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
+    return _by_site(on_devices(draw, model, keys, plan.mesh), found, model, plan.num_draws)
 
 
 @partial(jax.jit, static_argnums=3)
 def _draw_part(
-    rng_keys: jax.Array, indices: jax.Array, data: ModelData, plan: _Plan
+    rng_keys: jax.Array, indices: jax.Array, model: BoundModel, plan: _Plan
 ) -> PosteriorSamples:
     """Draw for some blocks of a plate, each with its own key; see `Part`."""
-    found, settings, num_draws = plan.found, plan.settings, plan.num_draws
+    found, settings, num_draws = model.reading.groups[plan.position], plan.settings, plan.num_draws
     assert found.divided is not None
     plate, size = found.divided
 
-    def draw_blocks(data: ModelData, blocks: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
+    def draw_blocks(model: BoundModel, blocks: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
         def draw(block: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
             key, index = block
             keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, settings)
-            draws = _draw_chunks(keys, found.bind(data, {plate.name: index}), settings, chunk_size)
-            return plan.split(jax.tree.map(lambda leaf: leaf[:num_draws], draws), data)
+            bound = found.bind(model.data, {plate.name: index})
+            draws = _draw_chunks(keys, bound, settings, chunk_size)
+            return _by_site(draws, found, model, num_draws)
 
         return jax.lax.map(draw, blocks)
 
-    draws = on_devices(draw_blocks, data, (rng_keys, indices), plan.mesh)
+    draws = on_devices(draw_blocks, model, (rng_keys, indices), plan.mesh)
     axis = 1 + len(found.group.batch_shape) + plate.dim  # of the plate, behind the draws
     joined: PosteriorSamples = join_blocks(draws, axis, min(indices.size, plate.size))
     return joined
+
+
+def _by_site(
+    draws: Draws, found: GroupReading, model: BoundModel, num_draws: int
+) -> PosteriorSamples:
+    """Return the first draws by site, in the data's units."""
+    draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
+    samples = found.group.split(found.denoiser(model.data), draws.x)
+    return PosteriorSamples(samples, draws.info._asdict())
 
 
 def _chunk(

@@ -71,7 +71,7 @@ def warn_of_bias(
         samples: Its draws by site, with shape ``(num_samples, *batch, *event)``.
         mesh: See `read`.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, found.data))):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, found))):
         return
     if (found.reading, settings) in _seen or _is_exact(found):
         return

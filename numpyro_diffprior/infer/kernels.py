@@ -22,7 +22,7 @@ from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import ParticleInfo, SamplingOptions
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.model import Block, BoundModel, ModelData
+from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, fix_plates
 
@@ -109,8 +109,8 @@ class _DiffusionKernel(MCMCKernel):
         check_data(found, settings.sampler)
         self._sample_fn = self._draw
 
-        def start(rng_key: jax.Array, data: ModelData, params: dict[str, jax.Array]) -> _State:
-            blocks = _bind(found._replace(data=data))
+        def start(rng_key: jax.Array, found: BoundModel, params: dict[str, jax.Array]) -> _State:
+            blocks = _bind(found)
             names = {name for group, _ in blocks for name in group.names}
             values = None
             if names <= set(params):
@@ -126,7 +126,7 @@ class _DiffusionKernel(MCMCKernel):
             )
 
         # Compiled: eager calls would compile hundreds of small programs.
-        return call(start, rng_key, found.data, dict(init_params or {}))
+        return call(start, rng_key, found, dict(init_params or {}))
 
     @abstractmethod
     def _start(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest
-from numpyro_diffprior.reading.model import Block, BoundModel, ModelData, ModelReading
-from numpyro_diffprior.reading.parts import join_parts, split_into_parts
+from numpyro_diffprior.reading.model import Block, BoundModel
+from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
 
 __all__ = ["check_data"]
 
@@ -95,9 +95,8 @@ def _is_false(flag: jax.Array) -> bool:
 def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Found:
     """Inspect the data of a group, part by part."""
     found = model.reading.groups[position]
-    parts = split_into_parts(model, position)
     inspected = (
-        _inspect_part(part.indices, part.data, model.reading, position, sampler) for part in parts
+        _inspect_part(part, position, sampler) for part in split_into_parts(model, position)
     )
     axis, size = 0, 0
     if found.divided is not None:
@@ -113,19 +112,13 @@ def _conclude(found: _Found) -> _Found:
     return flags._replace(num_visible=found.num_visible)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _inspect_part(
-    indices: jax.Array | None,
-    data: ModelData,
-    reading: ModelReading,
-    position: int,
-    sampler: Sampler,
-) -> _Found:
+@partial(jax.jit, static_argnums=(1, 2))
+def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Found:
     """Inspect some blocks; what is found has the batch's shape."""
-    found = reading.groups[position]
+    found = part.model.reading.groups[position]
 
     def inspect(indices: dict[str, jax.Array]) -> _Found:
-        block = found.bind(data, indices)
+        block = found.bind(part.model.data, indices)
         likelihood = block.likelihood
         _, noise, y, _ = likelihood.read(block.mean)
         precision = likelihood.largest_precision(block.mean)
@@ -142,7 +135,7 @@ def _inspect_part(
             num_visible=likelihood.num_visible,
         )
 
-    return found.over_blocks(inspect, indices)
+    return found.over_blocks(inspect, part.indices)
 
 
 def _are_apart(block: Block) -> jax.Array:

@@ -5,6 +5,7 @@ latent sites build the denoiser and the likelihood of a block, in compiled code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -60,31 +61,33 @@ class ModelData(NamedTuple):
     starts: dict[tuple[int, str], jax.Array] = {}
 
 
-class BoundModel(NamedTuple):
-    """A model as read, bound to its data.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class BoundModel:
+    """A model as read, bound to its data; a pytree of the data.
 
     Attributes:
         reading: What the model does; static.
         data: The arrays that it takes.
-        positions: The positions in the data of the arrays of the model's arguments, by their own
-            positions.
+        positions: The position in the data of each array of the model's arguments, None for those
+            that it does not use; static.
     """
 
-    reading: "ModelReading"
+    reading: "ModelReading" = field(metadata={"static": True})
     data: ModelData
-    positions: dict[int, int]
+    positions: tuple[int | None, ...] = field(metadata={"static": True})
 
     def with_params(self, params: Mapping[str, jax.Array]) -> "BoundModel":
         """Return the model with values of its ``numpyro.param`` sites."""
-        return self._replace(data=self.data._replace(params=dict(params)))
+        return replace(self, data=self.data._replace(params=dict(params)))
 
     def with_first_argument(self, value: Any) -> "BoundModel":
         """Return the model with the arrays of another first argument, of the same structure."""
         arrays = list(self.data.arrays)
-        for i, array in enumerate(split_arguments(value)[0]):
-            if i in self.positions:
-                arrays[self.positions[i]] = array
-        return self._replace(data=self.data._replace(arrays=arrays))
+        for position, array in zip(self.positions, split_arguments(value)[0]):
+            if position is not None:
+                arrays[position] = array
+        return replace(self, data=self.data._replace(arrays=arrays))
 
 
 class Block(NamedTuple):
@@ -342,7 +345,9 @@ class GroupReading:
         return plate, self.reading.blocks[plate.name]
 
     def over_blocks(
-        self, f: Callable[[dict[str, jax.Array]], Any], indices: jax.Array | None = None
+        self,
+        f: Callable[[dict[str, jax.Array]], Any],
+        indices: jax.Array | np.ndarray | None = None,
     ) -> Any:
         """Map a function of the elements of a block over events of the plates; traceable.
 

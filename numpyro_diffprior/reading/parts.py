@@ -4,6 +4,7 @@ Arrays of type `numpy.memmap` are read a few blocks at a time.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import replicate, round_up
-from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelReading, block_indices
+from numpyro_diffprior.reading.model import BoundModel, ModelReading, block_indices
 
 __all__ = ["Part", "join_parts", "split_into_parts"]
 
@@ -24,13 +25,13 @@ class Part(NamedTuple):
     """Some blocks of a group's events.
 
     Attributes:
-        data: The arrays of the model; some may hold the elements of these blocks alone.
+        model: The model; some of its arrays may hold the elements of these blocks alone.
         blocks: The positions of the blocks, with shape ``(num_blocks,)``.
         indices: The elements of the divided plate in each block, with shape
             ``(num_blocks, block_size)``; None if plates are whole.
     """
 
-    data: ModelData
+    model: BoundModel
     blocks: np.ndarray
     indices: np.ndarray | None
 
@@ -48,7 +49,7 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
     """
     divided = model.reading.groups[position].divided
     if divided is None:
-        yield Part(model.data, np.zeros(1, np.int32), None)
+        yield Part(model, np.zeros(1, np.int32), None)
         return
     plate, size = divided
     arrays = model.data.arrays
@@ -59,7 +60,7 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
     if not any(isinstance(arrays[i], np.memmap) for i in axes):
         count = round_up(num_blocks, mesh)
         blocks = np.minimum(np.arange(count), num_blocks - 1)
-        yield Part(model.data, blocks, block_indices(plate.size, size, count))
+        yield Part(model, blocks, block_indices(plate.size, size, count))
         return
     num_parts = -(-num_blocks // _MAX_BLOCKS)
     count = round_up(-(-num_blocks // num_parts), mesh)
@@ -77,7 +78,7 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
             arrays=[(own | others)[i] for i in range(len(arrays))],
             starts={(i, plate.name): jnp.asarray(start) for i in axes},
         )
-        yield Part(data, blocks, indices[part])
+        yield Part(replace(model, data=data), blocks, indices[part])
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:

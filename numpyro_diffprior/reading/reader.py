@@ -90,7 +90,8 @@ def read(
         while len(_PLANS) > _MAX_PLANS:
             _PLANS.pop(next(iter(_PLANS)))
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
-    positions = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
+    kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
+    positions = tuple(kept_at.get(i) for i in range(len(arrays)))
     # Memory-mapped arrays are read part by part.
     data = [x if isinstance(x, np.memmap) else replicate(x, mesh) for x in data]
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
