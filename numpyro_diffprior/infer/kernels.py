@@ -19,7 +19,7 @@ from numpyro_diffprior.infer.blocks import merge_stats
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import ParticleInfo, SamplingOptions
+from numpyro_diffprior.particles.system import Draws, ParticleInfo, Settings
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import Block, BoundModel
@@ -104,8 +104,7 @@ class _DiffusionKernel(MCMCKernel):
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
         """
-        found = self._read(model_args, model_kwargs)
-        settings = self._resolve(found)
+        found, settings = self._prepare(model_args, model_kwargs)
         check_data(found, settings.sampler)
         self._sample_fn = self._draw
 
@@ -139,10 +138,18 @@ class _DiffusionKernel(MCMCKernel):
         """Return the first state of one chain."""
 
     @abstractmethod
+    def _update(
+        self, state: _State, rng_key: jax.Array, blocks: _Blocks, settings: Settings
+    ) -> _State:
+        """Return the next state of one chain, except for the state's own key."""
+
     def _draw(
         self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> _State:
         """Return the next state of one chain."""
+        found, settings = self._prepare(model_args, model_kwargs)
+        rng_key, key = jax.random.split(state.rng_key)
+        return self._update(state._replace(rng_key=rng_key), key, _bind(found), settings)
 
     def sample(
         self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -196,14 +203,13 @@ class _DiffusionKernel(MCMCKernel):
 
         return postprocess
 
-    def _read(
+    def _prepare(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> BoundModel:
-        return read(self.model, model_args, model_kwargs or {})
-
-    def _resolve(self, found: BoundModel) -> SamplingOptions:
+    ) -> tuple[BoundModel, Settings]:
+        found = read(self.model, model_args, model_kwargs or {})
         default = found.reading.sampler
-        return resolve_settings(default, self.num_particles, self.sampler, self.guidance)
+        settings = resolve_settings(default, self.num_particles, self.sampler, self.guidance)
+        return found, settings
 
 
 def _bind(found: BoundModel) -> _Blocks:
@@ -221,6 +227,15 @@ def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> dict[str, jax.Array]
 
 def _keys(rng_key: jax.Array, blocks: _Blocks) -> list[jax.Array]:
     return [rng_key] if len(blocks) == 1 else list(jax.random.split(rng_key, len(blocks)))
+
+
+def _draw_once(rng_key: jax.Array, blocks: _Blocks, settings: Settings) -> list[Draws]:
+    """Return one draw of each group."""
+    draws = [
+        draw_posterior(key, block.denoiser, block.likelihood, settings)
+        for key, (_, block) in zip(_keys(rng_key, blocks), blocks, strict=True)
+    ]
+    return jax.tree.map(lambda leaf: leaf[0], draws)
 
 
 class MMPSKernel(_DiffusionKernel):
@@ -254,22 +269,14 @@ class MMPSKernel(_DiffusionKernel):
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
             values = [block.mean for _, block in blocks]
-        info = _merge([_no_info(block, settings) for _, block in blocks])
-        return MMPSState(_split(blocks, values), rng_key, info)
+        return MMPSState(_split(blocks, values), rng_key, _no_info(blocks, settings))
 
-    def _draw(
-        self, state: MMPSState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    def _update(
+        self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, settings: Settings
     ) -> MMPSState:
-        found = self._read(model_args, model_kwargs)
-        settings, blocks = self._resolve(found), _bind(found)
-        rng_key, key = jax.random.split(state.rng_key)
-        draws = [
-            draw_posterior(key, block.denoiser, block.likelihood, settings)
-            for key, (_, block) in zip(_keys(key, blocks), blocks, strict=True)
-        ]
-        draws = jax.tree.map(lambda leaf: leaf[0], draws)
-        info = _merge([draw.info for draw in draws])
-        return MMPSState(_split(blocks, [draw.x for draw in draws]), rng_key, info)
+        draws = _draw_once(rng_key, blocks, settings)
+        z = _split(blocks, [draw.x for draw in draws])
+        return state._replace(z=z, info=_merge([draw.info for draw in draws]))
 
 
 class ParticleGibbs(_DiffusionKernel):
@@ -319,10 +326,7 @@ class ParticleGibbs(_DiffusionKernel):
         """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
         if values is None:
-            values = [
-                draw_posterior(key, block.denoiser, block.likelihood, settings).x[0]
-                for key, (_, block) in zip(_keys(key_draw, blocks), blocks, strict=True)
-            ]
+            values = [draw.x for draw in _draw_once(key_draw, blocks, settings)]
         path = tuple(
             diffuse_path(
                 key,
@@ -332,7 +336,7 @@ class ParticleGibbs(_DiffusionKernel):
             )
             for key, (_, block), value in zip(_keys(key_path, blocks), blocks, values, strict=True)
         )
-        info = _merge([_no_info(block, settings) for _, block in blocks])
+        info = _no_info(blocks, settings)
         # The retained path's denoised means are evaluated once more.
         num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
         return ParticleGibbsState(
@@ -344,32 +348,30 @@ class ParticleGibbs(_DiffusionKernel):
             num_evaluations=num_evaluations,
         )
 
-    def _draw(
-        self,
-        state: ParticleGibbsState,
-        model_args: tuple[Any, ...],
-        model_kwargs: dict[str, Any] | None,
+    def _update(
+        self, state: ParticleGibbsState, rng_key: jax.Array, blocks: _Blocks, settings: Settings
     ) -> ParticleGibbsState:
-        found = self._read(model_args, model_kwargs)
-        settings, blocks = self._resolve(found), _bind(found)
-        rng_key, key = jax.random.split(state.rng_key)
         updates = [
             update_path(key, block.denoiser, block.likelihood, settings, path)
-            for key, (_, block), path in zip(_keys(key, blocks), blocks, state.path, strict=True)
+            for key, (_, block), path in zip(_keys(rng_key, blocks), blocks, state.path)
         ]
         return state._replace(
             z=_split(blocks, [update.draws.x for update in updates]),
-            rng_key=rng_key,
             path=tuple(update.path for update in updates),
             updated=merge_stats([{"updated": update.updated} for update in updates])["updated"],
             info=_merge([update.draws.info for update in updates]),
         )
 
 
-def _no_info(block: Block, settings: SamplingOptions) -> ParticleInfo:
+def _no_info(blocks: _Blocks, settings: Settings) -> ParticleInfo:
     """Return the statistics of a state that was not drawn."""
-    shape, num_steps = block.likelihood.batch_shape, settings.sampler.num_steps
-    return ParticleInfo.zeros(shape, num_steps, block.denoiser.dtype)
+    num_steps = settings.sampler.num_steps
+    return _merge(
+        [
+            ParticleInfo.zeros(block.likelihood.batch_shape, num_steps, block.denoiser.dtype)
+            for _, block in blocks
+        ]
+    )
 
 
 def _merge(parts: Sequence[ParticleInfo]) -> ParticleInfo:
