@@ -66,7 +66,11 @@ class ParticleGibbsState(NamedTuple):
 
 
 _State = Any  # of the concrete kernel
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any] | None
+_Values = dict[str, jax.Array]
 _Blocks = list[tuple[LatentGroup, Block]]
+_Events = list[jax.Array]
 
 
 class _DiffusionKernel(MCMCKernel):
@@ -95,9 +99,9 @@ class _DiffusionKernel(MCMCKernel):
         self,
         rng_key: jax.Array,
         num_warmup: int,
-        init_params: dict[str, jax.Array] | None,
-        model_args: tuple[Any, ...],
-        model_kwargs: dict[str, Any] | None,
+        init_params: _Values | None,
+        model_args: _Args,
+        model_kwargs: _Kwargs,
     ) -> _State:
         """Read the model and return the first state, at ``init_params`` if they hold all sites.
 
@@ -108,14 +112,14 @@ class _DiffusionKernel(MCMCKernel):
         check_data(found, settings.sampler)
         self._sample_fn = self._draw
 
-        def start(rng_key: jax.Array, found: BoundModel, params: dict[str, jax.Array]) -> _State:
+        def start(rng_key: jax.Array, found: BoundModel, params: _Values) -> _State:
             blocks = _bind(found)
             names = {name for group, _ in blocks for name in group.names}
             values = None
             if names <= set(params):
                 values = [group.join(block.denoiser, params) for group, block in blocks]
 
-            def start_chain(key: jax.Array, values: list[jax.Array] | None) -> _State:
+            def start_chain(key: jax.Array, values: _Events | None) -> _State:
                 return self._start(key, blocks, settings, values)
 
             if is_prng_key(rng_key):
@@ -129,11 +133,7 @@ class _DiffusionKernel(MCMCKernel):
 
     @abstractmethod
     def _start(
-        self,
-        rng_key: jax.Array,
-        blocks: _Blocks,
-        settings: SamplingOptions,
-        values: list[jax.Array] | None,
+        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
     ) -> _State:
         """Return the first state of one chain."""
 
@@ -143,17 +143,13 @@ class _DiffusionKernel(MCMCKernel):
     ) -> _State:
         """Return the next state of one chain, except for the state's own key."""
 
-    def _draw(
-        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> _State:
+    def _draw(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state of one chain."""
         found, settings = self._prepare(model_args, model_kwargs)
         rng_key, key = jax.random.split(state.rng_key)
         return self._update(state._replace(rng_key=rng_key), key, _bind(found), settings)
 
-    def sample(
-        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> _State:
+    def sample(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state (of every chain, if the state has several)."""
         if self._sample_fn is None:
             raise RuntimeError(f"{type(self).__name__}: `init` must be called before `sample`.")
@@ -162,9 +158,7 @@ class _DiffusionKernel(MCMCKernel):
         in_axes = (0, None, None)
         return jax.vmap(self._sample_fn, in_axes=in_axes)(state, model_args, model_kwargs)
 
-    def refresh(
-        self, state: _State, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> _State:
+    def refresh(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the state: nothing in it depends on the model's arguments."""
         return state
 
@@ -176,14 +170,14 @@ class _DiffusionKernel(MCMCKernel):
         return kernel
 
     def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+        self, model_args: _Args, model_kwargs: _Kwargs
+    ) -> Callable[[_Values], _Values]:
         """Return the identity: draws are values of the site."""
         return identity
 
     def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+        self, model_args: _Args, model_kwargs: _Kwargs
+    ) -> Callable[[_Values], _Values]:
         """Return a function that adds the model's deterministic sites to a draw.
 
         Observed sites completed under ``obs_mask=`` are left out, since their hidden values are
@@ -191,7 +185,7 @@ class _DiffusionKernel(MCMCKernel):
         """
         whole = handlers.seed(fix_plates(self.model), rng_seed=0)
 
-        def postprocess(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def postprocess(z: _Values) -> _Values:
             substituted = handlers.trace(handlers.substitute(whole, data=z))
             trace = substituted.get_trace(*model_args, **(model_kwargs or {}))
             deterministic = {
@@ -203,9 +197,7 @@ class _DiffusionKernel(MCMCKernel):
 
         return postprocess
 
-    def _prepare(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> tuple[BoundModel, Settings]:
+    def _prepare(self, model_args: _Args, model_kwargs: _Kwargs) -> tuple[BoundModel, Settings]:
         found = read(self.model, model_args, model_kwargs or {})
         default = found.reading.sampler
         settings = resolve_settings(default, self.num_particles, self.sampler, self.guidance)
@@ -216,7 +208,7 @@ def _bind(found: BoundModel) -> _Blocks:
     return [(part.group, part.bind(found.data)) for part in found.reading.groups]
 
 
-def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> _Values:
     """Return events by site."""
     return {
         name: value
@@ -260,11 +252,7 @@ class MMPSKernel(_DiffusionKernel):
     """
 
     def _start(
-        self,
-        rng_key: jax.Array,
-        blocks: _Blocks,
-        settings: SamplingOptions,
-        values: list[jax.Array] | None,
+        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
@@ -317,11 +305,7 @@ class ParticleGibbs(_DiffusionKernel):
         super().__init__(model, num_particles=num_particles, sampler=sampler, guidance=guidance)
 
     def _start(
-        self,
-        rng_key: jax.Array,
-        blocks: _Blocks,
-        settings: SamplingOptions,
-        values: list[jax.Array] | None,
+        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
     ) -> ParticleGibbsState:
         """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
