@@ -8,6 +8,7 @@ transformation are transformed back. The factor of a subsampled plate is removed
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -132,24 +133,31 @@ class LikelihoodReader:
         moments, visible, has_residuals = self.read(evaluate, template)
         noise, y = moments.noise, moments.y
 
+        def over_extra_axes(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+            """Map a function of a batch of events over draws or particles of it."""
+
+            def mapped(x: jax.Array) -> Any:
+                extra = x.shape[: x.ndim - template.ndim]
+                if not extra:
+                    return f(x)
+                out = jax.vmap(f)(x.reshape(prod(extra), *x.shape[len(extra) :]))
+                return jax.tree.map(lambda leaf: leaf.reshape(*extra, *leaf.shape[1:]), out)
+
+            return mapped
+
+        read_all = over_extra_axes(lambda x: self.read(evaluate, x)[0])
+
         def read(x: jax.Array) -> ObservationMoments:
-            reading = self._over_extra_axes(lambda v: self.read(evaluate, v)[0], x)
-            return ObservationMoments(reading.y_hat, noise, y) if linear else reading
-
-        def log_prob(x: jax.Array) -> jax.Array:
-            return self._over_extra_axes(lambda v: self.log_prob(evaluate, v), x)
-
-        def potential(x: jax.Array) -> jax.Array:
-            return self._over_extra_axes(lambda v: self.log_prob(evaluate, v, potentials), x)
+            moments = read_all(x)
+            return ObservationMoments(moments.y_hat, noise, y) if linear else moments
 
         potentials = [i for i, site in enumerate(self.observed) if site.by == "potential"]
-
-        event_shape = template.shape[len(self.group.batch_shape) :]
+        potential = over_extra_axes(partial(self.log_prob, evaluate, sites=potentials))
         return Likelihood(
             y=y,
             read=read,
-            log_prob=log_prob,
-            event_shape=event_shape,
+            log_prob=over_extra_axes(partial(self.log_prob, evaluate)),
+            event_shape=template.shape[len(self.group.batch_shape) :],
             linear=linear,
             visible=visible,
             has_residuals=has_residuals,
@@ -271,24 +279,3 @@ class LikelihoodReader:
             if size == 1 and array.shape[axis] != 1:
                 array = jnp.expand_dims(jnp.moveaxis(array, axis, rank - 1), axis)
         return array
-
-    def _over_extra_axes(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-        """Map a function of a batch of events over draws or particles of it."""
-        return _map_leading(f, x, self._value_ndim)
-
-    @property
-    def _value_ndim(self) -> int:
-        """The number of axes of a batch of events."""
-        group = self.group
-        if len(group.sites) > 1:
-            return len(group.batch_shape) + 1  # sites are joined as vectors
-        return len(group.sites[0].shape)
-
-
-def _map_leading(f: Callable[[jax.Array], Any], x: jax.Array, ndim: int) -> Any:
-    """Map a function of the last axes over all axes in front."""
-    extra, own = x.shape[: x.ndim - ndim], x.shape[x.ndim - ndim :]
-    if not extra:
-        return f(x)
-    out = jax.vmap(f)(x.reshape(prod(extra), *own))
-    return jax.tree.map(lambda leaf: leaf.reshape(*extra, *leaf.shape[1:]), out)
