@@ -165,11 +165,8 @@ class EM:
                 sites,
                 self.start,
                 self.e_step,
-                params=params,
-                mesh=self.mesh,
-                block_size=block_size(
-                    self.e_step.num_particles, 1, self.e_step.max_batch_size, self.mesh
-                ),
+                params,
+                self.mesh,
             )
         initial = {
             key: cast(NetworkDenoiser, prior.denoiser).with_gaussian(*gaussians[key])

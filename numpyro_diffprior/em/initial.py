@@ -1,6 +1,5 @@
 """The first priors: Gaussians fitted to the observations."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +19,9 @@ from numpyro_diffprior.em.sites import Priors, Sites, pool, replace_non_finite, 
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import BoundModel, GroupReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
@@ -122,13 +121,12 @@ def _scales(model: BoundModel) -> dict[str, jax.Array]:
             local = block.likelihood.linearize(zero)
             deviation = jnp.sqrt(local.noise.diagonal())
             events = group.split(block.denoiser, zero)
-            gains = {
-                name: local.matvec(group.join(block.denoiser, events | {name: _signs(x)}))
-                for name, x in events.items()
-            }
-            return {"y": _log_size(local.residual / deviation)} | {
-                name: _log_size(gain / deviation) for name, gain in gains.items()
-            }
+            logs = {"y": _log_size(local.residual / deviation)}
+            for name, x in events.items():
+                signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
+                gain = local.matvec(group.join(block.denoiser, events | {name: signs}))
+                logs[name] = _log_size(gain / deviation)
+            return logs
 
         means = {
             name: total.sum() / count.sum()
@@ -137,10 +135,6 @@ def _scales(model: BoundModel) -> dict[str, jax.Array]:
         # In logarithms, since squares may over- or underflow.
         scales |= {name: jnp.exp(means["y"] - means[name]) for name in found.group.names}
     return scales
-
-
-def _signs(x: jax.Array) -> jax.Array:
-    return jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
 
 
 def _log_size(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -158,24 +152,13 @@ def fit_by_sampling(
     sites: Sites,
     start: GaussianStart,
     e_step: EStep,
-    *,
     params: dict[str, jax.Array],
     mesh: Mesh | None,
-    block_size: Callable[[LatentGroup], int],
 ) -> dict[str, Gaussian]:
     """Fit Gaussians to posterior draws repeatedly, starting from the priors' own.
 
-    Args:
-        rng_key: A random key.
-        model: The model.
-        arguments: Its arguments after the prior, and its keyword arguments.
-        priors: The priors; those without a network stay as they are.
-        sites: The prior of each site.
-        start: The number of fits, and the rank.
-        e_step: How draws are made; its sampler and guidance are replaced.
-        params: The values of the model's parameters.
-        mesh: Devices to spread the draws over.
-        block_size: See `read`.
+    Priors without a network stay as they are. The sampler and the guidance of the E-step are
+    replaced.
     """
     # Of second order: the shrinkage of a first-order sampler would build up over the fits.
     own = e_step.sampler or next(iter(priors.values())).sampler
@@ -190,6 +173,7 @@ def fit_by_sampling(
         for key, prior in with_network(priors).items()
     }
     args, kwargs = arguments
+    size = block_size(e_step.num_particles, 1, e_step.max_batch_size, mesh)
     found: BoundModel | None = None
     structure = None
     for key in jax.random.split(rng_key, start.num_iterations):
@@ -197,9 +181,7 @@ def fit_by_sampling(
         passed = sites.as_passed(current)
         if found is None or structure != jax.tree.structure(passed):
             # The covariances of the first draws may have another form than those before.
-            found = read(
-                model, (passed, *args), kwargs, block_size=block_size, mesh=mesh, params=params
-            )
+            found = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
         else:
             found = found.with_first_argument(passed)
