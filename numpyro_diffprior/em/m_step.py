@@ -106,17 +106,9 @@ def fit_priors(
     rank: int | None,
     mesh: Mesh | None,
 ) -> dict[str, Trained]:
-    """Fit each prior with a network to the draws of its sites.
+    """Fit each prior with a network to the draws of its sites, and to their contexts.
 
-    Args:
-        rng_key: A random key.
-        state: The state of EM.
-        draws: The draws, by site.
-        contexts: Their contexts, by site, for conditional priors.
-        optimizer: The optimizer of the networks.
-        m_step: The options of the training.
-        rank: The rank of the Gaussian summaries of large events.
-        mesh: Devices to spread minibatches over.
+    The Gaussian summaries of large events have the given rank.
     """
     trained = {}
     for i, key in enumerate(sorted(state.priors)):

@@ -43,7 +43,7 @@ def fit_params(
     *,
     num_steps: int,
 ) -> tuple[Params, optax.OptState]:
-    """Take steps of the optimizer on minibatches of events.
+    """Take steps of the optimizer; return the new values and the optimizer's new state.
 
     Args:
         rng_key: A random key.
@@ -52,9 +52,6 @@ def fit_params(
         optimizer: The optimizer.
         opt_state: Its state.
         num_steps: The number of steps.
-
-    Returns:
-        The new values and the optimizer's new state.
     """
     reading, data = model.reading, model.data
     transforms = _transforms(reading)

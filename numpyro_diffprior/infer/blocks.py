@@ -50,13 +50,7 @@ def block_size(
 ) -> Callable[[LatentGroup], int]:
     """Return a function from a group to the number of elements of its largest plate in a block.
 
-    All particles of a block are in memory at once: ``batch_size`` bounds their number.
-
-    Args:
-        num_particles: The number of particles of a system.
-        num_draws: The number of draws per event.
-        batch_size: How many particles are in memory at once on one device.
-        mesh: Devices to spread the work over.
+    All particles of a block are in memory at once: ``batch_size`` bounds their number per device.
     """
     num_systems = max(1, batch_size // num_particles)
 
@@ -86,15 +80,8 @@ def sample_blocks(
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
-    Changed arrays (a prior's weights too) do not recompile.
-
-    Args:
-        rng_key: A random key.
-        model: A model, read with the `block_size` for these options.
-        settings: How the draws are made.
-        num_draws: The number of draws per event.
-        batch_size: How many particles are in memory at once on one device.
-        mesh: Devices to spread the work over, which have all data.
+    Changed arrays (a prior's weights too) do not recompile. The model must be read with the
+    `block_size` for these options, and the devices of the mesh must have all data.
 
     Returns:
         Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
@@ -112,13 +99,7 @@ def sample_blocks(
 def sample_first_block(
     rng_key: jax.Array, model: BoundModel, settings: SamplingOptions, *, num_draws: int
 ) -> dict[str, jax.Array]:
-    """Draw for the first elements of the latents' plates, one block, compiled.
-
-    Args:
-        rng_key: A random key.
-        model: The model as read.
-        settings: How the draws are made.
-        num_draws: The number of draws per event, all of them in memory at once.
+    """Draw for the first block of the latents' plates, all draws at once, compiled.
 
     Returns:
         Draws by site, with shape ``(num_draws, *batch, *event)``.
@@ -139,9 +120,7 @@ def sample_first_block(
 def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
     """Join the statistics of groups: their events in one axis, where there are several groups.
 
-    Args:
-        parts: The statistics of each group, of shape ``(*leading, *batch)``.
-        num_axes: The number of leading axes, which all groups share.
+    Their shapes are ``(*leading, *batch)``, with ``num_axes`` leading axes that all groups share.
     """
     if len(parts) == 1:
         return dict(parts[0])

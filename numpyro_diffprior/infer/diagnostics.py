@@ -60,16 +60,7 @@ def warn_of_bias(
     """Warn if draws of one particle differ from those of particle systems; once per model.
 
     The particle systems use no more particles than the call itself, so that calls with few draws
-    are not checked.
-
-    Args:
-        rng_key: A random key.
-        model: The model.
-        arguments: Its arguments, and its keyword arguments.
-        found: The model as read.
-        settings: How its draws were made, with one particle.
-        samples: Its draws by site, with shape ``(num_samples, *batch, *event)``.
-        mesh: See `read`.
+    are not checked. The draws have shape ``(num_samples, *batch, *event)``.
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, found))):
         return

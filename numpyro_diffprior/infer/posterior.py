@@ -45,13 +45,6 @@ def resolve_settings(
 
     MMPS uses Tweedie's covariance for one particle, and looks ahead with the Gaussian for more.
 
-    Args:
-        default: The prior's sampler.
-        num_particles: See `sample_posterior`.
-        sampler: A sampler to use instead, or None.
-        guidance: The guidance, or None for the default.
-        independent: Whether every draw comes from a particle system of its own.
-
     Raises:
         ValueError: If ``sampler`` is not a `Sampler` or ``guidance`` not a `Guidance`, or if there
             are several particles and the sampler is deterministic or evaluates the denoiser more

@@ -39,10 +39,6 @@ class _Found(NamedTuple):
 def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
     """Check the observed values and the noise of a model, where they are concrete.
 
-    Args:
-        model: The model.
-        sampler: The sampler of its posterior.
-
     Returns:
         For each group of latent sites the number of visible values of every event, with the shape
         of the whole batch.

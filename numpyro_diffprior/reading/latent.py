@@ -117,12 +117,7 @@ class LatentGroup:
         return parts[0] if len(parts) == 1 else ProductDenoiser(tuple(parts))
 
     def split(self, denoiser: Denoiser, x: jax.Array) -> dict[str, jax.Array]:
-        """Split joint events into those of each site, in the data's units.
-
-        Args:
-            denoiser: The joint denoiser of all sites.
-            x: Events of the denoiser; they may have further leading axes.
-        """
+        """Split events of the joint denoiser into those of each site, in the data's units."""
         parts = _parts(denoiser)
         values = [x] if len(parts) == 1 else cast(ProductDenoiser, denoiser).split(x)
         return {
@@ -148,13 +143,7 @@ def _parts(denoiser: Denoiser) -> tuple[Denoiser, ...]:
 def read_latent_site(
     name: str, site: Mapping[str, Any], prior: DiffusionPrior, sizes: Mapping[str, int]
 ) -> LatentSite:
-    """Read a diffusion site of a trace.
-
-    Args:
-        name: Its name.
-        site: The trace's entry.
-        prior: Its prior.
-        sizes: The full sizes of the model's plates.
+    """Read a diffusion site of a trace, given the full sizes of the model's plates.
 
     Raises:
         ValueError: If ``to_event`` has made batch axes part of the event.
@@ -200,12 +189,7 @@ def group_sites(
 
 
 def couples(site: Mapping[str, Any], latent: LatentSite) -> bool:
-    """Whether an observed site lacks a plate of a latent site, or has another size there.
-
-    Args:
-        site: The entry of the observed site in the trace.
-        latent: A latent site on which it depends.
-    """
+    """Whether an observed site of a trace lacks a latent's plate, or has another size there."""
     missing = {plate.name for plate in latent.plates} - {
         frame.name for frame in site["cond_indep_stack"]
     }

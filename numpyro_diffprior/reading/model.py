@@ -194,9 +194,7 @@ class ModelReading:
     def inputs(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> list[Any]:
         """Return the inputs of the program, with None for latent values.
 
-        Args:
-            data: The arrays of the model.
-            indices: The elements of divided plates, by name (default: the first ones).
+        Divided plates have the elements ``indices``, by name (default: the first ones).
         """
         indices = indices or {}
 
@@ -312,12 +310,7 @@ class GroupReading:
         return not any(jax.tree.leaves(depends(derivative, x, x, specs, on=[0])))
 
     def bind(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> Block:
-        """Return denoiser and likelihood on some elements of the plates; traceable.
-
-        Args:
-            data: The arrays of the model.
-            indices: The elements of divided plates, by name (default: the first ones).
-        """
+        """Return denoiser and likelihood on elements of the plates (default: the first ones)."""
         inputs = self.reading.inputs(data, indices)
         denoiser, template = self._template(inputs)
         evaluate = self._evaluate(denoiser, inputs)
@@ -401,10 +394,7 @@ class GroupReading:
 def block_indices(size: int, block_size: int, num_blocks: int | None = None) -> np.ndarray:
     """Return the elements of each block of a plate, with shape ``(num_blocks, block_size)``.
 
-    Args:
-        size: The number of elements of the plate. The last one is repeated in what is left over.
-        block_size: The number of elements of a block.
-        num_blocks: How many blocks (default: as few as hold all elements).
+    By default there are as few blocks as hold all elements. The last element fills the rest.
     """
     num_blocks = -(-size // block_size) if num_blocks is None else num_blocks
     elements = np.arange(num_blocks * block_size, dtype=np.int32).reshape(num_blocks, block_size)

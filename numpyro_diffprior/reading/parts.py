@@ -40,12 +40,7 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
     """Yield the blocks of a group with the data that they need, in parts of equal shape.
 
     All blocks form one part, unless arrays are memory-mapped. The last block is repeated to fill
-    the last part.
-
-    Args:
-        model: A model.
-        position: The position of a group of latent sites.
-        mesh: Devices to copy arrays to, among which the blocks of a part can be divided.
+    the last part. The devices of a mesh get copies of the arrays, and can share a part's blocks.
     """
     divided = model.reading.groups[position].divided
     if divided is None:
@@ -54,7 +49,9 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
     plate, size = divided
     arrays = model.data.arrays
     axes = {
-        i: axis for i, axis in _axes_of(plate.name, model.reading).items() if _on_host(arrays[i])
+        i: axis
+        for i, axis in _axes_of(plate.name, model.reading).items()
+        if isinstance(arrays[i], np.ndarray)
     }
     num_blocks = -(-plate.size // size)
     if not any(isinstance(arrays[i], np.memmap) for i in axes):
@@ -82,13 +79,9 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
-    """Join the results of parts along the axis of their elements.
+    """Join the results of parts, trees of arrays, along the axis of the divided plate.
 
-    Args:
-        results: The results of the parts, trees of arrays. Several are collected in host memory,
-            one at a time.
-        axis: The axis of the divided plate in all arrays.
-        size: The size of the plate.
+    Several results are collected in host memory, one at a time.
     """
     remaining = iter(results)
     first = next(remaining)
@@ -117,20 +110,8 @@ def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
     return jax.tree.map(jnp.asarray, whole)
 
 
-def _on_host(array: Any) -> bool:
-    return isinstance(array, np.ndarray)
-
-
 def _axes_of(plate: str, reading: ModelReading) -> dict[int, int]:
-    """Return the axes of a plate in arrays of which only slices along it are used.
-
-    Args:
-        plate: The name of the plate.
-        reading: A model.
-
-    Returns:
-        The axes, by the arrays' positions in the data.
-    """
+    """Return the axes of a plate, by position of the arrays of which only slices are used."""
     axes: dict[int, set[int | None]] = {}
     for source in reading.sources:
         if source.position is not None:

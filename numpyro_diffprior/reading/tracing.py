@@ -250,7 +250,7 @@ def check_names(
         owner: The function that takes the options and the model's keyword arguments.
         model: The model.
         num_args: The number of the model's positional arguments.
-        options: The values of the owner's parameters, by name.
+        options: The values of the owner's parameters, as given by ``locals()``.
 
     Raises:
         ValueError: If an option that differs from its default has the name of a model argument.

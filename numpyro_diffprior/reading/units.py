@@ -37,10 +37,6 @@ class Standardized(NamedTuple):
 def standardize(fn: dist.Distribution, value: jax.Array) -> Standardized:
     """Divide observed values by a unit near the scale of their distribution.
 
-    Args:
-        fn: The distribution.
-        value: The values.
-
     Returns:
         The divided values and their distribution, of the same structure. The exponent is zero if
         the distribution has no scale, or its type is not supported here.
