@@ -120,8 +120,8 @@ FAMILIES = {
 
 def likelihood_of(observe):
     found = read(make_model(observe), (PRIOR, Z), {})
-    (part,) = found.reading.groups
-    return part.bind(found.data).likelihood
+    (group,) = found.reading.groups
+    return group.bind(found.data).likelihood
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -32,8 +32,8 @@ def model(prior, y=None):
 
 def read(model, *args):
     found = read_model(model, args, {})
-    (part,) = found.reading.groups
-    return part.group, part.bind(found.data).likelihood
+    (group,) = found.reading.groups
+    return group.latents, group.bind(found.data).likelihood
 
 
 def same(found, expected):

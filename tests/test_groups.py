@@ -53,7 +53,7 @@ def one_plate(prior, y):
 
 def groups(model, *args, **options):
     reading = read(model, (PRIOR, *args), {}, **options).reading
-    return [(part.group.names, part.group.is_joined) for part in reading.groups]
+    return [(group.latents.names, group.latents.is_joined) for group in reading.groups]
 
 
 def test_groups_are_connected_by_observations():

@@ -38,8 +38,8 @@ def read_group(model, *args, **kwargs):
     """The only group of a model and its likelihood, with whole plates."""
     found = read_model(model, args, kwargs)
     check_data(found, found.reading.sampler)
-    (part,) = found.reading.groups
-    return part.group, part.bind(found.data).likelihood
+    (group,) = found.reading.groups
+    return group.latents, group.bind(found.data).likelihood
 
 
 def normal(prior):
@@ -267,9 +267,9 @@ def subsampled(prior, data, batch_size=None):
 def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
     index = jnp.array([3, 0])
     found = read_model(subsampled, (make_prior(), Y, batch_size), {}, block_size=lambda group: 2)
-    (part,) = found.reading.groups
-    assert (part.group.batch_shape, part.group.plates) == ((2,), (Plate("n", -1, N),))
-    likelihood = part.bind(found.data, {"n": index}).likelihood
+    (group,) = found.reading.groups
+    assert (group.latents.batch_shape, group.latents.plates) == ((2,), (Plate("n", -1, N),))
+    likelihood = group.bind(found.data, {"n": index}).likelihood
     np.testing.assert_allclose(likelihood.y, Y[index] / UNIT, rtol=tolerance())
     x = jnp.asarray(X[index])
     expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])

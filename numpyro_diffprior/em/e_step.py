@@ -78,8 +78,8 @@ def draw_events(
 def no_draws(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
     """Return the draws before the first E-step, which are NaN, by site."""
     draws = {}
-    for found in model.reading.groups:
-        for site in found.group.sites:
+    for group in model.reading.groups:
+        for site in group.latents.sites:
             sizes = {plate.dim: plate.size for plate in site.plates}
             batch = [
                 sizes.get(i - len(site.batch_shape), n) for i, n in enumerate(site.batch_shape)

@@ -137,24 +137,24 @@ class EM:
         """
         priors = as_dict(prior)
         self.e_step.settings(next(iter(priors.values())).sampler)
-        found = self._read(prior, (args, kwargs))
-        for part in found.reading.groups:
-            if not (part.group.plates or part.group.joined_plates):
+        bound = self._read(prior, (args, kwargs))
+        for group in bound.reading.groups:
+            if not (group.latents.plates or group.latents.joined_plates):
                 raise ValueError(
-                    f"EM: latent site '{part.group.names[0]}' is not in a plate; a prior is "
+                    f"EM: latent site '{group.latents.names[0]}' is not in a plate; a prior is "
                     "learned from many events, so put the site and its observations in a "
                     "`numpyro.plate`."
                 )
-        sites = read_sites(prior, found.reading)
-        params, params_opt_state = init_params(found, self.m_step.params.optimizer)
-        found = found.with_params(params)
-        priors = choose_units(found, priors, sites)
-        found = found.with_first_argument(sites.as_passed(priors))
-        check_data(found, self.e_step.sampler or found.reading.sampler)
+        sites = read_sites(prior, bound.reading)
+        params, params_opt_state = init_params(bound, self.m_step.params.optimizer)
+        bound = bound.with_params(params)
+        priors = choose_units(bound, priors, sites)
+        bound = bound.with_first_argument(sites.as_passed(priors))
+        check_data(bound, self.e_step.sampler or bound.reading.sampler)
         rng_key, key_fit = jax.random.split(rng_key)
-        if has_closed_form(found):
+        if has_closed_form(bound):
             gaussians = {
-                key: fit_in_closed_form(found, self.start) for key in with_network(priors)
+                key: fit_in_closed_form(bound, self.start) for key in with_network(priors)
             }
         else:
             gaussians = fit_by_sampling(
@@ -180,7 +180,7 @@ class EM:
             initial=initial,
             params=params,
             params_opt_state=params_opt_state,
-            draws=no_draws(found, self.e_step.num_draws),
+            draws=no_draws(bound, self.e_step.num_draws),
             rng_key=rng_key,
             num_iterations=0,
             sites=sites,
@@ -204,8 +204,8 @@ class EM:
         rng_key, *keys = jax.random.split(state.rng_key, 5)
         key_draw, key_compare, key_train, key_params = keys
         started = time.perf_counter()
-        found = self._read(state.prior, (args, kwargs), state.params)
-        draws = draw_events(key_draw, found, self.e_step, self.mesh)
+        bound = self._read(state.prior, (args, kwargs), state.params)
+        draws = draw_events(key_draw, bound, self.e_step, self.mesh)
         samples, num_failed = replace_non_finite(
             draws.samples, state.draws, state.priors, state.sites
         )
@@ -224,7 +224,7 @@ class EM:
             key_train,
             state,
             samples,
-            read_contexts(found, self.e_step.num_draws),
+            read_contexts(bound, self.e_step.num_draws),
             self.optimizer,
             self.m_step,
             rank=self.start.rank,
@@ -243,7 +243,7 @@ class EM:
                 params_opt_state,
                 num_steps=self.m_step.params.num_steps,
             )
-        losses = jnp.stack([part.losses.mean() for part in trained.values()])
+        losses = jnp.stack([fit.losses.mean() for fit in trained.values()])
         diverged = bool(~jnp.isfinite(losses).all())
         stats = {name: jnp.nanmean(x) for name, x in draws.stats.items() if name != "ess_path"}
         metrics = EMMetrics(
@@ -258,11 +258,11 @@ class EM:
             **stats,
         )
         priors = dict(state.priors)
-        for key, part in trained.items():
-            priors[key] = priors[key].replace_denoiser(part.denoiser)
+        for key, fit in trained.items():
+            priors[key] = priors[key].replace_denoiser(fit.denoiser)
         state = state._replace(
             priors=priors,
-            training={key: part.training for key, part in trained.items()},
+            training={key: fit.training for key, fit in trained.items()},
             params=params,
             params_opt_state=params_opt_state,
             draws=samples,

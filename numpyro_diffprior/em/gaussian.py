@@ -270,8 +270,8 @@ def _is_elementwise(read: _Block, blocks: jax.Array, size: int, dtype: DTypeLike
         shape = (*likelihood.batch_shape, size)
         local = likelihood.linearize(_origin(likelihood, dtype))
         expected = probe * _whiten(local.noise, local.matvec(jnp.ones(shape, dtype)))
-        found = _whiten(local.noise, local.matvec(jnp.broadcast_to(probe, shape)))
-        return (jnp.abs(found - expected) > 100 * jnp.finfo(dtype).eps * jnp.abs(expected)).sum()
+        actual = _whiten(local.noise, local.matvec(jnp.broadcast_to(probe, shape)))
+        return (jnp.abs(actual - expected) > 100 * jnp.finfo(dtype).eps * jnp.abs(expected)).sum()
 
     return not call(lambda: _sum_over(violations, blocks))
 

@@ -66,22 +66,22 @@ def has_closed_form(model: BoundModel) -> bool:
     groups = model.reading.groups
     if len(groups) > 1:
         return False
-    (found,) = groups
-    return found.linear and len(found.group.names) == 1 and len(found.group.plates) == 1
+    (group,) = groups
+    return group.linear and len(group.latents.names) == 1 and len(group.latents.plates) == 1
 
 
 def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
     """Fit a Gaussian to linear Gaussian observations of one site."""
-    (found,) = model.reading.groups
-    (plate,) = found.group.plates
+    (group,) = model.reading.groups
+    (plate,) = group.latents.plates
 
     def read_block(index: jax.Array) -> Likelihood:
-        return found.bind(model.data, {plate.name: index}).likelihood
+        return group.bind(model.data, {plate.name: index}).likelihood
 
     fit = fit_gaussian(
         read_block,
         plate.size,
-        event_shape=found.group.sites[0].event_shape,
+        event_shape=group.latents.sites[0].event_shape,
         batch_size=model.reading.blocks.get(plate.name, plate.size),
         num_iterations=start.num_iterations,
         rank=start.rank,
@@ -111,29 +111,29 @@ def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
 def _scales(model: BoundModel) -> dict[str, jax.Array]:
     """Return the scales of the events of linear models, by site, in the data's units."""
     scales: dict[str, jax.Array] = {}
-    for found in model.reading.groups:
-        if not found.linear:
+    for group in model.reading.groups:
+        if not group.linear:
             continue
 
-        def sizes(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
-            block, group = found.bind(model.data, indices), found.group
+        def sizes(indices: dict[str, jax.Array], group: GroupReading = group) -> Any:
+            block, latents = group.bind(model.data, indices), group.latents
             zero = jnp.zeros_like(block.mean)
             local = block.likelihood.linearize(zero)
             deviation = jnp.sqrt(local.noise.diagonal())
-            events = group.split(block.denoiser, zero)
+            events = latents.split(block.denoiser, zero)
             logs = {"y": _log_size(local.residual / deviation)}
             for name, x in events.items():
                 signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
-                gain = local.matvec(group.join(block.denoiser, events | {name: signs}))
+                gain = local.matvec(latents.join(block.denoiser, events | {name: signs}))
                 logs[name] = _log_size(gain / deviation)
             return logs
 
         means = {
             name: total.sum() / count.sum()
-            for name, (total, count) in found.over_blocks(sizes).items()
+            for name, (total, count) in group.over_blocks(sizes).items()
         }
         # In logarithms, since squares may over- or underflow.
-        scales |= {name: jnp.exp(means["y"] - means[name]) for name in found.group.names}
+        scales |= {name: jnp.exp(means["y"] - means[name]) for name in group.latents.names}
     return scales
 
 
@@ -174,19 +174,19 @@ def fit_by_sampling(
     }
     args, kwargs = arguments
     size = block_size(e_step.num_particles, 1, e_step.max_batch_size, mesh)
-    found: BoundModel | None = None
+    bound: BoundModel | None = None
     structure = None
     for key in jax.random.split(rng_key, start.num_iterations):
         current = _with_gaussians(priors, fitted)
         passed = sites.as_passed(current)
-        if found is None or structure != jax.tree.structure(passed):
+        if bound is None or structure != jax.tree.structure(passed):
             # The covariances of the first draws may have another form than those before.
-            found = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
+            bound = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
         else:
-            found = found.with_first_argument(passed)
+            bound = bound.with_first_argument(passed)
         draws, _ = replace_non_finite(
-            draw_events(key, found, e_step, mesh).samples, {}, current, sites
+            draw_events(key, bound, e_step, mesh).samples, {}, current, sites
         )
         fitted = {
             name: summarize(

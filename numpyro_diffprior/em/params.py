@@ -55,17 +55,17 @@ def fit_params(
     """
     reading, data = model.reading, model.data
     transforms = _transforms(reading)
-    num_events = max(found.group.num_events for found in reading.groups)
+    num_events = max(group.latents.num_events for group in reading.groups)
 
     def loss(free: Params, indices: dict[str, jax.Array]) -> jax.Array:
         values = {name: transforms[name](value) for name, value in free.items()}
         given = data._replace(params=data.params | values)
         taken = dict(draws)
-        for found in reading.groups:
-            plate = found.group.largest_plate
+        for group in reading.groups:
+            plate = group.latents.largest_plate
             if plate is not None and plate.name in indices:
-                axis = 1 + len(found.group.batch_shape) + plate.dim
-                for name in found.group.names:
+                axis = 1 + len(group.latents.batch_shape) + plate.dim
+                for name in group.latents.names:
                     taken[name] = jnp.take(draws[name], indices[plate.name], axis=axis)
         log_density = jax.vmap(lambda x: reading.log_density(given, x, indices))(taken)
         # Per event, so that the size of steps does not depend on that of a plate.
@@ -76,8 +76,8 @@ def fit_params(
     ) -> tuple[tuple[Params, optax.OptState], None]:
         free, opt_state = carry
         indices = {}
-        for found in reading.groups:
-            plate = found.group.largest_plate
+        for group in reading.groups:
+            plate = group.latents.largest_plate
             if plate is not None and plate.name in reading.blocks:
                 size = reading.blocks[plate.name]
                 indices[plate.name] = jax.random.choice(key, plate.size, (size,), replace=False)
@@ -91,7 +91,7 @@ def fit_params(
 
 def _transforms(reading: ModelReading) -> dict[str, Transform]:
     """Return the transformations from unconstrained coordinates, by name."""
-    return {name: dist.biject_to(found) for name, found in reading.constraints.items()}
+    return {name: dist.biject_to(constraint) for name, constraint in reading.constraints.items()}
 
 
 def _unconstrain(params: Params, transforms: dict[str, Transform]) -> Params:

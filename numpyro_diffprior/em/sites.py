@@ -59,13 +59,13 @@ def as_dict(prior: Any) -> Priors:
     """
     priors = dict(prior) if isinstance(prior, Mapping) else {ALONE: prior}
     if not priors or not all(isinstance(p, DiffusionPrior) for p in priors.values()):
-        found = ", ".join(type(p).__name__ for p in priors.values()) or "an empty one"
-        raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {found}.")
+        kinds = ", ".join(type(p).__name__ for p in priors.values()) or "an empty one"
+        raise ValueError(f"EM: expected a DiffusionPrior, or a dict of them, got {kinds}.")
     networks = with_network(priors)
     if not networks:
-        found = " and ".join(sorted({type(p.denoiser).__name__ for p in priors.values()}))
+        kinds = " and ".join(sorted({type(p.denoiser).__name__ for p in priors.values()}))
         raise ValueError(
-            f"EM: expected a prior with a NetworkDenoiser to train, got {found}; analytic "
+            f"EM: expected a prior with a NetworkDenoiser to train, got {kinds}; analytic "
             "priors have nothing to learn."
         )
     for value in networks.values():
@@ -103,14 +103,14 @@ def read_sites(prior: Any, reading: ModelReading) -> Sites:
         first += count
     keys = []
     for site, origin in zip(reading.form.latents, reading.form.origins, strict=True):
-        found = [k for k, own in arguments.items() if own and origin[: len(own)] == own]
-        if not found:
+        matches = [k for k, own in arguments.items() if own and origin[: len(own)] == own]
+        if not matches:
             passed = "the one" if is_alone else f"among those {sorted(priors)}"
             raise ValueError(
                 f"EM: latent site '{site.name}' has a prior that is not {passed} passed; take it "
                 "from the model's first argument as it is."
             )
-        keys.append((site.name, found[0]))
+        keys.append((site.name, matches[0]))
     unused = sorted(set(with_network(priors)) - {key for _, key in keys})
     if unused:
         raise ValueError(
@@ -132,17 +132,17 @@ def pool(
 def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
     """Return the contexts of all draws, by site, of sites with a conditional prior."""
     contexts: dict[str, jax.Array] = {}
-    for found in model.reading.groups:
+    for group in model.reading.groups:
 
-        def read_block(indices: dict[str, jax.Array], found: GroupReading = found) -> Any:
-            values, denoisers = {}, found.parts(model.data, indices)
-            for site, denoiser in zip(found.group.sites, denoisers, strict=True):
+        def read_block(indices: dict[str, jax.Array], group: GroupReading = group) -> Any:
+            values, denoisers = {}, group.parts(model.data, indices)
+            for site, denoiser in zip(group.latents.sites, denoisers, strict=True):
                 context = denoiser.contexts(site.batch_shape)
                 if context is not None:
                     values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
             return values
 
-        contexts |= found.over_blocks(read_block)
+        contexts |= group.over_blocks(read_block)
     return {
         site: jnp.broadcast_to(context, (num_draws, *context.shape))
         for site, context in contexts.items()

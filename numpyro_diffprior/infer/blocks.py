@@ -88,12 +88,12 @@ def sample_blocks(
     """
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
-    found = [
+    drawn = [
         _sample_group(key, model, _Plan(i, settings, num_draws, batch_size, mesh))
         for i, key in enumerate(keys)
     ]
-    samples = {name: x for part in found for name, x in part.samples.items()}
-    return PosteriorSamples(samples, merge_stats([part.stats for part in found], num_axes=1))
+    samples = {name: x for group in drawn for name, x in group.samples.items()}
+    return PosteriorSamples(samples, merge_stats([group.stats for group in drawn], num_axes=1))
 
 
 def sample_first_block(
@@ -106,8 +106,8 @@ def sample_first_block(
     """
     samples: dict[str, jax.Array] = {}
     keys = jax.random.split(rng_key, len(model.reading.groups))
-    for i, (key, found) in enumerate(zip(keys, model.reading.groups, strict=True)):
-        batch_size = num_draws * settings.num_particles * found.group.num_events
+    for i, (key, group) in enumerate(zip(keys, model.reading.groups, strict=True)):
+        batch_size = num_draws * settings.num_particles * group.latents.num_events
         plan = _Plan(i, settings, num_draws, batch_size, None)
         part = next(split_into_parts(model, i))
         if part.indices is None:
@@ -117,21 +117,21 @@ def sample_first_block(
     return samples
 
 
-def merge_stats(parts: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
+def merge_stats(groups: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
     """Join the statistics of groups: their events in one axis, where there are several groups.
 
     Their shapes are ``(*leading, *batch)``, with ``num_axes`` leading axes that all groups share.
     """
-    if len(parts) == 1:
-        return dict(parts[0])
+    if len(groups) == 1:
+        return dict(groups[0])
 
     def flat(name: str, x: jax.Array) -> jax.Array:
         own = x.shape[-1:] if name == "ess_path" else ()
         return x.reshape(*x.shape[:num_axes], -1, *own)
 
     return {
-        name: jnp.concatenate([flat(name, part[name]) for part in parts], axis=num_axes)
-        for name in parts[0]
+        name: jnp.concatenate([flat(name, stats[name]) for stats in groups], axis=num_axes)
+        for name in groups[0]
     }
 
 
@@ -151,27 +151,27 @@ class _Plan(NamedTuple):
 
 
 def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
-    found = model.reading.groups[plan.position]
-    if found.divided is None:
+    group = model.reading.groups[plan.position]
+    if group.divided is None:
         return _draw_whole(rng_key, model, plan)
-    plate, size = found.divided
+    plate, size = group.divided
     keys = jax.random.split(rng_key, -(-plate.size // size))
     parts = split_into_parts(model, plan.position, plan.mesh)
     drawn = (_draw_part(keys[part.blocks], part.indices, part.model, plan) for part in parts)
-    return join_parts(drawn, 1 + len(found.group.batch_shape) + plate.dim, plate.size)
+    return join_parts(drawn, 1 + len(group.latents.batch_shape) + plate.dim, plate.size)
 
 
 @partial(jax.jit, static_argnums=2)
 def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
     """Draw for whole plates."""
-    found = model.reading.groups[plan.position]
-    max_draws = plan.num_systems // found.group.num_events
+    group = model.reading.groups[plan.position]
+    max_draws = plan.num_systems // group.latents.num_events
     keys, chunk_size = _chunk(rng_key, plan.num_draws, max_draws, plan.settings, plan.mesh)
 
     def draw(model: BoundModel, keys: jax.Array) -> Draws:
-        return _draw_chunks(keys, found.bind(model.data), plan.settings, chunk_size)
+        return _draw_chunks(keys, group.bind(model.data), plan.settings, chunk_size)
 
-    return _by_site(on_devices(draw, model, keys, plan.mesh), found, model, plan.num_draws)
+    return _by_site(on_devices(draw, model, keys, plan.mesh), group, model, plan.num_draws)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -179,32 +179,32 @@ def _draw_part(
     rng_keys: jax.Array, indices: jax.Array, model: BoundModel, plan: _Plan
 ) -> PosteriorSamples:
     """Draw for some blocks of a plate, each with its own key; see `Part`."""
-    found, settings, num_draws = model.reading.groups[plan.position], plan.settings, plan.num_draws
-    assert found.divided is not None
-    plate, size = found.divided
+    group, settings, num_draws = model.reading.groups[plan.position], plan.settings, plan.num_draws
+    assert group.divided is not None
+    plate, size = group.divided
 
     def draw_blocks(model: BoundModel, blocks: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
-        def draw(block: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
-            key, index = block
+        def draw(inputs: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
+            key, index = inputs
             keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, settings)
-            bound = found.bind(model.data, {plate.name: index})
-            draws = _draw_chunks(keys, bound, settings, chunk_size)
-            return _by_site(draws, found, model, num_draws)
+            block = group.bind(model.data, {plate.name: index})
+            draws = _draw_chunks(keys, block, settings, chunk_size)
+            return _by_site(draws, group, model, num_draws)
 
         return jax.lax.map(draw, blocks)
 
     draws = on_devices(draw_blocks, model, (rng_keys, indices), plan.mesh)
-    axis = 1 + len(found.group.batch_shape) + plate.dim  # of the plate, behind the draws
+    axis = 1 + len(group.latents.batch_shape) + plate.dim  # of the plate, behind the draws
     joined: PosteriorSamples = join_blocks(draws, axis, min(indices.size, plate.size))
     return joined
 
 
 def _by_site(
-    draws: Draws, found: GroupReading, model: BoundModel, num_draws: int
+    draws: Draws, group: GroupReading, model: BoundModel, num_draws: int
 ) -> PosteriorSamples:
     """Return the first draws by site, in the data's units."""
     draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
-    samples = found.group.split(found.denoiser(model.data), draws.x)
+    samples = group.latents.split(group.denoiser(model.data), draws.x)
     return PosteriorSamples(samples, draws.info._asdict())
 
 

@@ -208,14 +208,14 @@ def calibrate(
     truth, data = call(simulate, keys, arguments)
     conditioned = _condition(model)
     if kernel is None:
-        found = read(model, (prior, *args), kwargs)
-        settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
-        check_data(found, settings.sampler)
+        bound = read(model, (prior, *args), kwargs)
+        settings = resolve_settings(bound.reading.sampler, num_particles, sampler, guidance)
+        check_data(bound, settings.sampler)
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            found = read(conditioned, args, kwargs)  # whole plates
+            bound = read(conditioned, args, kwargs)  # whole plates
             draws = sample_blocks(
-                key, found, settings, num_draws=num_samples, batch_size=max_batch_size
+                key, bound, settings, num_draws=num_samples, batch_size=max_batch_size
             )
             return draws.samples
     else:
@@ -267,15 +267,15 @@ class _Sites(NamedTuple):
 
 def _read_sites(model: Model, arguments: list[Any], static: StaticArguments) -> _Sites:
     """Find the sites of a model by running it on shapes."""
-    found: list[_Sites] = []
+    sites: list[_Sites] = []
 
     def run(arguments: list[Any]) -> None:
         args, kwargs = merge_arguments(arguments, static)
         with fix_plates(), handlers.seed(rng_seed=0):
-            found.append(_find_sites(handlers.trace(model).get_trace(*args, **kwargs)))
+            sites.append(_find_sites(handlers.trace(model).get_trace(*args, **kwargs)))
 
     jax.eval_shape(run, arguments)
-    return found[0]
+    return sites[0]
 
 
 def _find_sites(trace: Mapping[str, Any]) -> _Sites:

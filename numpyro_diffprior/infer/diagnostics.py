@@ -52,8 +52,8 @@ def warn_of_bias(
     rng_key: jax.Array,
     model: Model,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
-    found: BoundModel,
-    settings: SamplingOptions,
+    bound: BoundModel,
+    settings: Settings,
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
 ) -> None:
@@ -62,17 +62,17 @@ def warn_of_bias(
     The particle systems use no more particles than the call itself, so that calls with few draws
     are not checked. The draws have shape ``(num_samples, *batch, *event)``.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, found))):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, bound))):
         return
-    if (found.reading, settings) in _seen or _is_exact(found):
+    if (bound.reading, settings) in _seen or _is_exact(bound):
         return
     num_samples = len(next(iter(samples.values())))
-    num_events = max(part.group.num_events for part in found.reading.groups)
+    num_events = max(group.latents.num_events for group in bound.reading.groups)
     affordable = num_samples * num_events // (_NUM_PARTICLES * _NUM_DRAWS)
     most = min(_MAX_EVENTS, num_events, affordable)
     if most < 1:
         return
-    _seen[found.reading, settings] = None
+    _seen[bound.reading, settings] = None
     while len(_seen) > _MAX_SEEN:
         _seen.pop(next(iter(_seen)))
     args, kwargs = arguments
@@ -95,15 +95,15 @@ def warn_of_bias(
             )
 
 
-def _is_exact(found: BoundModel) -> bool:
+def _is_exact(bound: BoundModel) -> bool:
     """Whether guidance is exact: the means are linear and the priors Gaussian."""
 
     def parts(data: ModelData) -> Any:
-        return [part.parts(data) for part in found.reading.groups]
+        return [group.parts(data) for group in bound.reading.groups]
 
-    shapes = jax.eval_shape(parts, found.data)
+    shapes = jax.eval_shape(parts, bound.data)
     priors = [prior for group in shapes for prior in group]
-    return all(part.linear for part in found.reading.groups) and all(
+    return all(group.linear for group in bound.reading.groups) and all(
         isinstance(prior, GaussianDenoiser) for prior in priors
     )
 
@@ -123,10 +123,10 @@ def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
         return jnp.where(known, square, 0).sum(-1) / jnp.maximum(known.sum(-1), 1)
 
     num = len(reference)
-    found = distance(x, reference.mean(0), reference.var(0, ddof=1), num)
+    actual = distance(x, reference.mean(0), reference.var(0, ddof=1), num)
     # The distance of each reference draw to the others.
     others = jnp.stack([jnp.delete(reference, i, axis=0) for i in range(num)])
     expected = distance(reference, others.mean(1), others.var(1, ddof=1), num - 1)
     error = expected.std(ddof=1) * jnp.sqrt(1 / num + 1 / len(x))
-    difference = found.mean() - expected.mean()
-    return _Comparison(jnp.sqrt(found.mean() / expected.mean()), difference / error)
+    difference = actual.mean() - expected.mean()
+    return _Comparison(jnp.sqrt(actual.mean() / expected.mean()), difference / error)

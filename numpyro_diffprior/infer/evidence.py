@@ -149,7 +149,7 @@ def estimate_evidence(
     num_estimates = check_count("log_evidence", "num_estimates", num_estimates, 2)
     num_particles = check_count("log_evidence", "num_particles", num_particles, 2)
     max_batch_size = check_count("log_evidence", "max_batch_size", max_batch_size)
-    found = read(
+    bound = read(
         model,
         args,
         kwargs,
@@ -157,10 +157,10 @@ def estimate_evidence(
         mesh=mesh,
         params=params,
     )
-    settings = resolve_settings(found.reading.sampler, num_particles, sampler, guidance)
-    check_data(found, settings.sampler)
+    settings = resolve_settings(bound.reading.sampler, num_particles, sampler, guidance)
+    check_data(bound, settings.sampler)
     draws = sample_blocks(
-        rng_key, found, settings, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
+        rng_key, bound, settings, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
     )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)

@@ -108,12 +108,12 @@ class _DiffusionKernel(MCMCKernel):
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
         """
-        found, settings = self._prepare(model_args, model_kwargs)
-        check_data(found, settings.sampler)
+        bound, settings = self._prepare(model_args, model_kwargs)
+        check_data(bound, settings.sampler)
         self._sample_fn = self._draw
 
-        def start(rng_key: jax.Array, found: BoundModel, params: _Values) -> _State:
-            blocks = _bind(found)
+        def start(rng_key: jax.Array, bound: BoundModel, params: _Values) -> _State:
+            blocks = _bind(bound)
             names = {name for group, _ in blocks for name in group.names}
             values = None
             if names <= set(params):
@@ -129,7 +129,7 @@ class _DiffusionKernel(MCMCKernel):
             )
 
         # Compiled: eager calls would compile hundreds of small programs.
-        return call(start, rng_key, found, dict(init_params or {}))
+        return call(start, rng_key, bound, dict(init_params or {}))
 
     @abstractmethod
     def _start(
@@ -145,9 +145,9 @@ class _DiffusionKernel(MCMCKernel):
 
     def _draw(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state of one chain."""
-        found, settings = self._prepare(model_args, model_kwargs)
+        bound, settings = self._prepare(model_args, model_kwargs)
         rng_key, key = jax.random.split(state.rng_key)
-        return self._update(state._replace(rng_key=rng_key), key, _bind(found), settings)
+        return self._update(state._replace(rng_key=rng_key), key, _bind(bound), settings)
 
     def sample(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state (of every chain, if the state has several)."""
@@ -198,14 +198,14 @@ class _DiffusionKernel(MCMCKernel):
         return postprocess
 
     def _prepare(self, model_args: _Args, model_kwargs: _Kwargs) -> tuple[BoundModel, Settings]:
-        found = read(self.model, model_args, model_kwargs or {})
-        default = found.reading.sampler
+        bound = read(self.model, model_args, model_kwargs or {})
+        default = bound.reading.sampler
         settings = resolve_settings(default, self.num_particles, self.sampler, self.guidance)
-        return found, settings
+        return bound, settings
 
 
-def _bind(found: BoundModel) -> _Blocks:
-    return [(part.group, part.bind(found.data)) for part in found.reading.groups]
+def _bind(bound: BoundModel) -> _Blocks:
+    return [(group.latents, group.bind(bound.data)) for group in bound.reading.groups]
 
 
 def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> _Values:
@@ -358,5 +358,5 @@ def _no_info(blocks: _Blocks, settings: Settings) -> ParticleInfo:
     )
 
 
-def _merge(parts: Sequence[ParticleInfo]) -> ParticleInfo:
-    return ParticleInfo(**merge_stats([part._asdict() for part in parts]))
+def _merge(infos: Sequence[ParticleInfo]) -> ParticleInfo:
+    return ParticleInfo(**merge_stats([info._asdict() for info in infos]))

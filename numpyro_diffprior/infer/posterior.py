@@ -122,7 +122,7 @@ def sample_posterior(
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
     num_particles = check_count("sample_posterior", "num_particles", num_particles)
     max_batch_size = check_count("sample_posterior", "max_batch_size", max_batch_size)
-    found = read(
+    bound = read(
         model,
         (prior, *args),
         kwargs,
@@ -130,16 +130,16 @@ def sample_posterior(
         mesh=mesh,
     )
     settings = resolve_settings(
-        found.reading.sampler, num_particles, sampler, guidance, independent
+        bound.reading.sampler, num_particles, sampler, guidance, independent
     )
-    num_visible = check_data(found, settings.sampler)
+    num_visible = check_data(bound, settings.sampler)
     samples, stats = sample_blocks(
-        rng_key, found, settings, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
+        rng_key, bound, settings, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
     )
     _warn_of_misfit(stats["reduced_chi_square"], num_visible)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)
-        warn_of_bias(key, model, ((prior, *args), kwargs), found, settings, samples, mesh)
+        warn_of_bias(key, model, ((prior, *args), kwargs), bound, settings, samples, mesh)
     per_draw = num_particles if independent else 1
     num_evaluations = jnp.asarray(per_draw * settings.sampler.num_evaluations)
     return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})

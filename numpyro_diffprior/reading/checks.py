@@ -16,7 +16,7 @@ from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
 __all__ = ["check_data"]
 
 
-class _Found(NamedTuple):
+class _Checks(NamedTuple):
     """The results of the checks of a block.
 
     Attributes:
@@ -48,10 +48,10 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
             observed site in a plate depends on other elements than its own.
     """
     counts = []
-    for position, found in enumerate(model.reading.groups):
+    for position, group in enumerate(model.reading.groups):
         result = _inspect(model, position, sampler)
         counts.append(result.num_visible)
-        names = found.reader.names
+        names = group.reader.names
         if _is_false(result.finite):
             raise ValueError(
                 f"the observed values of {names} hold NaN or infinities where they are not "
@@ -64,20 +64,20 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
         if _is_false(result.levels):
             raise ValueError(
                 f"expected noise levels that are positive and decrease, got others from {sampler} "
-                f"for the prior of {found.group}; look at its schedule and limits."
+                f"for the prior of {group.latents}; look at its schedule and limits."
             )
         if _is_false(result.resolved):
             warnings.warn(
                 f"the noise of {names} is too small against the prior's scale for "
-                f"{model.reading.dtype}: draws and evidence of {found.group} are rounded. Set the "
-                "environment variable JAX_ENABLE_X64=1.",
+                f"{model.reading.dtype}: draws and evidence of {group.latents} are rounded. Set "
+                "the environment variable JAX_ENABLE_X64=1.",
                 stacklevel=4,
             )
         if _is_false(result.apart):
-            plates = [plate.name for plate in found.group.plates]
+            plates = [plate.name for plate in group.latents.plates]
             raise ValueError(
                 f"in the plates {plates} an observed site of {names} depends on other elements of "
-                f"{found.group} than its own; take that site out of the plate, so that whole "
+                f"{group.latents} than its own; take that site out of the plate, so that whole "
                 "plates become one event."
             )
     return counts
@@ -88,33 +88,33 @@ def _is_false(flag: jax.Array) -> bool:
     return not isinstance(flag, jax.core.Tracer) and not flag
 
 
-def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Found:
+def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Checks:
     """Inspect the data of a group, part by part."""
-    found = model.reading.groups[position]
+    group = model.reading.groups[position]
     inspected = (
         _inspect_part(part, position, sampler) for part in split_into_parts(model, position)
     )
     axis, size = 0, 0
-    if found.divided is not None:
-        plate, _ = found.divided
-        axis, size = len(found.group.batch_shape) + plate.dim, plate.size
+    if group.divided is not None:
+        plate, _ = group.divided
+        axis, size = len(group.latents.batch_shape) + plate.dim, plate.size
     return _conclude(join_parts(inspected, axis, size))
 
 
 @jax.jit
-def _conclude(found: _Found) -> _Found:
+def _conclude(checks: _Checks) -> _Checks:
     """Return whether all flags are true."""
-    flags = jax.tree.map(jnp.all, found)
-    return flags._replace(num_visible=found.num_visible)
+    flags = jax.tree.map(jnp.all, checks)
+    return flags._replace(num_visible=checks.num_visible)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Found:
-    """Inspect some blocks; what is found has the batch's shape."""
-    found = part.model.reading.groups[position]
+def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
+    """Inspect some blocks; the results have the batch's shape."""
+    group = part.model.reading.groups[position]
 
-    def inspect(indices: dict[str, jax.Array]) -> _Found:
-        block = found.bind(part.model.data, indices)
+    def inspect(indices: dict[str, jax.Array]) -> _Checks:
+        block = group.bind(part.model.data, indices)
         likelihood = block.likelihood
         _, noise, y, _ = likelihood.read(block.mean)
         precision = likelihood.largest_precision(block.mean)
@@ -122,7 +122,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Found:
         def every(flag: jax.Array) -> jax.Array:
             return jnp.broadcast_to(flag.all(), likelihood.batch_shape)
 
-        return _Found(
+        return _Checks(
             finite=every(jnp.isfinite(y)),
             noisy=every(noise.diagonal() > 0),
             apart=every(_are_apart(block)),
@@ -131,7 +131,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Found:
             num_visible=likelihood.num_visible,
         )
 
-    return found.over_blocks(inspect, part.indices)
+    return group.over_blocks(inspect, part.indices)
 
 
 def _are_apart(block: Block) -> jax.Array:

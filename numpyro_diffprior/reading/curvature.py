@@ -85,8 +85,8 @@ def pseudo_observe(
 
     def log_prob(theta: jax.Array) -> jax.Array:
         replaced = list(leaves)
-        for i, own, part in zip(chosen, own_shapes, jnp.split(theta, ends, -1), strict=True):
-            replaced[i] = part.reshape(*batch_shape, *own)
+        for i, own, parameter in zip(chosen, own_shapes, jnp.split(theta, ends, -1), strict=True):
+            replaced[i] = parameter.reshape(*batch_shape, *own)
         return jax.tree.unflatten(treedef, replaced).log_prob(value)
 
     return from_log_prob(log_prob, theta)
@@ -202,8 +202,8 @@ def _by_component(
             components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
         case _:
             return None
-    parts = [innermost(component) for component in components]
-    scales = [part.scale for part in parts if isinstance(part, dist.Normal)]
+    bases = [innermost(component) for component in components]
+    scales = [base.scale for base in bases if isinstance(base, dist.Normal)]
     beyond = jax.tree.leaves((weights, scales))
     marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]
     if fn.event_shape or any(leaf is other for leaf in marked for other in beyond):

@@ -107,29 +107,29 @@ class LatentGroup:
         """The number of events of whole plates."""
         return max(1, prod(plate.size for plate in self.plates))
 
-    def denoiser(self, parts: Sequence[Denoiser]) -> Denoiser:
+    def denoiser(self, denoisers: Sequence[Denoiser]) -> Denoiser:
         """Return the joint denoiser of all sites, given those of their priors."""
         if self.is_joined:
-            parts = [
-                PlateDenoiser(part, site.batch_shape)
-                for part, site in zip(parts, self.sites, strict=True)
+            denoisers = [
+                PlateDenoiser(denoiser, site.batch_shape)
+                for denoiser, site in zip(denoisers, self.sites, strict=True)
             ]
-        return parts[0] if len(parts) == 1 else ProductDenoiser(tuple(parts))
+        return denoisers[0] if len(denoisers) == 1 else ProductDenoiser(tuple(denoisers))
 
     def split(self, denoiser: Denoiser, x: jax.Array) -> dict[str, jax.Array]:
         """Split events of the joint denoiser into those of each site, in the data's units."""
         parts = _parts(denoiser)
         values = [x] if len(parts) == 1 else cast(ProductDenoiser, denoiser).split(x)
         return {
-            name: part.to_data(value)
-            for name, part, value in zip(self.names, parts, values, strict=True)
+            name: own.to_data(value)
+            for name, own, value in zip(self.names, parts, values, strict=True)
         }
 
     def join(self, denoiser: Denoiser, values: Mapping[str, jax.Array]) -> jax.Array:
         """Undo `split`."""
         parts = _parts(denoiser)
-        own = [part.from_data(values[name]) for name, part in zip(self.names, parts, strict=True)]
-        return own[0] if len(own) == 1 else cast(ProductDenoiser, denoiser).join(own)
+        events = [own.from_data(values[name]) for name, own in zip(self.names, parts, strict=True)]
+        return events[0] if len(events) == 1 else cast(ProductDenoiser, denoiser).join(events)
 
     def __str__(self) -> str:
         """Return the names, for messages."""
@@ -180,12 +180,12 @@ def group_sites(
         couples = is_coupled or any(mark for _, mark in touched)
         groups = [group for group in groups if group not in touched]
         groups.append((merged, couples))
-    found = []
+    latent_groups = []
     for members, is_coupled in groups:
         chosen = tuple(site for site in sites if site.name in members)
         apart = len({(site.batch_shape, site.plates) for site in chosen}) > 1
-        found.append(LatentGroup(chosen, is_coupled or apart))
-    return tuple(sorted(found, key=lambda group: sites.index(group.sites[0])))
+        latent_groups.append(LatentGroup(chosen, is_coupled or apart))
+    return tuple(sorted(latent_groups, key=lambda group: sites.index(group.sites[0])))
 
 
 def couples(site: Mapping[str, Any], latent: LatentSite) -> bool:

@@ -56,18 +56,18 @@ class LikelihoodReader:
     """The likelihood of a group of latent sites, given outputs of the program; static.
 
     Args:
-        group: The latent sites.
+        latents: The latent sites.
         observed: How each observed site that depends on them is read.
         forms: The forms of these sites.
     """
 
     def __init__(
         self,
-        group: LatentGroup,
+        latents: LatentGroup,
         observed: Sequence[ObservedSite],
         forms: Sequence[SiteForm],
     ) -> None:
-        self.group = group
+        self.latents = latents
         self.observed = tuple(observed)
         self.forms = tuple(forms)
 
@@ -96,10 +96,10 @@ class LikelihoodReader:
         noise = noises[0] if len(noises) == 1 else Blocks(noises)
         mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
         moments = ObservationMoments(mean, noise, value)
-        if any(part is not None for part in squares):
+        if any(values is not None for values in squares):
             filled = [
-                jnp.full_like(mean, jnp.nan) if part is None else part
-                for part, mean in zip(squares, means, strict=True)
+                jnp.full_like(mean, jnp.nan) if known is None else known
+                for known, mean in zip(squares, means, strict=True)
             ]
             moments = moments._replace(squares=jnp.concatenate(filled, axis=-1))
         # All in the events' floating type, whatever the type of the model's constants.
@@ -117,7 +117,7 @@ class LikelihoodReader:
             sites: The positions of the sites to include (default: all).
         """
         outputs = evaluate(x)
-        total = jnp.zeros(self.group.batch_shape, x.dtype)
+        total = jnp.zeros(self.latents.batch_shape, x.dtype)
         for i in range(len(self.forms)) if sites is None else sites:
             total = total + self._log_prob_of(self.forms[i], outputs[i]).astype(x.dtype)
         return total
@@ -157,7 +157,7 @@ class LikelihoodReader:
             y=y,
             read=read,
             log_prob=over_extra_axes(partial(self.log_prob, evaluate)),
-            event_shape=template.shape[len(self.group.batch_shape) :],
+            event_shape=template.shape[len(self.latents.batch_shape) :],
             linear=linear,
             visible=visible,
             has_residuals=has_residuals,
@@ -166,8 +166,8 @@ class LikelihoodReader:
 
     def _nothing(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
         """Return one masked value, so that the posterior is the prior."""
-        zero = jnp.zeros((*self.group.batch_shape, 1), x.dtype)
-        mean = zero * x.reshape(*self.group.batch_shape, -1)[..., :1]
+        zero = jnp.zeros((*self.latents.batch_shape, 1), x.dtype)
+        mean = zero * x.reshape(*self.latents.batch_shape, -1)[..., :1]
         moments = ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero)
         return moments, zero.astype(bool), False
 
@@ -175,17 +175,17 @@ class LikelihoodReader:
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> SiteReading:
         """Return a site's mean, noise and values, neutral where masked, and the visible ones."""
-        read, found = form.forms[observed.form], arrays["forms"][observed.form]
+        read, outputs = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
         directions, has_residual, squares = None, True, None
         if observed.by == "moments":
-            moments = found["moments"]
+            moments = outputs["moments"]
             mean, cov, mask, value = (moments[name] for name in ("mean", "cov", "mask", "value"))
             directions = cov if read.is_full else None
             if observed.is_residual:
                 mean, value = mean - value, jnp.zeros_like(value)
         else:
-            fn, value = merge_arguments(found["fn"], read.fn), found["quotient"]
+            fn, value = merge_arguments(outputs["fn"], read.fn), outputs["quotient"]
             own = unwrap(fn)
             mean, value, cov, directions, has_residual = pseudo_observe(
                 own.fn, own.batch_shape, value, observed.depends
@@ -194,7 +194,7 @@ class LikelihoodReader:
             if mean.shape[-1] == 1:
                 directions = None
             if not has_residual:
-                squares = pearson_residuals(own.fn, found["quotient"])
+                squares = pearson_residuals(own.fn, outputs["quotient"])
                 has_residual = squares is not None
         mask = jnp.broadcast_to(mask, mean.shape)
 
@@ -202,7 +202,7 @@ class LikelihoodReader:
             return self._by_event(array, batch_shape)
 
         def flat(array: jax.Array) -> jax.Array:
-            return by_event(array).reshape(*self.group.batch_shape, -1)
+            return by_event(array).reshape(*self.latents.batch_shape, -1)
 
         def factor(array: jax.Array) -> jax.Array:
             own = jnp.broadcast_to(scale, batch_shape)
@@ -228,20 +228,20 @@ class LikelihoodReader:
         if observed.by == "moments":
             pairs = mask[..., :, None] & mask[..., None, :]
             matrix = by_event(jnp.where(pairs, scaled(cov), identity))
-            block = Dense.from_matrix(matrix.reshape(*self.group.batch_shape, -1, size, size))
+            block = Dense.from_matrix(matrix.reshape(*self.latents.batch_shape, -1, size, size))
         else:
             variances = by_event(jnp.where(mask, scaled(cov), 1))
             directions = by_event(jnp.where(mask[..., None], directions, identity))
             block = Dense(
-                variances.reshape(*self.group.batch_shape, -1, size),
-                directions.reshape(*self.group.batch_shape, -1, size, size),
+                variances.reshape(*self.latents.batch_shape, -1, size),
+                directions.reshape(*self.latents.batch_shape, -1, size, size),
             )
         noise = Repeated(block, block.eigenvalues.shape[-2])
         return SiteReading(theta, noise, y, visible, has_residual, squares)
 
     def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> SiteReading:
         """Read a log-density as an observation of the event itself."""
-        theta = x.reshape(*self.group.batch_shape, -1)
+        theta = x.reshape(*self.latents.batch_shape, -1)
 
         def log_prob(theta: jax.Array) -> jax.Array:
             arrays = evaluate(theta.reshape(x.shape))[position]
@@ -256,11 +256,11 @@ class LikelihoodReader:
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
         scaled = self._local_scale(form, arrays) * arrays["log_prob"]
         by_event = self._by_event(scaled, form.batch_shape)
-        return by_event.reshape(*self.group.batch_shape, -1).sum(-1)
+        return by_event.reshape(*self.latents.batch_shape, -1).sum(-1)
 
     def _local_scale(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
         """Return a site's scale without the factors of the latent's own divided plates."""
-        sizes = {plate.name: plate.size for plate in self.group.plates}
+        sizes = {plate.name: plate.size for plate in self.latents.plates}
         factor = prod(taken / sizes[name] for name, taken in form.plates if name in sizes)
         return factor * arrays["scale"]
 
@@ -270,7 +270,7 @@ class LikelihoodReader:
         Batch axes align from the right. Where the latent has an axis of one, the site's own axis
         there (a further plate) belongs to the event as well.
         """
-        latent = self.group.batch_shape
+        latent = self.latents.batch_shape
         rank = len(latent)
         array = array.reshape((1,) * max(rank - len(batch_shape), 0) + array.shape)
         own = max(len(batch_shape) - rank, 0)

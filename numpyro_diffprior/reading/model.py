@@ -213,13 +213,13 @@ class ModelReading:
                 array = jnp.take(array, elements(plate) - start, axis)
             return array
 
-        found = [make(source) for source in self.sources]
-        if any(s.param is not None and found[i] is None for i, s in enumerate(self.sources)):
-            first = self.evaluate(self.outputs["params"], found)()
+        inputs = [make(source) for source in self.sources]
+        if any(s.param is not None and inputs[i] is None for i, s in enumerate(self.sources)):
+            first = self.evaluate(self.outputs["params"], inputs)()
             for i, source in enumerate(self.sources):
-                if source.param is not None and found[i] is None:
-                    found[i] = first[source.param]
-        return found
+                if source.param is not None and inputs[i] is None:
+                    inputs[i] = first[source.param]
+        return inputs
 
     @cached_property
     def latent_inputs(self) -> dict[str, int]:
@@ -274,18 +274,18 @@ class GroupReading:
     """A group of latent sites and how its observed sites are read; static, a part of a reading.
 
     Attributes:
-        group: The latent sites.
+        latents: The latent sites.
         observed: How the observed sites that depend on them are read.
     """
 
     def __init__(
-        self, reading: ModelReading, group: LatentGroup, observed: Sequence[ObservedSite]
+        self, reading: ModelReading, latents: LatentGroup, observed: Sequence[ObservedSite]
     ) -> None:
         self.reading = reading
-        self.group = group
+        self.latents = latents
         self.observed = tuple(observed)
         forms = [reading.form.observed[site.position] for site in self.observed]
-        self.reader = LikelihoodReader(group, self.observed, forms)
+        self.reader = LikelihoodReader(latents, self.observed, forms)
 
     @cached_property
     def linear(self) -> bool:
@@ -296,7 +296,7 @@ class GroupReading:
         specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
         def derivative(x: jax.Array, v: jax.Array, inputs: list[Any]) -> Any:
-            denoiser = self.group.denoiser(self._parts(inputs))
+            denoiser = self.latents.denoiser(self._parts(inputs))
             evaluate = self._evaluate(denoiser, inputs)
 
             def read(x: jax.Array) -> Any:
@@ -327,12 +327,12 @@ class GroupReading:
         self, data: ModelData, indices: Mapping[str, jax.Array] | None = None
     ) -> Denoiser:
         """Return the denoiser of all sites together; see `bind`."""
-        return self.group.denoiser(self.parts(data, indices))
+        return self.latents.denoiser(self.parts(data, indices))
 
     @property
     def divided(self) -> tuple[Plate, int] | None:
         """The plate that is divided into blocks, and a block's size; None if plates are whole."""
-        plate = self.group.largest_plate
+        plate = self.latents.largest_plate
         if plate is None or plate.name not in self.reading.blocks:
             return None
         return plate, self.reading.blocks[plate.name]
@@ -359,34 +359,34 @@ class GroupReading:
         if indices is None:
             indices = jnp.asarray(block_indices(plate.size, size))
         results = jax.lax.map(lambda index: f({plate.name: index}), indices)
-        axis = len(self.group.batch_shape) + plate.dim
+        axis = len(self.latents.batch_shape) + plate.dim
         return join_blocks(results, axis, min(indices.size, plate.size))
 
     def _parts(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
         reading = self.reading
-        tree = [reading.outputs["priors"][name] for name in self.group.names]
+        tree = [reading.outputs["priors"][name] for name in self.latents.names]
         arrays = reading.evaluate(tree, inputs)()
         statics = dict(zip(reading.latent_inputs, reading.form.priors, strict=True))
         return tuple(
-            merge_arguments(found, statics[name])
-            for name, found in zip(self.group.names, arrays, strict=True)
+            merge_arguments(leaves, statics[name])
+            for name, leaves in zip(self.latents.names, arrays, strict=True)
         )
 
     def _template(self, inputs: Sequence[Any]) -> tuple[Denoiser, jax.Array]:
         """Return the denoiser, and a batch of events at the priors' means."""
-        denoiser = self.group.denoiser(self._parts(inputs))
-        shape = (*self.group.batch_shape, *denoiser.event_shape)
+        denoiser = self.latents.denoiser(self._parts(inputs))
+        shape = (*self.latents.batch_shape, *denoiser.event_shape)
         return denoiser, jnp.broadcast_to(denoiser.mean, shape)
 
     def _evaluate(self, denoiser: Denoiser, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Return a function from a batch of events to the arrays of the observed sites."""
         reading = self.reading
         tree = [reading.outputs["observed"][site.position] for site in self.observed]
-        staged = reading.evaluate(tree, inputs, self.group.names)
+        staged = reading.evaluate(tree, inputs, self.latents.names)
 
         def evaluate(x: jax.Array) -> Any:
-            values = self.group.split(denoiser, x)
-            return staged(*(values[name] for name in self.group.names))
+            values = self.latents.split(denoiser, x)
+            return staged(*(values[name] for name in self.latents.names))
 
         return evaluate
 
@@ -450,7 +450,7 @@ def _groups(reading: ModelReading) -> tuple[GroupReading, ...]:
         bool(names & couples) for names, couples in zip(reached, form.couplings, strict=True)
     ]
     groups = group_sites(form.latents, zip(reached, coupled, strict=True))
-    found = []
+    readings = []
     for group in groups:
         marks = reading.program.depends_on([reading.latent_inputs[n] for n in group.names])
         tree = jax.tree.unflatten(reading.treedef, marks)
@@ -458,5 +458,5 @@ def _groups(reading: ModelReading) -> tuple[GroupReading, ...]:
             decide(i, site, tree["observed"][i], group.event_size)
             for i, site in enumerate(form.observed)
         ]
-        found.append(GroupReading(reading, group, [site for site in sites if site is not None]))
-    return tuple(found)
+        readings.append(GroupReading(reading, group, [site for site in sites if site is not None]))
+    return tuple(readings)

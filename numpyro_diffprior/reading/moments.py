@@ -262,9 +262,9 @@ def _affine(fn: dist.TransformedDistribution) -> Moments:
     assert base is not None
     blocks = base.mean.shape[len(fn.batch_shape) :]
 
-    def transform(x: jax.Array) -> jax.Array:
-        for part in fn.transforms:
-            x = part(x)
+    def apply(x: jax.Array) -> jax.Array:
+        for transform in fn.transforms:
+            x = transform(x)
         return x.reshape(*fn.batch_shape, -1)
 
     mean = base.mean.astype(base.cov.dtype)
@@ -272,7 +272,7 @@ def _affine(fn: dist.TransformedDistribution) -> Moments:
     basis = jnp.eye(prod(blocks), dtype=origin.dtype).reshape(-1, *blocks)
 
     def column(e: jax.Array) -> jax.Array:
-        return jax.jvp(transform, (origin,), (jnp.broadcast_to(e, origin.shape),))[1]
+        return jax.jvp(apply, (origin,), (jnp.broadcast_to(e, origin.shape),))[1]
 
     matrix = jax.vmap(column, out_axes=-1)(basis)
     if base.full:
@@ -281,7 +281,7 @@ def _affine(fn: dist.TransformedDistribution) -> Moments:
     else:
         variance = base.cov.reshape(*base.cov.shape[: -len(blocks)], -1)
         cov = einsum("...id,...d,...jd->...ij", matrix, variance, matrix)
-    return Moments(transform(origin), cov, full=True)
+    return Moments(apply(origin), cov, full=True)
 
 
 # Families read by the curvature of their log-density.

@@ -63,9 +63,9 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
     count = round_up(-(-num_blocks // num_parts), mesh)
     indices = block_indices(plate.size, size, num_parts * count).reshape(num_parts, count, size)
     others = {i: jnp.asarray(array) for i, array in enumerate(arrays) if i not in axes}
-    for part in range(num_parts):
-        blocks = np.minimum(np.arange(part * count, (part + 1) * count), num_blocks - 1)
-        start = max(0, min(part * count * size, plate.size - count * size))
+    for number in range(num_parts):
+        blocks = np.minimum(np.arange(number * count, (number + 1) * count), num_blocks - 1)
+        start = max(0, min(number * count * size, plate.size - count * size))
         taken = slice(start, start + count * size)
         own = {
             i: replicate(jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), mesh)
@@ -75,7 +75,7 @@ def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None)
             arrays=[(own | others)[i] for i in range(len(arrays))],
             starts={(i, plate.name): jnp.asarray(start) for i in axes},
         )
-        yield Part(replace(model, data=data), blocks, indices[part])
+        yield Part(replace(model, data=data), blocks, indices[number])
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
@@ -101,9 +101,9 @@ def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
     for result in results:
         stop = start + jax.tree.leaves(first)[0].shape[axis]
 
-        def put(target: np.ndarray, part: jax.Array, start: int = start, stop: int = stop) -> None:
+        def put(target: np.ndarray, leaf: jax.Array, start: int = start, stop: int = stop) -> None:
             to = target[(slice(None),) * axis + (slice(start, stop),)]
-            to[...] = part[(slice(None),) * axis + (slice(0, to.shape[axis]),)]
+            to[...] = leaf[(slice(None),) * axis + (slice(0, to.shape[axis]),)]
 
         jax.tree.map(put, whole, result)
         start = stop
@@ -118,8 +118,5 @@ def _axes_of(plate: str, reading: ModelReading) -> dict[int, int]:
             axis = next((axis for axis, name in source.axes if name == plate), None)
             axes.setdefault(source.position, set()).add(axis)
     return {
-        i: axis
-        for i, found in axes.items()
-        for axis in found
-        if axis is not None and len(found) == 1
+        i: axis for i, used in axes.items() for axis in used if axis is not None and len(used) == 1
     }

@@ -115,13 +115,13 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
 
 def _plan(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> dict[str, int]:
     """Return the number of elements in a block, by divided plate."""
-    whole = {plate.name for g in reading.groups for plate in g.group.joined_plates}
+    whole = {plate.name for g in reading.groups for plate in g.latents.joined_plates}
     plan: dict[str, int] = {}
-    for found in reading.groups:
-        plate = found.group.largest_plate
+    for group in reading.groups:
+        plate = group.latents.largest_plate
         if plate is None or plate.name in whole:
             continue
-        size = max(1, block_size(found.group))
+        size = max(1, block_size(group.latents))
         if size < plate.size:
             plan[plate.name] = min(size, plan.get(plate.name, size))
     return plan
@@ -243,14 +243,14 @@ def _describe(
             f"the priors of the latent sites {list(priors)} have different samplers; expected "
             f"one, got {sorted(map(str, samplers))}."
         )
-    found = tuple(
+    sites_read = tuple(
         read_latent_site(name, latents[name], prior, sizes) for name, prior in priors.items()
     )
     parts = {name: split_arguments(prior.denoiser) for name, prior in priors.items()}
     seen = {name: site for name, site in samples.items() if site["is_observed"]}
     described = [describe(name, site) for name, site in seen.items()]
     form = ModelForm(
-        latents=found,
+        latents=sites_read,
         priors=tuple(static for _, static in parts.values()),
         observed=tuple(site for site, _ in described),
         params=tuple(
@@ -258,7 +258,7 @@ def _describe(
         ),
         origins=(),
         couplings=tuple(
-            frozenset(latent.name for latent in found if couples(site, latent))
+            frozenset(latent.name for latent in sites_read if couples(site, latent))
             for site in seen.values()
         ),
         blocks=tuple(sorted(blocks.items())),

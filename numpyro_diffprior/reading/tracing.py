@@ -135,8 +135,8 @@ class Execution(fix_plates):
 
     def _slice(self, msg: dict[str, Any]) -> None:
         """Turn a slice of an argument into an input, so that the plates do not slice it."""
-        found = [i for i, argument in enumerate(self._arguments) if argument is msg["value"]]
-        if not found:
+        positions = [i for i, argument in enumerate(self._arguments) if argument is msg["value"]]
+        if not positions:
             return
         # The message does not list its plates; that of a deterministic site does.
         self._frames = []
@@ -155,7 +155,7 @@ class Execution(fix_plates):
             for axis, plate in axes:
                 shape[axis] = self.indices[plate].shape[0]
             template = jnp.zeros(shape, value.dtype)
-            msg["value"] = name_input(template, Slice(found[0], tuple(axes)))
+            msg["value"] = name_input(template, Slice(positions[0], tuple(axes)))
             msg["type"] = "sliced"  # which plates ignore
 
 

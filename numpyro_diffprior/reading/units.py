@@ -115,7 +115,7 @@ def _scale(fn: Any) -> jax.Array | float | None:
             return None
         return jnp.broadcast_to(scale, fn.component_distribution.batch_shape).max(-1)
     if isinstance(fn, dist.MixtureGeneral) and not fn.event_shape:
-        scales = [_scale(part) for part in fn.component_distributions]
+        scales = [_scale(component) for component in fn.component_distributions]
         known = [scale for scale in scales if scale is not None]
         return reduce(jnp.maximum, known) if len(known) == len(scales) else None
     return None
@@ -164,7 +164,7 @@ def _shift_own(fn: Any, exponent: jax.Array) -> dist.Distribution:
             components = _shift(fn.component_distribution, exponent[..., None])
             return kind(fn.mixing_distribution, components)
         case dist.MixtureGeneral():
-            components = [_shift(part, exponent) for part in fn.component_distributions]
+            components = [_shift(component, exponent) for component in fn.component_distributions]
             return kind(fn.mixing_distribution, components)
         case _ if kind in _SCALE:
             return kind(shift(fn.scale))
