@@ -73,7 +73,7 @@ def read(
     specs = [_spec(array) for array in arrays]
     shapes = tuple((spec.shape, str(spec.dtype)) for spec in specs)
     signature = purpose, _name(model), static.treedef, shapes
-    blocks = _PLANS.get(signature, {}) if block_size is not None else {}
+    blocks = _LAST_DIVISIONS.get(signature, {}) if block_size is not None else {}
     traced = None
     if blocks:
         try:
@@ -83,12 +83,12 @@ def read(
     if traced is None:
         traced = _execute(model, specs, static, {})
     if block_size is not None:
-        wanted = _plan(traced.reading, block_size)
+        wanted = _divide(traced.reading, block_size)
         if wanted != blocks:
             traced = _execute_on_part(model, specs, static, wanted)
-        _PLANS[signature] = wanted
-        while len(_PLANS) > _MAX_PLANS:
-            _PLANS.pop(next(iter(_PLANS)))
+        _LAST_DIVISIONS[signature] = wanted
+        while len(_LAST_DIVISIONS) > _MAX_DIVISIONS:
+            _LAST_DIVISIONS.pop(next(iter(_LAST_DIVISIONS)))
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
     kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
@@ -97,9 +97,10 @@ def read(
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
-# The last division of plates: a guess that saves a second execution of the model.
-_PLANS: dict[Any, dict[str, int]] = {}
-_MAX_PLANS = 64
+# A cache of the last division of plates into blocks, by model, purpose and arguments' shapes: a
+# guess at the next one, which saves a second execution of the model.
+_LAST_DIVISIONS: dict[Any, dict[str, int]] = {}
+_MAX_DIVISIONS = 64
 
 
 def _name(model: Model) -> tuple[str, str]:
@@ -113,18 +114,18 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(array), dtype)
 
 
-def _plan(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> dict[str, int]:
+def _divide(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> dict[str, int]:
     """Return the number of elements in a block, by divided plate."""
     whole = {plate.name for g in reading.groups for plate in g.latents.joined_plates}
-    plan: dict[str, int] = {}
+    blocks: dict[str, int] = {}
     for group in reading.groups:
         plate = group.latents.largest_plate
         if plate is None or plate.name in whole:
             continue
         size = max(1, block_size(group.latents))
         if size < plate.size:
-            plan[plate.name] = min(size, plan.get(plate.name, size))
-    return plan
+            blocks[plate.name] = min(size, blocks.get(plate.name, size))
+    return blocks
 
 
 class _Executed(NamedTuple):
