@@ -39,7 +39,7 @@ def sites_of(priors, model=two_of_one, passed=None):
 
 def test_sites_of_priors():
     sites = sites_of(PRIORS)
-    assert dict(sites.keys) == {"first": "b", "second": "a", "third": "b"}
+    assert dict(sites.site_priors) == {"first": "b", "second": "a", "third": "b"}
     assert sites.as_passed(as_dict(PRIORS)) == PRIORS
     values = {name: jnp.full((5, 3, 2), i) for i, name in enumerate(("first", "second", "third"))}
     pooled = pool(values, sites, "b", (2,))
@@ -72,7 +72,7 @@ def test_every_learned_prior_has_sites():
         sites_of(PRIORS | {"c": other})
     # Others have nothing to learn.
     sites = sites_of(PRIORS | {"c": FIXED})
-    assert dict(sites.keys) == {"first": "b", "second": "a", "third": "b"}
+    assert dict(sites.site_priors) == {"first": "b", "second": "a", "third": "b"}
 
 
 def test_one_prior_is_passed_back_as_one():
@@ -82,7 +82,7 @@ def test_one_prior_is_passed_back_as_one():
             numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros((3, 2)))
 
     sites = sites_of(LEARNED, one)
-    assert sites.keys == (("x", "prior"),)
+    assert sites.site_priors == (("x", "prior"),)
     assert as_dict(LEARNED) == {"prior": LEARNED}
     assert sites.as_passed(as_dict(LEARNED)) is LEARNED
 
@@ -97,7 +97,7 @@ def test_a_prior_at_its_contexts_is_the_prior():
             numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros((3, 2)))
 
     reading = read(labeled, (prior, jnp.eye(3)), {}).reading
-    assert read_sites(prior, reading).keys == (("x", "prior"),)
+    assert read_sites(prior, reading).site_priors == (("x", "prior"),)
 
 
 def test_what_is_no_prior_is_refused():

@@ -98,7 +98,7 @@ def compare_draws(
 ) -> jax.Array:
     """Return the mean over sites of the sliced Wasserstein distance to the previous draws."""
     distances = []
-    for site, key in sites.keys:
+    for site, key in sites.site_priors:
         shape = (-1, *priors[key].event_shape)
         distances.append(_distance(rng_key, draws[site], previous[site], shape))
     return jnp.stack(distances).mean()

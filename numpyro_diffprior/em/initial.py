@@ -97,7 +97,7 @@ def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
     observed values.
     """
     chosen, scales = dict(priors), _scales(model)
-    for site, key in sites.keys:
+    for site, key in sites.site_priors:
         if site in scales and key in with_network(priors):
             denoiser: Any = priors[key].denoiser
             unit = choose_unit(scales[site].astype(denoiser.dtype), denoiser.unit)

@@ -38,11 +38,11 @@ class Sites:
     """Which prior governs which diffusion site; static.
 
     Attributes:
-        keys: The priors' keys by site.
+        site_priors: The names of the sites, each with the key of its prior.
         is_alone: Whether the user passed a single prior instead of a dict.
     """
 
-    keys: tuple[tuple[str, str], ...]
+    site_priors: tuple[tuple[str, str], ...]
     is_alone: bool = False
 
     def as_passed(self, priors: Priors) -> Any:
@@ -101,7 +101,7 @@ def read_sites(prior: Any, reading: ModelReading) -> Sites:
         count = len(split_arguments(priors[key])[0])
         arguments[key] = tuple(range(first, first + count))
         first += count
-    keys = []
+    site_priors = []
     for site, origin in zip(reading.form.latents, reading.form.origins, strict=True):
         matches = [k for k, own in arguments.items() if own and origin[: len(own)] == own]
         if not matches:
@@ -110,21 +110,21 @@ def read_sites(prior: Any, reading: ModelReading) -> Sites:
                 f"EM: latent site '{site.name}' has a prior that is not {passed} passed; take it "
                 "from the model's first argument as it is."
             )
-        keys.append((site.name, matches[0]))
-    unused = sorted(set(with_network(priors)) - {key for _, key in keys})
+        site_priors.append((site.name, matches[0]))
+    unused = sorted(set(with_network(priors)) - {key for _, key in site_priors})
     if unused:
         raise ValueError(
             f"EM: no latent site has the priors {unused} of the dict, which have nothing to learn "
-            f"from; leave them out. The sites' priors: {dict(keys)}."
+            f"from; leave them out. The sites' priors: {dict(site_priors)}."
         )
-    return Sites(tuple(keys), is_alone)
+    return Sites(tuple(site_priors), is_alone)
 
 
 def pool(
     values: Mapping[str, jax.Array], sites: Sites, key: str, shape: tuple[int, ...]
 ) -> jax.Array:
     """Return the values (draws, contexts) of all sites of a prior, with shape ``(n, *shape)``."""
-    chosen = [values[site] for site, name in sites.keys if name == key]
+    chosen = [values[site] for site, name in sites.site_priors if name == key]
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
 
@@ -166,7 +166,7 @@ def replace_non_finite(
         ValueError: If no draw of a site is finite.
     """
     mended, total = dict(draws), 0
-    for site, key in sites.keys:
+    for site, key in sites.site_priors:
         x, mean = draws[site], priors[key].mean
         finite = _are_finite(x, mean.ndim)
         count = int(jnp.sum(~finite))
