@@ -24,7 +24,7 @@ from numpyro_diffprior.reading.curvature import (
     pseudo_observe,
 )
 from numpyro_diffprior.reading.latent import LatentGroup
-from numpyro_diffprior.reading.observed import ObservedSite, SiteForm
+from numpyro_diffprior.reading.observed import ObservedSite, Quantity, SiteForm
 from numpyro_diffprior.reading.unwrap import unwrap
 
 __all__ = ["LikelihoodReader"]
@@ -86,9 +86,9 @@ class LikelihoodReader:
         outputs = evaluate(x)
         parts = []
         for i, (site, form) in enumerate(zip(self.observed, self.forms, strict=True)):
-            if site.by == "event":
+            if site.quantity == Quantity.EVENT:
                 parts.append(self._read_event(i, evaluate, x))
-            elif site.by != "potential":
+            elif site.quantity != Quantity.POTENTIAL:
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
             return self._nothing(x)
@@ -151,7 +151,9 @@ class LikelihoodReader:
             moments = read_all(x)
             return ObservationMoments(moments.y_hat, noise, y) if linear else moments
 
-        potentials = [i for i, site in enumerate(self.observed) if site.by == "potential"]
+        potentials = [
+            i for i, site in enumerate(self.observed) if site.quantity == Quantity.POTENTIAL
+        ]
         potential = over_extra_axes(partial(self.log_prob, evaluate, sites=potentials))
         return Likelihood(
             y=y,
@@ -178,7 +180,7 @@ class LikelihoodReader:
         read, outputs = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
         directions, has_residual, squares = None, True, None
-        if observed.by == "moments":
+        if observed.quantity == Quantity.MOMENTS:
             moments = outputs["moments"]
             mean, cov, mask, value = (moments[name] for name in ("mean", "cov", "mask", "value"))
             directions = cov if read.is_full else None
@@ -225,7 +227,7 @@ class LikelihoodReader:
             return SiteReading(theta, noise, y, visible, has_residual, squares)
         size = mean.shape[-1]
         identity = jnp.eye(size, dtype=mean.dtype)
-        if observed.by == "moments":
+        if observed.quantity == Quantity.MOMENTS:
             pairs = mask[..., :, None] & mask[..., None, :]
             matrix = by_event(jnp.where(pairs, scaled(cov), identity))
             block = Dense.from_matrix(matrix.reshape(*self.latents.batch_shape, -1, size, size))

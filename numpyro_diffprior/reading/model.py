@@ -30,7 +30,7 @@ from numpyro_diffprior.reading.latent import (
     group_sites,
 )
 from numpyro_diffprior.reading.likelihood import LikelihoodReader
-from numpyro_diffprior.reading.observed import ObservedSite, SiteForm, decide
+from numpyro_diffprior.reading.observed import ObservedSite, Quantity, SiteForm, decide
 
 __all__ = [
     "Block",
@@ -290,7 +290,7 @@ class GroupReading:
     @cached_property
     def linear(self) -> bool:
         """Whether means are affine in the events, and noise and values are constant."""
-        if any(site.by in ("event", "potential") for site in self.observed):
+        if any(site.quantity in (Quantity.EVENT, Quantity.POTENTIAL) for site in self.observed):
             return False
         avals: list[Any] = [var.aval for var in self.reading.program.jaxpr.invars]
         specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]

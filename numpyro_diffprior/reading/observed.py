@@ -8,7 +8,8 @@ dependencies are known.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from enum import Enum, auto
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,23 @@ from numpyro_diffprior.reading.unwrap import (
     unwrap,
 )
 
-__all__ = ["Form", "ObservedSite", "SiteForm", "decide", "describe"]
+__all__ = ["Form", "ObservedSite", "Quantity", "SiteForm", "decide", "describe"]
 
-By = Literal["moments", "parameters", "event", "potential"]
+
+class Quantity(Enum):
+    """The quantity by which a site is read.
+
+    Attributes:
+        MOMENTS: The first two moments.
+        PARAMETERS: The curvature of the log-density in the parameters that depend on the latent.
+        EVENT: Its curvature in the event itself, one matrix per event.
+        POTENTIAL: Its gradient and products with its curvature in the event, for large events.
+    """
+
+    MOMENTS = auto()
+    PARAMETERS = auto()
+    EVENT = auto()
+    POTENTIAL = auto()
 
 
 class Rule(NamedTuple):
@@ -47,12 +62,12 @@ class Rule(NamedTuple):
         is_residual: Whether the density depends only on the difference of value and mean.
     """
 
-    shape: tuple[int, ...]
-    by_shape: By
-    by_cov: By | None
-    by_mean: By
-    otherwise: By
-    is_residual: bool
+    shape: tuple[int, ...] = ()
+    by_shape: Quantity = Quantity.PARAMETERS
+    by_cov: Quantity | None = None
+    by_mean: Quantity = Quantity.MOMENTS
+    otherwise: Quantity = Quantity.PARAMETERS
+    is_residual: bool = False
 
 
 class Form(NamedTuple):
@@ -96,9 +111,7 @@ class ObservedSite(NamedTuple):
     Attributes:
         position: Its position among the observed sites of the model.
         form: The position of the form that is read.
-        by: The quantity that is read: the moments; the curvature of the log-density in the
-            parameters that depend on the latent, or in the event itself (one matrix per event);
-            or, for large events, a potential (gradient and products with the curvature).
+        quantity: The quantity that is read.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
         is_residual: Whether the difference of value and mean is read, since both depend on the
             latent.
@@ -106,7 +119,7 @@ class ObservedSite(NamedTuple):
 
     position: int
     form: int
-    by: By
+    quantity: Quantity
     depends: tuple[bool, ...]
     is_residual: bool
 
@@ -190,22 +203,21 @@ def _rule(fn: dist.Distribution, moments: Moments | None) -> Rule:
 
     match fn:
         case dist.Unit():
-            return Rule((), "event", "event", "event", "event", False)
+            return Rule(otherwise=Quantity.EVENT)
         case dist.MultivariateStudentT():
             shape = positions(fn.scale_tril)
-            return Rule(shape, "event", None, "parameters", "parameters", False)
+            return Rule(shape, by_shape=Quantity.EVENT, by_mean=Quantity.PARAMETERS)
         case _ if moments is None:
-            return Rule((), "parameters", None, "parameters", "parameters", False)
+            return Rule()
         case dist.Gamma() | dist.Weibull() | dist.GammaPoisson():
-            shape = positions(fn.concentration)
-            return Rule(shape, "parameters", None, "moments", "parameters", False)
+            return Rule(positions(fn.concentration))
         case dist.Normal():
-            return Rule((), "parameters", "parameters", "moments", "moments", True)
+            return Rule(by_cov=Quantity.PARAMETERS, otherwise=Quantity.MOMENTS, is_residual=True)
         case _ if moments.full and moments.transform is None:
             is_gaussian = not isinstance(fn, dist.GaussianCopula)
-            return Rule((), "event", "event", "moments", "moments", is_gaussian)
+            return Rule(by_cov=Quantity.EVENT, otherwise=Quantity.MOMENTS, is_residual=is_gaussian)
         case _:
-            return Rule((), "parameters", None, "moments", "parameters", False)
+            return Rule()
 
 
 def decide(
@@ -236,24 +248,24 @@ def decide(
         raise ValueError(f"observed site '{form.name}': {read.error}")
     own, moments = tuple(marked["own"]), marked["moments"]
     rule = read.rule
-    by: By = rule.otherwise
+    quantity = rule.otherwise
     if any(own[i] for i in rule.shape):
-        by = rule.by_shape
+        quantity = rule.by_shape
     elif moments.get("cov") and rule.by_cov is not None:
-        by = rule.by_cov
+        quantity = rule.by_cov
     elif moments.get("mean"):
-        by = rule.by_mean
-    is_residual = bool(marked["value"]) and by == "moments" and rule.is_residual
+        quantity = rule.by_mean
+    is_residual = bool(marked["value"]) and quantity == Quantity.MOMENTS and rule.is_residual
     if marked["value"] and not is_residual:
-        by = "event"
-    if by == "event" and event_size > _MAX_MATRIX:
-        by = "potential"
-    if by == "parameters" and not any(own):
+        quantity = Quantity.EVENT
+    if quantity == Quantity.EVENT and event_size > _MAX_MATRIX:
+        quantity = Quantity.POTENTIAL
+    if quantity == Quantity.PARAMETERS and not any(own):
         raise ValueError(
             f"observed site '{form.name}': {form.family} has no moments, and none of its "
             "parameters depends on the latent; add its log-density with `numpyro.factor` instead."
         )
-    return ObservedSite(position, chosen, by, own, is_residual)
+    return ObservedSite(position, chosen, quantity, own, is_residual)
 
 
 # The largest size of an event for which its Hessian matrix is computed.
