@@ -366,13 +366,15 @@ _LABELS = {
     gaussian_moments.dispatch(object): "unknown: register it",
     _refuse: "refused: add its log-density by `numpyro.factor`",
     _refuse_delta: "refused: it has no noise",
-    _wrapped: "as what it wraps",
+    _wrapped: "like the wrapped distribution",
     _by_element: "moments",
     _of_logs: "mean and covariance of its logarithms",
     _of_counts: "moments, as independent counts",
     _of_spread_counts: f"curvature up to {_MAX_CATEGORIES} classes, else moments",
     _of_squares: "moments of its square",
-    _of_components: "moments of its components, curvature where weights or scales hold the latent",
+    _of_components: (
+        "moments of its components; curvature if weights or scales depend on the latent"
+    ),
     _no_moments: "curvature",
     _truncated: "moments of a truncated normal, curvature of others",
     _transformed: "moments of an affine map, curvature of others",
@@ -386,7 +388,7 @@ def handling(family: type[dist.Distribution]) -> str:
     invertible = issubclass(family, dist.TransformedDistribution) and rule in _WHERE_TRANSFORMED
     if not invertible or issubclass(family, dist.FoldedDistribution):
         return label
-    return f"transformed back, as its base; {label} where the transformation holds the latent"
+    return f"like its base, transformed back; if the transformation depends on the latent: {label}"
 
 
 _WHERE_TRANSFORMED = (_by_element, _no_moments, _transformed)
