@@ -172,6 +172,8 @@ class NetworkDenoiser(Denoiser):
     ) -> "NetworkDenoiser":
         """Return this denoiser with a new Gaussian as its preconditioning and its summary.
 
+        The error ratios are reset to one.
+
         Args:
             mean: The mean.
             cov: The covariance.
@@ -180,5 +182,8 @@ class NetworkDenoiser(Denoiser):
         return NetworkDenoiser(self.net, mean, cov, unit=self.unit if unit is None else unit)
 
     def with_summary(self, mean: jax.Array, cov: Covariance) -> "NetworkDenoiser":
-        """Return this denoiser with a new Gaussian summary and the same preconditioning."""
+        """Return this denoiser with a new Gaussian summary and the same preconditioning.
+
+        The error ratios are reset to one: they were measured with the previous summary.
+        """
         return NetworkDenoiser(self.net, mean, cov, self.base, unit=self.unit)
