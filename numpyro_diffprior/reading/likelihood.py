@@ -8,6 +8,7 @@ transformation are transformed back. The factor of a subsampled plate is removed
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class SiteReading(NamedTuple):
     squares: jax.Array | None = None
 
 
+@dataclass(frozen=True, eq=False)
 class LikelihoodReader:
     """The likelihood of a group of latent sites, given outputs of the program; static.
 
@@ -61,15 +63,9 @@ class LikelihoodReader:
         forms: The forms of these sites.
     """
 
-    def __init__(
-        self,
-        latents: LatentGroup,
-        observed: Sequence[ObservedSite],
-        forms: Sequence[SiteForm],
-    ) -> None:
-        self.latents = latents
-        self.observed = tuple(observed)
-        self.forms = tuple(forms)
+    latents: LatentGroup
+    observed: tuple[ObservedSite, ...]
+    forms: tuple[SiteForm, ...]
 
     @property
     def names(self) -> list[str]:

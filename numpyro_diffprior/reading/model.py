@@ -284,7 +284,7 @@ class GroupReading:
         self.reading = reading
         self.latents = latents
         self.observed = tuple(observed)
-        forms = [reading.form.observed[site.position] for site in self.observed]
+        forms = tuple(reading.form.observed[site.position] for site in self.observed)
         self.reader = LikelihoodReader(latents, self.observed, forms)
 
     @cached_property
@@ -322,12 +322,6 @@ class GroupReading:
     ) -> tuple[Denoiser, ...]:
         """Return the denoisers of the sites' priors; see `bind`."""
         return self._parts(self.reading.inputs(data, indices))
-
-    def denoiser(
-        self, data: ModelData, indices: Mapping[str, jax.Array] | None = None
-    ) -> Denoiser:
-        """Return the denoiser of all sites together; see `bind`."""
-        return self.latents.denoiser(self.parts(data, indices))
 
     @property
     def divided(self) -> tuple[Plate, int] | None:
