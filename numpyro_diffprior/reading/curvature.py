@@ -122,7 +122,13 @@ def from_log_prob(
         log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, elementwise.
         theta: The parameters.
     """
-    gradient, hessian = _derivatives(log_prob, theta)
+    differentiate = jax.grad(lambda theta: log_prob(theta).sum())
+    basis = jnp.eye(theta.shape[-1], dtype=theta.dtype)
+
+    def column(e: jax.Array) -> jax.Array:
+        return jax.jvp(differentiate, (theta,), (jnp.broadcast_to(e, theta.shape),))[1]
+
+    gradient, hessian = differentiate(theta), jax.vmap(column, out_axes=-1)(basis)
     curvature, directions = eigh(-(hessian + hessian.mT) / 2)
     along = apply_transpose(directions, gradient)
     eps = jnp.finfo(theta.dtype).eps
@@ -134,19 +140,6 @@ def from_log_prob(
     curvature = jnp.where(known, curvature, jnp.maximum(rounding, eps**2))
     y = theta + apply(directions, along / curvature)
     return PseudoObservation(theta, y, 1 / curvature, directions, has_residual=False)
-
-
-def _derivatives(
-    log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return gradients, and matrices of second derivatives of each element."""
-    gradient = jax.grad(lambda theta: log_prob(theta).sum())
-    basis = jnp.eye(theta.shape[-1], dtype=theta.dtype)
-
-    def column(e: jax.Array) -> jax.Array:
-        return jax.jvp(gradient, (theta,), (jnp.broadcast_to(e, theta.shape),))[1]
-
-    return gradient(theta), jax.vmap(column, out_axes=-1)(basis)
 
 
 def _scale_mixture(
@@ -175,14 +168,9 @@ def _location_and_scale(
     log_scale = jnp.log(scale)
     # Beyond three deviations, the location is wrong rather than the scale.
     excess = (jnp.minimum(((value - loc) / scale) ** 2, 9) - 1) / 2
-    theta, y, variances = (
-        jnp.stack(pair, axis=-1)
-        for pair in (
-            (loc, log_scale),
-            (value, log_scale + excess),
-            (scale**2, jnp.full_like(scale, 0.5)),
-        )
-    )
+    theta = jnp.stack((loc, log_scale), axis=-1)
+    y = jnp.stack((value, log_scale + excess), axis=-1)
+    variances = jnp.stack((scale**2, jnp.full_like(scale, 0.5)), axis=-1)
     return PseudoObservation(theta, y, variances, None)
 
 
