@@ -97,10 +97,10 @@ def compare_draws(
     sites: Sites,
 ) -> jax.Array:
     """Return the mean over sites of the sliced Wasserstein distance to the previous draws."""
-    distances = []
-    for site, key in sites.site_priors:
-        shape = (-1, *priors[key].event_shape)
-        distances.append(_distance(rng_key, draws[site], previous[site], shape))
+    distances = [
+        _distance(rng_key, draws[site], previous[site], (-1, *priors[key].event_shape))
+        for site, key in sites.site_priors
+    ]
     return jnp.stack(distances).mean()
 
 

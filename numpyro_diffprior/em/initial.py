@@ -21,7 +21,6 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.covariances import Covariance
-from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.model import BoundModel, GroupReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
@@ -199,16 +198,12 @@ def fit_by_sampling(
 
 def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
     """Return the priors, with Gaussians in place of those that are learned."""
-
-    def gaussian(prior: DiffusionPrior, mean: jax.Array, cov: Covariance) -> DiffusionPrior:
-        net = _Nothing(prior.event_shape, prior.denoiser.context_shape)
-        unit = prior.denoiser.unit
-        return prior.replace_denoiser(NetworkDenoiser(net, mean, cov, unit=unit))
-
-    return {
-        key: gaussian(prior, *fitted[key]) if key in fitted else prior
-        for key, prior in priors.items()
-    }
+    current = dict(priors)
+    for key, (mean, cov) in fitted.items():
+        own = priors[key].denoiser
+        net = _Nothing(own.event_shape, own.context_shape)
+        current[key] = priors[key].replace_denoiser(NetworkDenoiser(net, mean, cov, unit=own.unit))
+    return current
 
 
 @jax.tree_util.register_static

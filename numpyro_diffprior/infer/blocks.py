@@ -56,17 +56,15 @@ def block_size(
 
     def size(group: LatentGroup) -> int:
         plate = group.largest_plate
-        if plate is None or _is_whole(plate.size, num_systems, mesh):
+        # A whole plate, unless its elements can be spread over devices, rather than the draws.
+        if plate is None or (
+            plate.size <= num_systems and not 1 < num_devices(mesh) <= plate.size
+        ):
             return group.num_events
         # All draws of an event in one block, which share its solves.
         return min(max(1, num_systems // num_draws), -(-plate.size // num_devices(mesh)))
 
     return size
-
-
-def _is_whole(size: int, num_systems: int, mesh: Mesh | None) -> bool:
-    """Whether a plate is taken whole, and the draws are spread over devices."""
-    return size <= num_systems and not 1 < num_devices(mesh) <= size
 
 
 def sample_blocks(
