@@ -33,15 +33,10 @@ _MAX_SEEN = 256
 
 
 class _Comparison(NamedTuple):
-    """How far one particle's draws are from those of particle systems.
+    """How far one particle's draws are from those of particle systems."""
 
-    Attributes:
-        ratio: The root-mean-square distance from the systems' mean, over that of their own draws.
-        z: The difference of the mean squares, in standard errors.
-    """
-
-    ratio: jax.Array
-    z: jax.Array
+    ratio: jax.Array  # of the root-mean-square distances from the systems' mean
+    z: jax.Array  # the difference of the mean squares, in standard errors
 
 
 # The models and the settings of draws that were compared already.

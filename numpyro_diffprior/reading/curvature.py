@@ -116,12 +116,7 @@ def _is_heteroscedastic(fn: dist.Distribution, depends: Sequence[bool]) -> bool:
 def from_log_prob(
     log_prob: Callable[[jax.Array], jax.Array], theta: jax.Array
 ) -> PseudoObservation:
-    """Return the pseudo-observation of the parameters of a log-density.
-
-    Args:
-        log_prob: Maps parameters of shape ``(*batch, p)`` to ``(*batch,)``, elementwise.
-        theta: The parameters.
-    """
+    """Return the pseudo-observation of parameters of a log-density, of shape ``(*batch, p)``."""
     differentiate = jax.grad(lambda theta: log_prob(theta).sum())
     basis = jnp.eye(theta.shape[-1], dtype=theta.dtype)
 

@@ -164,12 +164,9 @@ def group_sites(
 ) -> tuple[LatentGroup, ...]:
     """Group latent sites by the observed sites that depend on them.
 
-    A site on which no observed site depends is a group of its own, drawn from its prior.
-
-    Args:
-        sites: The latent sites.
-        observed: For each observed site, the latent sites on which it depends, and whether it
-            couples the elements of their plates (see `couples`).
+    A site on which no observed site depends is a group of its own, drawn from its prior. An
+    observed site is given by the names of the latent sites on which it depends, and whether it
+    couples the elements of their plates (see `couples`).
     """
     groups = [({site.name}, False) for site in sites]
     for names, is_coupled in observed:

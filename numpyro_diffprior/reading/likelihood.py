@@ -55,13 +55,7 @@ class SiteReading(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LikelihoodReader:
-    """The likelihood of a group of latent sites, given outputs of the program; static.
-
-    Args:
-        latents: The latent sites.
-        observed: How each observed site that depends on them is read.
-        forms: The forms of these sites.
-    """
+    """The likelihood of latent sites, from the observed sites that depend on them; static."""
 
     latents: LatentGroup
     observed: tuple[ObservedSite, ...]
@@ -105,13 +99,7 @@ class LikelihoodReader:
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
     ) -> jax.Array:
-        """Return the log-likelihood of one batch of events, with shape ``(*batch,)``.
-
-        Args:
-            evaluate: See `read`.
-            x: The events.
-            sites: The positions of the sites to include (default: all).
-        """
+        """Return the log-likelihood of one batch of events by some sites (default: all)."""
         outputs = evaluate(x)
         total = jnp.zeros(self.latents.batch_shape, x.dtype)
         for i in range(len(self.forms)) if sites is None else sites:
@@ -121,10 +109,8 @@ class LikelihoodReader:
     def likelihood(self, evaluate: Evaluate, template: jax.Array, *, linear: bool) -> Likelihood:
         """Return the likelihood of a batch of events.
 
-        Args:
-            evaluate: See `read`.
-            template: Events of the batch, at which observed values and noise are evaluated.
-            linear: Whether means are affine in the events, and noise and values are constant.
+        Observed values and noise are evaluated at the template, a batch of events. If ``linear``,
+        means are affine in the events, and noise and values constant.
         """
         moments, visible, has_residuals = self.read(evaluate, template)
         noise, y = moments.noise, moments.y

@@ -234,13 +234,7 @@ class ModelReading:
         return jax.tree.unflatten(self.treedef, list(range(count)))
 
     def evaluate(self, tree: Any, inputs: Sequence[Any], latents: Sequence[str] = ()) -> Any:
-        """Return a function of latent values that evaluates outputs.
-
-        Args:
-            tree: A tree of the outputs' positions, a part of `outputs`.
-            inputs: The inputs.
-            latents: The sites whose values are the function's arguments.
-        """
+        """Return a function of the latents' values that evaluates a part of `outputs`."""
         positions, treedef = jax.tree.flatten(tree)
         late = [self.latent_inputs[name] for name in latents]
         staged = self.program.stage(inputs, positions, late)
