@@ -48,7 +48,7 @@ def warn_of_bias(
     model: Model,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
     bound: BoundModel,
-    settings: Settings,
+    settings: SamplingOptions,
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
 ) -> None:

@@ -19,7 +19,7 @@ from numpyro_diffprior.infer.blocks import merge_stats
 from numpyro_diffprior.infer.posterior import resolve_settings
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
-from numpyro_diffprior.particles.system import Draws, ParticleInfo, Settings
+from numpyro_diffprior.particles.system import Draws, ParticleInfo, SamplingOptions
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.latent import LatentGroup
 from numpyro_diffprior.reading.model import Block, BoundModel
@@ -133,13 +133,17 @@ class _DiffusionKernel(MCMCKernel):
 
     @abstractmethod
     def _start(
-        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
+        self,
+        rng_key: jax.Array,
+        blocks: _Blocks,
+        settings: SamplingOptions,
+        values: _Events | None,
     ) -> _State:
         """Return the first state of one chain."""
 
     @abstractmethod
     def _update(
-        self, state: _State, rng_key: jax.Array, blocks: _Blocks, settings: Settings
+        self, state: _State, rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions
     ) -> _State:
         """Return the next state of one chain, except for the state's own key."""
 
@@ -197,7 +201,9 @@ class _DiffusionKernel(MCMCKernel):
 
         return postprocess
 
-    def _prepare(self, model_args: _Args, model_kwargs: _Kwargs) -> tuple[BoundModel, Settings]:
+    def _prepare(
+        self, model_args: _Args, model_kwargs: _Kwargs
+    ) -> tuple[BoundModel, SamplingOptions]:
         bound = read(self.model, model_args, model_kwargs or {})
         default = bound.reading.sampler
         settings = resolve_settings(default, self.num_particles, self.sampler, self.guidance)
@@ -221,7 +227,7 @@ def _keys(rng_key: jax.Array, blocks: _Blocks) -> list[jax.Array]:
     return [rng_key] if len(blocks) == 1 else list(jax.random.split(rng_key, len(blocks)))
 
 
-def _draw_once(rng_key: jax.Array, blocks: _Blocks, settings: Settings) -> list[Draws]:
+def _draw_once(rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions) -> list[Draws]:
     """Return one draw of each group."""
     draws = [
         draw_posterior(key, block.denoiser, block.likelihood, settings)
@@ -252,7 +258,11 @@ class MMPSKernel(_DiffusionKernel):
     """
 
     def _start(
-        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
+        self,
+        rng_key: jax.Array,
+        blocks: _Blocks,
+        settings: SamplingOptions,
+        values: _Events | None,
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
@@ -260,7 +270,7 @@ class MMPSKernel(_DiffusionKernel):
         return MMPSState(_split(blocks, values), rng_key, _no_info(blocks, settings))
 
     def _update(
-        self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, settings: Settings
+        self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions
     ) -> MMPSState:
         draws = _draw_once(rng_key, blocks, settings)
         z = _split(blocks, [draw.x for draw in draws])
@@ -305,7 +315,11 @@ class ParticleGibbs(_DiffusionKernel):
         super().__init__(model, num_particles=num_particles, sampler=sampler, guidance=guidance)
 
     def _start(
-        self, rng_key: jax.Array, blocks: _Blocks, settings: Settings, values: _Events | None
+        self,
+        rng_key: jax.Array,
+        blocks: _Blocks,
+        settings: SamplingOptions,
+        values: _Events | None,
     ) -> ParticleGibbsState:
         """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
@@ -333,7 +347,11 @@ class ParticleGibbs(_DiffusionKernel):
         )
 
     def _update(
-        self, state: ParticleGibbsState, rng_key: jax.Array, blocks: _Blocks, settings: Settings
+        self,
+        state: ParticleGibbsState,
+        rng_key: jax.Array,
+        blocks: _Blocks,
+        settings: SamplingOptions,
     ) -> ParticleGibbsState:
         updates = [
             update_path(key, block.denoiser, block.likelihood, settings, path)
@@ -347,7 +365,7 @@ class ParticleGibbs(_DiffusionKernel):
         )
 
 
-def _no_info(blocks: _Blocks, settings: Settings) -> ParticleInfo:
+def _no_info(blocks: _Blocks, settings: SamplingOptions) -> ParticleInfo:
     """Return the statistics of a state that was not drawn."""
     num_steps = settings.sampler.num_steps
     return _merge(
