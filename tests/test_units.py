@@ -219,6 +219,19 @@ def test_answers_are_those_of_unit_one(name, unit):
     )
 
 
+def test_a_latent_site_may_have_any_name():
+    def of_y(prior, obs, scale):
+        with numpyro.plate("events", len(obs)):
+            obs = numpyro.subsample(obs, event_dim=1)
+            y = numpyro.sample("y", prior)
+            numpyro.sample("x", dist.Normal(y, scale).to_event(1), obs=obs)
+
+    em = ndp.EM(of_y, optax.adam(1e-3), start=ndp.GaussianStart(2))
+    unit = 2.0**-100
+    prior = em.init(KEY, make_network(), *observations(unit)).prior
+    assert 0.1 * unit < prior.denoiser.unit < 10 * unit
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_files_keep_the_unit(tmp_path, unit):
     prior = make_prior(unit)

@@ -120,19 +120,18 @@ def _scales(model: BoundModel) -> dict[str, jax.Array]:
             local = block.likelihood.linearize(zero)
             deviation = jnp.sqrt(local.noise.diagonal())
             events = latents.split(block.denoiser, zero)
-            logs = {"y": _log_size(local.residual / deviation)}
+            gains = {}
             for name, x in events.items():
                 signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
                 gain = local.matvec(latents.join(block.denoiser, events | {name: signs}))
-                logs[name] = _log_size(gain / deviation)
-            return logs
+                gains[name] = _log_size(gain / deviation)
+            return _log_size(local.residual / deviation), gains
 
-        means = {
-            name: total.sum() / count.sum()
-            for name, (total, count) in group.over_blocks(sizes).items()
-        }
+        (total, count), gains = group.over_blocks(sizes)
         # In logarithms, since squares may over- or underflow.
-        scales |= {name: jnp.exp(means["y"] - means[name]) for name in group.latents.names}
+        observed = total.sum() / count.sum()
+        for name, (total, count) in gains.items():
+            scales[name] = jnp.exp(observed - total.sum() / count.sum())
     return scales
 
 
