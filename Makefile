@@ -14,18 +14,24 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
-# Tests compile much and compute little: one process per core.
+# Tests compile much and compute little: one process per core, and all tests of a file in one.
 JOBS ?= auto
+BY_FILE := --dist loadfile
 
 PY := $(VENV)/bin/python
 
-# Modules that must work in float64 too; those that exist are run.
+# Modules that must work in float64 too; those that exist are run. Not among them are those that draw
+# at length with the parts that are.
 NUMERIC := matrices linalg solvers schedules denoisers likelihoods samplers guidance metrics \
-	transport training distributions proposals smc conditional_smc curvature reading moments \
-	posterior gaussian_fit params potentials complex groups
+	transport distributions proposals curvature reading moments posterior gaussian_fit params \
+	complex
 X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
+# Tests against closed forms that are also run with XLA's own settings, not those of quick
+# compilation in tests/conftest.py.
+XLA_TESTS := tests/test_guidance.py tests/test_precision.py tests/test_proposals.py \
+	tests/test_smc.py tests/test_units.py::test_many_values_of_one_unknown
 
-.PHONY: help demo test test-slow test-x64 lint format types docs bench clean
+.PHONY: help demo test test-slow test-x64 test-xla test-lowest lint format types docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,14 +41,23 @@ demo: $(VENV)/stamp-examples
 	$(PY) examples/digits.py $(ARGS)
 
 test: $(VENV)/stamp-test
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(BY_FILE) $(ARGS)
 
 # pytest's exit status 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/stamp-test
 	$(PY) -m pytest -n $(JOBS) -m slow --durations=10 $(ARGS) || test $$? -eq 5
 
 test-x64: $(VENV)/stamp-test
-	JAX_ENABLE_X64=1 $(PY) -m pytest -n $(JOBS) $(X64_TESTS) $(ARGS)
+	JAX_ENABLE_X64=1 $(PY) -m pytest -n $(JOBS) $(BY_FILE) $(X64_TESTS) $(ARGS)
+
+test-xla: $(VENV)/stamp-test
+	XLA_FLAGS= $(PY) -m pytest -n $(JOBS) $(XLA_TESTS) $(ARGS)
+
+# The default tests with the lowest versions that pyproject.toml allows, in an environment of their
+# own.
+test-lowest:
+	sed -En 's/^ *"([a-z_-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .lowest.txt
+	PIP_CONSTRAINT=.lowest.txt $(MAKE) test VENV=.venv-lowest ARGS="$(ARGS)"
 
 lint: $(VENV)/stamp-test
 	$(PY) -m ruff check .

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers.denoiser import flatten_events
-from numpyro_diffprior.linalg.batched import apply
+from numpyro_diffprior.linalg.batched import apply, chirp
 from numpyro_diffprior.linalg.covariances import Covariance
 
 __all__ = ["Likelihood", "Linearization", "ObservationMoments", "linear_gaussian"]
@@ -195,7 +195,6 @@ class Likelihood:
             x: A batch of events, with shape ``(*batch, *event)``.
         """
         local = self.linearize(x)
-        shape = (*self.batch_shape, prod(self.event_shape))
 
         def largest(v: jax.Array) -> jax.Array:
             return jnp.abs(v).max(-1, keepdims=True)  # no squares, which may overflow
@@ -205,8 +204,9 @@ class Likelihood:
             size = largest(w)
             return w / jnp.where(size > 0, size, 1)
 
-        start = jax.random.normal(jax.random.key(0), shape, x.dtype)
-        v = jax.lax.fori_loop(0, 4, step, start / largest(start))
+        start = chirp(prod(self.event_shape), x.dtype)
+        v = jnp.broadcast_to(start, (*self.batch_shape, *start.shape))
+        v = jax.lax.fori_loop(0, 4, step, v)
         return jnp.nanmax(largest(local.precision(v)))
 
     def operator(self, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "Factor",
@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "apply_transpose",
     "by_matrix",
+    "chirp",
     "eigh",
     "einsum",
     "inverse_lower",
@@ -73,6 +74,16 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def append_axis(c: ArrayLike) -> jax.Array:
     """Return numbers with one trailing axis, to multiply vectors."""
     return jnp.asarray(c)[..., None]
+
+
+def chirp(size: int, dtype: DTypeLike) -> jax.Array:
+    r"""Return :math:`\cos(\pi i^2 / n)`, a vector in which all frequencies are about equal.
+
+    It does what a random vector does where products with a matrix are probed, and programs compile
+    sooner without a generator of random numbers.
+    """
+    grid = jnp.arange(size, dtype=dtype)
+    return jnp.cos(jnp.pi * grid * (grid / size))
 
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:

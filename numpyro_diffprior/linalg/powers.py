@@ -19,13 +19,21 @@ __all__ = ["near_exponent", "scale_by_power"]
 
 
 def near_exponent(x: jax.Array) -> jax.Array:
-    """Return the integer ``floor(log2(x))`` of positive numbers."""
+    """Return the integer ``floor(log2(x))`` of positive normal numbers."""
     # Derivatives treat the exponent as a constant.
-    return jnp.frexp(jax.lax.stop_gradient(x))[1] - 1
+    _, biased = _split(jax.lax.stop_gradient(x))
+    return (biased + jnp.finfo(x.dtype).minexp - 1).astype(jnp.int32)
+
+
+def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the bits of numbers as integers, and the biased exponent among them."""
+    limits = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, f"int{limits.bits}")
+    return bits, (bits >> limits.nmant) & (2**limits.nexp - 1)
 
 
 def scale_by_power(x: ArrayLike, exponent: ArrayLike) -> jax.Array:
-    """Return ``x * 2**exponent``, without rounding.
+    """Return ``x * 2**exponent``, without rounding; zero or infinite out of the normal range.
 
     Args:
         x: Numbers.
@@ -37,11 +45,24 @@ def scale_by_power(x: ArrayLike, exponent: ArrayLike) -> jax.Array:
     return product
 
 
+def _add_to_exponent(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`jnp.ldexp` with half of its operations: subnormal numbers are zero."""
+    limits = jnp.finfo(x.dtype)
+    bits, biased = _split(x)
+    exponent = exponent.astype(bits.dtype)
+    shifted = biased + exponent
+    product = jax.lax.bitcast_convert_type(bits + (exponent << limits.nmant), x.dtype)
+    largest = 2**limits.nexp - 1  # of infinities and NaN
+    product = jnp.where(shifted > 0, product, 0)
+    product = jnp.where(shifted < largest, product, jnp.copysign(jnp.inf, x))
+    return jnp.where(biased == 0, 0, jnp.where(biased == largest, x, product))
+
+
 _scale_p = Primitive("scale_by_power")
-_scale_p.def_impl(jax.jit(jnp.ldexp))
+_scale_p.def_impl(jax.jit(_add_to_exponent))
 _scale_p.def_abstract_eval(lambda x, exponent: jax.core.ShapedArray(x.shape, x.dtype))
 ad.defjvp(_scale_p, lambda tangent, x, exponent: _scale_p.bind(tangent, exponent), None)
-mlir.register_lowering(_scale_p, mlir.lower_fun(jnp.ldexp, multiple_results=False))
+mlir.register_lowering(_scale_p, mlir.lower_fun(_add_to_exponent, multiple_results=False))
 
 
 def _batch(arguments: Any, axes: Any) -> tuple[jax.Array, int]:

@@ -93,7 +93,11 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
 def _guided_walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
-    """Run the sampler once per draw, and record the largest residual of guidance's solves."""
+    """Run the sampler once per draw, and record the largest residual of guidance's solves.
+
+    The evaluation at the last level is one more step of the scan, which leaves that level for
+    nowhere: the network is compiled once.
+    """
 
     def body(
         carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
@@ -107,13 +111,12 @@ def _guided_walk(
         return (x_s, guided.x_hat_y), (guided.residual, guided.num_truncated)
 
     levels = sampler.levels(posterior)
-    keys = jax.random.split(rng_key, sampler.num_steps - 1)
+    last = Levels(levels.current[-1], levels.following[-1], levels.following[-1] / 2)
+    levels = jax.tree.map(lambda leaf, end: jnp.append(leaf, end), levels, last)
+    keys = jax.random.split(rng_key, sampler.num_steps)
     first = x_t, jnp.zeros_like(x_t)
-    (x_t, _), (residuals, counts) = jax.lax.scan(body, first, (keys, levels))
-    last = posterior.guide(x_t, levels.following[-1])
-    residual = jnp.maximum(residuals.max(0), last.residual)
-    num_truncated = jnp.maximum(counts.max(0), last.num_truncated)
-    return _single_draws(posterior, sampler, last.x_hat_y, residual, num_truncated)
+    (_, x), (residual, num_truncated) = jax.lax.scan(body, first, (keys, levels))
+    return _single_draws(posterior, sampler, x, residual.max(0), num_truncated.max(0))
 
 
 def _single_draws(

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest
+from numpyro_diffprior.linalg.batched import chirp
 from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
 
@@ -144,12 +146,14 @@ def _are_apart(block: Block) -> jax.Array:
     num = prod(batch_shape)
     if num == 1:
         return jnp.ones((), bool)
-    key_half, key_size, key_step = jax.random.split(jax.random.key(0), 3)
-    moves = (jax.random.permutation(key_half, num) < num // 2).reshape(batch_shape)
+    # Constants of the program, which compiles sooner without a generator of random numbers.
+    rng = np.random.default_rng(0)
+    moves = (rng.permutation(num) < num // 2).reshape(batch_shape)
     event_axes = tuple(range(-event_ndim, 0))
     # One direction with random lengths is cheaper than random numbers for all elements.
-    length = jax.random.normal(key_size, batch_shape, template.dtype)
-    direction = jax.random.normal(key_step, likelihood.event_shape, template.dtype)
+    length = jnp.asarray(rng.normal(size=batch_shape), template.dtype)
+    direction = chirp(prod(likelihood.event_shape), template.dtype)
+    direction = direction.reshape(likelihood.event_shape)
     step = block.denoiser.scale * jnp.expand_dims(length, event_axes) * direction
     further = jnp.expand_dims(moves, event_axes) * step
     before = likelihood.log_prob(template + step)
