@@ -377,7 +377,7 @@ def _train(
             averaged,
         )
         # A step that is not finite is not taken, nor is any later one; their losses are NaN.
-        # (Gradients that are not finite make weights that are not, unless the optimizer mends them.)
+        # (Gradients that are not finite lead to such weights, unless the optimizer mends them.)
         diverged = diverged | ~_are_finite((loss, weights))
         new = weights, rest, averaged, opt_state, count
         kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
