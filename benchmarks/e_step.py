@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
 from numpyro_diffprior.infer.blocks import block_size, sample_blocks
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.reading.reader import read
 
 SIZE = 64
@@ -70,7 +70,7 @@ def our_functions(rng_key, args):
     sampler = ndp.samplers.MultistepSDE(args.num_steps)
     e_step = em.e_step.settings(sampler)
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
-    plain = resolve_settings(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
+    plain = resolve_options(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
 
     def draw(settings, mask, y):
         options = {"num_draws": 1, "batch_size": args.batch_size * settings.num_particles}

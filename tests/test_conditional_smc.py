@@ -28,9 +28,9 @@ def observe(y):
 
 
 @partial(jax.jit, static_argnums=(3, 4))
-def update(rng_key, y, path, settings, num_updates):
+def update(rng_key, y, path, options, num_updates):
     def body(path, key):
-        draw = update_path(key, PRIOR, observe(y), settings, path)
+        draw = update_path(key, PRIOR, observe(y), options, path)
         return draw.path, draw
 
     return jax.lax.scan(body, path, jax.random.split(rng_key, num_updates))
@@ -82,8 +82,8 @@ def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
     key_path, key_noise, key_update = jax.random.split(jax.random.key(1), 3)
     path, x = prior_paths(key_path, sampler, num_events)
     y = x @ MATRIX.T + NOISE * jax.random.normal(key_noise, (num_events, 1))
-    settings = SamplingOptions(num_particles, sampler, guidance)
-    last, draws = update(key_update, y, path, settings, 8)
+    options = SamplingOptions(num_particles, sampler, guidance)
+    last, draws = update(key_update, y, path, options, 8)
     moved = np.asarray(draws.draws.x[-1])
     before, after = (np.asarray(innovations(sampler, p)) for p in (path, last))
     difference = np.mean(after**2 - before**2, axis=-1)
@@ -105,14 +105,14 @@ def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
 def test_finds_the_posterior_from_the_wrong_mode():
     num_events, y = 2000, np.array([-0.5])
     weights, *_ = mixture_posterior(WEIGHTS, MEANS, COVS, MATRIX, np.array([[NOISE**2]]), y)
-    settings = SamplingOptions(8, MultistepSDE(32), GUIDANCE)
+    options = SamplingOptions(8, MultistepSDE(32), GUIDANCE)
     for start, fraction in ((MEANS[0], 1.0), (MEANS[1], 0.0)):
         x = jnp.broadcast_to(jnp.asarray(start, PRIOR.dtype), (num_events, 2))
-        path = diffuse_path(jax.random.key(1), PRIOR, settings.sampler, x)
-        arrived = PRIOR(path[-1], settings.sampler.sigmas(PRIOR)[-1])
+        path = diffuse_path(jax.random.key(1), PRIOR, options.sampler, x)
+        arrived = PRIOR(path[-1], options.sampler.sigmas(PRIOR)[-1])
         assert np.mean(arrived[:, 0] < 0) == fraction
         _, draws = update(
-            jax.random.key(2), jnp.broadcast_to(y, (num_events, 1)), path, settings, 20
+            jax.random.key(2), jnp.broadcast_to(y, (num_events, 1)), path, options, 20
         )
         found = np.mean(draws.draws.x[-1, :, 0] < 0)
         error = np.sqrt(weights[0] * weights[1] / num_events)
@@ -120,13 +120,13 @@ def test_finds_the_posterior_from_the_wrong_mode():
 
 
 def test_statistics():
-    settings = SamplingOptions(4, MultistepSDE(16), GUIDANCE)
+    options = SamplingOptions(4, MultistepSDE(16), GUIDANCE)
     y = jnp.zeros((64, 1))
-    path = diffuse_path(jax.random.key(0), PRIOR, settings.sampler, jnp.zeros((64, 2)))
+    path = diffuse_path(jax.random.key(0), PRIOR, options.sampler, jnp.zeros((64, 2)))
     assert path.shape == (16, 64, 2)
-    last, (paths, draws, updated) = update(jax.random.key(1), y, path, settings, 3)
+    last, (paths, draws, updated) = update(jax.random.key(1), y, path, options, 3)
     np.testing.assert_array_equal(last, paths[-1])
-    sigma = settings.sampler.sigmas(PRIOR)[-1]
+    sigma = options.sampler.sigmas(PRIOR)[-1]
     np.testing.assert_allclose(draws.x[-1], PRIOR(last[-1], sigma), rtol=1e-5, atol=1e-5)
     assert np.all((updated >= 0) & (updated <= 1))
     assert np.all((draws.info.ess >= 1) & (draws.info.ess <= 4))

@@ -123,8 +123,8 @@ def test_weights_stay_equal_on_a_gaussian():
     )
     ess = []
     for guidance in (LOOKING, MMPS(GaussianCovariance())):
-        settings = SamplingOptions(16, MultistepSDE(32), guidance)
-        draws = draw_posterior(jax.random.key(0), DENOISER, likelihood, settings, 100)
+        options = SamplingOptions(16, MultistepSDE(32), guidance)
+        draws = draw_posterior(jax.random.key(0), DENOISER, likelihood, options, 100)
         ess.append(float(draws.info.ess.mean()))
     assert ess[0] > 11
     assert ess[0] > ess[1] + 3

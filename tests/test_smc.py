@@ -29,8 +29,8 @@ def test_log_evidence_is_unbiased_on_a_gaussian():
         jnp.asarray(y), jnp.asarray(matrix), Isotropic(jnp.asarray(NOISE**2), 1), (D,)
     )
     denoiser = GaussianDenoiser(jnp.asarray(MEAN), jnp.asarray(COV))
-    settings = SamplingOptions(8, MultistepSDE(64), MMPS(GaussianCovariance()))
-    draws = draw_posterior(jax.random.key(0), denoiser, likelihood, settings, 4000)
+    options = SamplingOptions(8, MultistepSDE(64), MMPS(GaussianCovariance()))
+    draws = draw_posterior(jax.random.key(0), denoiser, likelihood, options, 4000)
     variance = matrix @ COV @ matrix.T + NOISE**2
     expected = np.exp(dist.Normal(matrix @ MEAN, np.sqrt(variance[0])).log_prob(y))[0]
     ratio = np.exp(np.asarray(draws.info.log_evidence)) / expected
@@ -52,8 +52,8 @@ def mixture_problem():
 
 def mode_mass(prior, likelihood, num_particles, num_draws=2000):
     guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance())
-    settings = SamplingOptions(num_particles, MultistepSDE(48), guidance)
-    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, num_draws)
+    options = SamplingOptions(num_particles, MultistepSDE(48), guidance)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, options, num_draws)
     return float(np.mean(np.asarray(draws.x)[:, 0] < 0)), draws
 
 
@@ -108,8 +108,8 @@ def test_a_determinant_that_all_particles_share_cancels():
 )
 def test_any_twist_is_exact_in_the_limit(guidance):
     prior, likelihood, (weights, *_) = mixture_problem()
-    settings = SamplingOptions(32, MultistepSDE(48), guidance)
-    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 4096)
+    options = SamplingOptions(32, MultistepSDE(48), guidance)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, options, 4096)
     error = np.mean(draws.x[:, 0] < 0) - weights[0]
     assert abs(error) < 4 * np.sqrt(weights[0] * weights[1] / 4096) + 0.01
 
@@ -117,8 +117,8 @@ def test_any_twist_is_exact_in_the_limit(guidance):
 def test_all_draws_of_a_system():
     """Masses over many systems, and the numbers of draws and systems."""
     prior, likelihood, (weights, *_) = mixture_problem()
-    settings = SamplingOptions(64, MultistepSDE(48), MMPS(GaussianCovariance()), independent=False)
-    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 64 * 100)
+    options = SamplingOptions(64, MultistepSDE(48), MMPS(GaussianCovariance()), independent=False)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, options, 64 * 100)
     assert draws.x.shape == (64 * 100, 2)
     by_system = draws.x[:, 0].reshape(64, 100) < 0
     masses = np.asarray(by_system.mean(0))
@@ -136,8 +136,8 @@ def test_all_draws_of_a_system():
 
 def test_part_of_a_system():
     prior, likelihood, _ = mixture_problem()
-    settings = SamplingOptions(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
-    draws = draw_posterior(jax.random.key(0), prior, likelihood, settings, 11)
+    options = SamplingOptions(8, MultistepSDE(8), MMPS(GaussianCovariance()), independent=False)
+    draws = draw_posterior(jax.random.key(0), prior, likelihood, options, 11)
     assert draws.x.shape == (11, 2)
     assert draws.info.log_evidence.shape == (11,)
     assert len(np.unique(draws.info.log_evidence)) == 2

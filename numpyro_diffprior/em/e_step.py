@@ -15,7 +15,7 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.reading.model import BoundModel
@@ -58,7 +58,7 @@ class EStep:
             # No look-ahead: it approximates the prior by a Gaussian, which fails for a prior on
             # a curve.
             guidance = MMPS(GaussianCovariance())
-        return resolve_settings(default, self.num_particles, self.sampler, guidance)
+        return resolve_options(default, self.num_particles, self.sampler, guidance)
 
 
 def draw_events(

@@ -56,7 +56,7 @@ from numpyro_diffprior.em.sites import (
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.model import BoundModel
@@ -403,7 +403,7 @@ class EM:
                 )
             priors = as_dict(prior) if init_state is None else init_state.priors
             first = next(iter(priors.values()))
-            resolve_settings(first.sampler, self._num_heldout_particles, self.e_step.sampler)
+            resolve_options(first.sampler, self._num_heldout_particles, self.e_step.sampler)
 
     def _read(
         self,

@@ -70,7 +70,7 @@ def block_size(
 def sample_blocks(
     rng_key: jax.Array,
     model: BoundModel,
-    settings: SamplingOptions,
+    options: SamplingOptions,
     *,
     num_draws: int,
     batch_size: int,
@@ -87,7 +87,7 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     drawn = [
-        _sample_group(key, model, _Plan(i, settings, num_draws, batch_size, mesh))
+        _sample_group(key, model, _Plan(i, options, num_draws, batch_size, mesh))
         for i, key in enumerate(keys)
     ]
     samples = {name: x for group in drawn for name, x in group.samples.items()}
@@ -95,7 +95,7 @@ def sample_blocks(
 
 
 def sample_first_block(
-    rng_key: jax.Array, model: BoundModel, settings: SamplingOptions, *, num_draws: int
+    rng_key: jax.Array, model: BoundModel, options: SamplingOptions, *, num_draws: int
 ) -> dict[str, jax.Array]:
     """Draw for the first block of the latents' plates, all draws at once, compiled.
 
@@ -105,8 +105,8 @@ def sample_first_block(
     samples: dict[str, jax.Array] = {}
     keys = jax.random.split(rng_key, len(model.reading.groups))
     for i, (key, group) in enumerate(zip(keys, model.reading.groups, strict=True)):
-        batch_size = num_draws * settings.num_particles * group.latents.num_events
-        plan = _Plan(i, settings, num_draws, batch_size, None)
+        batch_size = num_draws * options.num_particles * group.latents.num_events
+        plan = _Plan(i, options, num_draws, batch_size, None)
         part = next(split_into_parts(model, i))
         if part.indices is None:
             samples |= _draw_whole(key, part.model, plan).samples
@@ -137,7 +137,7 @@ class _Plan(NamedTuple):
     """How a group of latent sites is drawn; static."""
 
     position: int
-    settings: SamplingOptions
+    options: SamplingOptions
     num_draws: int
     batch_size: int
     mesh: Mesh | None
@@ -145,7 +145,7 @@ class _Plan(NamedTuple):
     @property
     def num_systems(self) -> int:
         """How many particle systems are in memory at once."""
-        return max(1, self.batch_size // self.settings.num_particles)
+        return max(1, self.batch_size // self.options.num_particles)
 
 
 def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
@@ -164,10 +164,10 @@ def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> Posterior
     """Draw for whole plates."""
     group = model.reading.groups[plan.position]
     max_draws = plan.num_systems // group.latents.num_events
-    keys, chunk_size = _chunk(rng_key, plan.num_draws, max_draws, plan.settings, plan.mesh)
+    keys, chunk_size = _chunk(rng_key, plan.num_draws, max_draws, plan.options, plan.mesh)
 
     def draw(model: BoundModel, keys: jax.Array) -> Draws:
-        return _draw_chunks(keys, group.bind(model.data), plan.settings, chunk_size)
+        return _draw_chunks(keys, group.bind(model.data), plan.options, chunk_size)
 
     return _by_site(on_devices(draw, model, keys, plan.mesh), group, model, plan.num_draws)
 
@@ -177,16 +177,16 @@ def _draw_part(
     rng_keys: jax.Array, indices: jax.Array, model: BoundModel, plan: _Plan
 ) -> PosteriorSamples:
     """Draw for some blocks of a plate, each with its own key; see `Part`."""
-    group, settings, num_draws = model.reading.groups[plan.position], plan.settings, plan.num_draws
+    group, options, num_draws = model.reading.groups[plan.position], plan.options, plan.num_draws
     assert group.divided is not None
     plate, size = group.divided
 
     def draw_blocks(model: BoundModel, blocks: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
         def draw(inputs: tuple[jax.Array, jax.Array]) -> PosteriorSamples:
             key, index = inputs
-            keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, settings)
+            keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, options)
             block = group.bind(model.data, {plate.name: index})
-            draws = _draw_chunks(keys, block, settings, chunk_size)
+            draws = _draw_chunks(keys, block, options, chunk_size)
             return _by_site(draws, group, model, num_draws)
 
         return jax.lax.map(draw, blocks)
@@ -210,13 +210,13 @@ def _chunk(
     rng_key: jax.Array,
     num_draws: int,
     max_size: int,
-    settings: SamplingOptions,
+    options: SamplingOptions,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, int]:
     """Return the keys of the chunks, a multiple of the number of devices, and their size."""
     chunk_size, share = max(1, max_size), -(-num_draws // num_devices(mesh))
-    if not settings.independent:  # whole particle systems
-        size = settings.num_particles
+    if not options.independent:  # whole particle systems
+        size = options.num_particles
         chunk_size, share = chunk_size * size, -(-share // size) * size
     chunk_size = min(chunk_size, share, num_draws)
     num_chunks = round_up(-(-num_draws // chunk_size), mesh)
@@ -224,12 +224,12 @@ def _chunk(
 
 
 def _draw_chunks(
-    keys: jax.Array, block: Block, settings: SamplingOptions, chunk_size: int
+    keys: jax.Array, block: Block, options: SamplingOptions, chunk_size: int
 ) -> Draws:
     """Draw ``chunk_size`` events per key for every event of one block."""
 
     def chunk(key: jax.Array) -> Draws:
-        return draw_posterior(key, block.denoiser, block.likelihood, settings, chunk_size)
+        return draw_posterior(key, block.denoiser, block.likelihood, options, chunk_size)
 
     if len(keys) == 1:
         return chunk(keys[0])

@@ -34,7 +34,7 @@ from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import sample_blocks
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.metrics.ranks import sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
@@ -209,13 +209,13 @@ def calibrate(
     conditioned = _condition(model)
     if kernel is None:
         bound = read(model, (prior, *args), kwargs)
-        settings = resolve_settings(bound.reading.sampler, num_particles, sampler, guidance)
-        check_data(bound, settings.sampler)
+        options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance)
+        check_data(bound, options.sampler)
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = read(conditioned, args, kwargs)  # whole plates
             draws = sample_blocks(
-                key, bound, settings, num_draws=num_samples, batch_size=max_batch_size
+                key, bound, options, num_draws=num_samples, batch_size=max_batch_size
             )
             return draws.samples
     else:

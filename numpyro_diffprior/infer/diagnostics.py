@@ -39,7 +39,7 @@ class _Comparison(NamedTuple):
     z: jax.Array  # the difference of the mean squares, in standard errors
 
 
-# The models and the settings of draws that were compared already.
+# The pairs of model and options whose draws were compared already.
 _seen: dict[Any, None] = {}
 
 
@@ -48,7 +48,7 @@ def warn_of_bias(
     model: Model,
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
     bound: BoundModel,
-    settings: SamplingOptions,
+    options: SamplingOptions,
     samples: dict[str, jax.Array],
     mesh: Mesh | None = None,
 ) -> None:
@@ -59,7 +59,7 @@ def warn_of_bias(
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, bound))):
         return
-    if (bound.reading, settings) in _seen or _is_exact(bound):
+    if (bound.reading, options) in _seen or _is_exact(bound):
         return
     num_samples = len(next(iter(samples.values())))
     num_events = max(group.latents.num_events for group in bound.reading.groups)
@@ -67,12 +67,12 @@ def warn_of_bias(
     most = min(_MAX_EVENTS, num_events, affordable)
     if most < 1:
         return
-    _seen[bound.reading, settings] = None
+    _seen[bound.reading, options] = None
     while len(_seen) > _MAX_SEEN:
         _seen.pop(next(iter(_seen)))
     args, kwargs = arguments
     few = read(model, args, kwargs, block_size=lambda _: most, mesh=mesh, purpose="diagnostics")
-    sampler = settings.sampler
+    sampler = options.sampler
     if not (sampler.eta > 0 and sampler.is_single_evaluation):
         sampler = MultistepSDE(sampler.num_steps)
     guidance = MMPS(GaussianCovariance(), look_ahead=True)

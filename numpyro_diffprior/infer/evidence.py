@@ -17,7 +17,7 @@ from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import block_size, sample_blocks
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
@@ -157,10 +157,10 @@ def estimate_evidence(
         mesh=mesh,
         params=params,
     )
-    settings = resolve_settings(bound.reading.sampler, num_particles, sampler, guidance)
-    check_data(bound, settings.sampler)
+    options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance)
+    check_data(bound, options.sampler)
     draws = sample_blocks(
-        rng_key, bound, settings, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
+        rng_key, bound, options, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
     )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)

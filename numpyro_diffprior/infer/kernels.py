@@ -16,7 +16,7 @@ from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import merge_stats
-from numpyro_diffprior.infer.posterior import resolve_settings
+from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.particles.conditional_smc import diffuse_path, update_path
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, ParticleInfo, SamplingOptions
@@ -108,8 +108,8 @@ class _DiffusionKernel(MCMCKernel):
         Raises:
             ValueError: If the model cannot be read, or particles and sampler do not fit.
         """
-        bound, settings = self._prepare(model_args, model_kwargs)
-        check_data(bound, settings.sampler)
+        bound, options = self._prepare(model_args, model_kwargs)
+        check_data(bound, options.sampler)
         self._sample_fn = self._draw
 
         def start(rng_key: jax.Array, bound: BoundModel, params: _Values) -> _State:
@@ -120,7 +120,7 @@ class _DiffusionKernel(MCMCKernel):
                 values = [group.join(block.denoiser, params) for group, block in blocks]
 
             def start_chain(key: jax.Array, values: _Events | None) -> _State:
-                return self._start(key, blocks, settings, values)
+                return self._start(key, blocks, options, values)
 
             if is_prng_key(rng_key):
                 return start_chain(rng_key, values)
@@ -136,22 +136,22 @@ class _DiffusionKernel(MCMCKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: SamplingOptions,
+        options: SamplingOptions,
         values: _Events | None,
     ) -> _State:
         """Return the first state of one chain."""
 
     @abstractmethod
     def _update(
-        self, state: _State, rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions
+        self, state: _State, rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions
     ) -> _State:
         """Return the next state of one chain, except for the state's own key."""
 
     def _draw(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state of one chain."""
-        bound, settings = self._prepare(model_args, model_kwargs)
+        bound, options = self._prepare(model_args, model_kwargs)
         rng_key, key = jax.random.split(state.rng_key)
-        return self._update(state._replace(rng_key=rng_key), key, _bind(bound), settings)
+        return self._update(state._replace(rng_key=rng_key), key, _bind(bound), options)
 
     def sample(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state (of every chain, if the state has several)."""
@@ -206,8 +206,8 @@ class _DiffusionKernel(MCMCKernel):
     ) -> tuple[BoundModel, SamplingOptions]:
         bound = read(self.model, model_args, model_kwargs or {})
         default = bound.reading.sampler
-        settings = resolve_settings(default, self.num_particles, self.sampler, self.guidance)
-        return bound, settings
+        options = resolve_options(default, self.num_particles, self.sampler, self.guidance)
+        return bound, options
 
 
 def _bind(bound: BoundModel) -> _Blocks:
@@ -227,10 +227,10 @@ def _keys(rng_key: jax.Array, blocks: _Blocks) -> list[jax.Array]:
     return [rng_key] if len(blocks) == 1 else list(jax.random.split(rng_key, len(blocks)))
 
 
-def _draw_once(rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions) -> list[Draws]:
+def _draw_once(rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions) -> list[Draws]:
     """Return one draw of each group."""
     draws = [
-        draw_posterior(key, block.denoiser, block.likelihood, settings)
+        draw_posterior(key, block.denoiser, block.likelihood, options)
         for key, (_, block) in zip(_keys(rng_key, blocks), blocks, strict=True)
     ]
     return jax.tree.map(lambda leaf: leaf[0], draws)
@@ -261,18 +261,18 @@ class MMPSKernel(_DiffusionKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: SamplingOptions,
+        options: SamplingOptions,
         values: _Events | None,
     ) -> MMPSState:
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
             values = [block.mean for _, block in blocks]
-        return MMPSState(_split(blocks, values), rng_key, _no_info(blocks, settings))
+        return MMPSState(_split(blocks, values), rng_key, _no_info(blocks, options))
 
     def _update(
-        self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, settings: SamplingOptions
+        self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions
     ) -> MMPSState:
-        draws = _draw_once(rng_key, blocks, settings)
+        draws = _draw_once(rng_key, blocks, options)
         z = _split(blocks, [draw.x for draw in draws])
         return state._replace(z=z, info=_merge([draw.info for draw in draws]))
 
@@ -318,25 +318,25 @@ class ParticleGibbs(_DiffusionKernel):
         self,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: SamplingOptions,
+        options: SamplingOptions,
         values: _Events | None,
     ) -> ParticleGibbsState:
         """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
         if values is None:
-            values = [draw.x for draw in _draw_once(key_draw, blocks, settings)]
+            values = [draw.x for draw in _draw_once(key_draw, blocks, options)]
         path = tuple(
             diffuse_path(
                 key,
-                settings.guidance.condition(block.denoiser, block.likelihood),
-                settings.sampler,
+                options.guidance.condition(block.denoiser, block.likelihood),
+                options.sampler,
                 value,
             )
             for key, (_, block), value in zip(_keys(key_path, blocks), blocks, values, strict=True)
         )
-        info = _no_info(blocks, settings)
+        info = _no_info(blocks, options)
         # The retained path's denoised means are evaluated once more.
-        num_evaluations = jnp.asarray((self.num_particles + 1) * settings.sampler.num_steps)
+        num_evaluations = jnp.asarray((self.num_particles + 1) * options.sampler.num_steps)
         return ParticleGibbsState(
             z=_split(blocks, values),
             rng_key=rng_key,
@@ -351,10 +351,10 @@ class ParticleGibbs(_DiffusionKernel):
         state: ParticleGibbsState,
         rng_key: jax.Array,
         blocks: _Blocks,
-        settings: SamplingOptions,
+        options: SamplingOptions,
     ) -> ParticleGibbsState:
         updates = [
-            update_path(key, block.denoiser, block.likelihood, settings, path)
+            update_path(key, block.denoiser, block.likelihood, options, path)
             for key, (_, block), path in zip(_keys(rng_key, blocks), blocks, state.path)
         ]
         return state._replace(
@@ -365,9 +365,9 @@ class ParticleGibbs(_DiffusionKernel):
         )
 
 
-def _no_info(blocks: _Blocks, settings: SamplingOptions) -> ParticleInfo:
+def _no_info(blocks: _Blocks, options: SamplingOptions) -> ParticleInfo:
     """Return the statistics of a state that was not drawn."""
-    num_steps = settings.sampler.num_steps
+    num_steps = options.sampler.num_steps
     return _merge(
         [
             ParticleInfo.zeros(block.likelihood.batch_shape, num_steps, block.denoiser.dtype)

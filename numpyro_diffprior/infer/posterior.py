@@ -31,10 +31,10 @@ from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, check_names
 
-__all__ = ["resolve_settings", "sample_posterior"]
+__all__ = ["resolve_options", "sample_posterior"]
 
 
-def resolve_settings(
+def resolve_options(
     default: Sampler,
     num_particles: int = 1,
     sampler: Sampler | None = None,
@@ -129,19 +129,17 @@ def sample_posterior(
         block_size=block_size(num_particles, num_samples, max_batch_size, mesh),
         mesh=mesh,
     )
-    settings = resolve_settings(
-        bound.reading.sampler, num_particles, sampler, guidance, independent
-    )
-    num_visible = check_data(bound, settings.sampler)
+    options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
+    num_visible = check_data(bound, options.sampler)
     samples, stats = sample_blocks(
-        rng_key, bound, settings, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
+        rng_key, bound, options, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
     )
     _warn_of_misfit(stats["reduced_chi_square"], num_visible)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)
-        warn_of_bias(key, model, ((prior, *args), kwargs), bound, settings, samples, mesh)
+        warn_of_bias(key, model, ((prior, *args), kwargs), bound, options, samples, mesh)
     per_draw = num_particles if independent else 1
-    num_evaluations = jnp.asarray(per_draw * settings.sampler.num_evaluations)
+    num_evaluations = jnp.asarray(per_draw * options.sampler.num_evaluations)
     return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})
 
 
