@@ -72,15 +72,15 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def append_axis(c: ArrayLike) -> jax.Array:
-    """Return numbers with one trailing axis, to multiply vectors."""
+    """Append an axis of length one to scalars ``(*batch,)``, so that they multiply vectors."""
     return jnp.asarray(c)[..., None]
 
 
 def chirp(size: int, dtype: DTypeLike) -> jax.Array:
-    r"""Return :math:`\cos(\pi i^2 / n)`, a vector in which all frequencies are about equal.
+    r"""Return the vector :math:`\cos(\pi i^2 / n)`, whose spectrum is nearly flat.
 
-    It does what a random vector does where products with a matrix are probed, and programs compile
-    sooner without a generator of random numbers.
+    It is a fixed replacement for a random probe vector: programs without a random number generator
+    compile faster.
     """
     grid = jnp.arange(size, dtype=dtype)
     return jnp.cos(jnp.pi * grid * (grid / size))
@@ -99,7 +99,7 @@ def apply_transpose(matrix: jax.Array, v: jax.Array) -> jax.Array:
 def inverse_lower(chol: jax.Array) -> jax.Array:
     """Return the inverse of a lower triangular matrix.
 
-    Unlike a triangular solve, a product with the inverse broadcasts over batch axes.
+    Products with the inverse broadcast over batch axes, which triangular solves do not.
     """
     identity = np.eye(chol.shape[-1], dtype=chol.dtype)
     invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
@@ -111,8 +111,8 @@ def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:
 
     On CPU, jaxlib 0.10 spreads a large batch over XLA's threads and blocks one of them until the
     others are done, so that two simultaneous batches deadlock on two cores. This function passes
-    the batch in chunks that are too small to be spread, which takes no longer. An axis of
-    `jax.vmap` becomes a batch axis.
+    the batch in chunks that are too small to be spread, which is no slower. An axis of `jax.vmap`
+    becomes a batch axis.
 
     Args:
         f: A function of one matrix, with shape ``(rows, columns)``, and of further arrays. It must
@@ -159,7 +159,10 @@ def _in_chunks(f: Callable[..., Any], *operands: jax.Array) -> Any:
 
 
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues (unsorted) and eigenvectors (columns) of small symmetric matrices."""
+    """Return eigenvalues (unsorted) and eigenvectors (columns) of symmetric matrices.
+
+    Sizes one and two have closed forms.
+    """
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
     if matrix.shape[-1] == 2:

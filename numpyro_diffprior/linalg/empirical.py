@@ -61,7 +61,7 @@ def empirical_gaussian(
     roots = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
     factor = matmul(centered.T, matmul(scores, rotation * roots))
 
-    # Every diagonal entry stays positive: without one, the solves would be ill-conditioned.
+    # A floor keeps every diagonal entry positive, since solves would else be ill-conditioned.
     variances, explained = jnp.square(centered).sum(0), jnp.square(factor).sum(-1)
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))

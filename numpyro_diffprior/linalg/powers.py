@@ -33,7 +33,7 @@ def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def scale_by_power(x: ArrayLike, exponent: ArrayLike) -> jax.Array:
-    """Return ``x * 2**exponent``, without rounding; zero or infinite out of the normal range.
+    """Return ``x * 2**exponent`` without rounding; zero or infinite outside the normal range.
 
     Args:
         x: Numbers.
@@ -46,7 +46,7 @@ def scale_by_power(x: ArrayLike, exponent: ArrayLike) -> jax.Array:
 
 
 def _add_to_exponent(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`jnp.ldexp` with half of its operations: subnormal numbers are zero."""
+    """Return what `jnp.ldexp` does with half of its operations; subnormal numbers become zero."""
     limits = jnp.finfo(x.dtype)
     bits, biased = _split(x)
     exponent = exponent.astype(bits.dtype)

@@ -54,14 +54,26 @@ class ConjugateGradientResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The state of conjugate gradients: the solution, the residual, and the last direction."""
+    """The state of conjugate gradients, per event; vectors are those of the normalized score.
+
+    Attributes:
+        b: The solution :math:`b`.
+        shift: :math:`V b`.
+        residual: The recursive residual.
+        direction: The last direction.
+        covered: :math:`V` times the last direction.
+        square: The squared :math:`V`-norm of the last residual.
+        active: Whether the event takes further steps.
+        num_steps: The number of steps that the event took.
+        step: The number of steps of the loop, a scalar.
+    """
 
     b: jax.Array
     shift: jax.Array
     residual: jax.Array
     direction: jax.Array
-    covered: jax.Array  # V times the direction
-    square: jax.Array  # squared V-norm of the last residual
+    covered: jax.Array
+    square: jax.Array
     active: jax.Array
     num_steps: jax.Array
     step: jax.Array
@@ -149,7 +161,10 @@ def preconditioned_conjugate_gradient(
     error = s - last.b - precision(last.shift)
     scale = norm[..., None]
     return ConjugateGradientResult(
-        scale * last.b, scale * last.shift, _norm(error), last.num_steps
+        b=scale * last.b,
+        shift=scale * last.shift,
+        residual=_norm(error),
+        num_steps=last.num_steps,
     )
 
 
@@ -231,7 +246,7 @@ def factored_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> F
     trace = jnp.trace(gain, axis1=-2, axis2=-1) + noise.trace()
     jitter = jnp.where(failed, jnp.finfo(gain.dtype).eps * trace, 0)
     identity = jnp.eye(gain.shape[-1], dtype=gain.dtype)
-    # `cond` returns solutions: it would copy the factors if it returned them.
+    # `cond` returns the solutions and not the factors, which it would copy.
     solution, logdet = jax.lax.cond(
         failed.any(),
         lambda: solve(gain + jitter[..., None, None] * identity),
@@ -244,14 +259,14 @@ def factored_solve(gain: jax.Array, noise: Covariance, residual: jax.Array) -> F
 
 
 def sandwich(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V A^T, elementwise if A is diagonal, as a mask is."""
+    """Return A V A^T; elementwise if A is diagonal, as for a mask."""
     if operator.shape[-2] != operator.shape[-1]:
         return cov.sandwich(operator)
     return _where_diagonal(operator, cov.dense(), lambda: cov.sandwich(operator))
 
 
 def sandwich_square(cov: Covariance, operator: jax.Array) -> jax.Array:
-    """Return A V V A^T, elementwise in V V if A is diagonal."""
+    """Return A V V A^T; elementwise if A is diagonal, see `sandwich`."""
 
     def product() -> jax.Array:
         rows = jax.vmap(cov.matvec, in_axes=-2, out_axes=-2)(operator)
@@ -277,7 +292,7 @@ def _where_diagonal(
 
 
 def _cholesky_solve(matrix: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return solution and log-determinant; leading axes that only ``b`` has share a factor."""
+    """Return the solution and the log-determinant; axes that only ``b`` has share a factor."""
 
     def solve(matrix: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
