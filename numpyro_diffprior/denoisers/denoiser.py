@@ -31,7 +31,7 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.covariances import Covariance, Dense
-from numpyro_diffprior.linalg.powers import near_exponent, scale_by_power
+from numpyro_diffprior.linalg.powers import floor_log2, scale_by_power
 
 __all__ = [
     "Denoiser",
@@ -168,7 +168,7 @@ class Denoiser(ABC):
         unit = jnp.asarray(self.unit)
         # A denoiser returned by `jax.vmap` has a unit with leading axes, like its events.
         unit = unit.reshape(*unit.shape, *(1,) * (x.ndim - unit.ndim))
-        exponent = near_exponent(unit)
+        exponent = floor_log2(unit)
         return scale_by_power(unit, -exponent), exponent
 
     def in_unit(self, unit: jax.Array) -> "Denoiser":

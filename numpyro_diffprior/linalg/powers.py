@@ -15,10 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
-__all__ = ["near_exponent", "scale_by_power"]
+__all__ = ["floor_log2", "scale_by_power"]
 
 
-def near_exponent(x: jax.Array) -> jax.Array:
+def floor_log2(x: jax.Array) -> jax.Array:
     """Return the integer ``floor(log2(x))`` of positive normal numbers."""
     # Derivatives treat the exponent as a constant.
     _, biased = _split(jax.lax.stop_gradient(x))

@@ -127,23 +127,23 @@ def preconditioned_conjugate_gradient(
         first = step == 0
         p = jnp.where(first, r, r + momentum[..., None] * p)
         v_p = jnp.where(first, v_r, v_r + momentum[..., None] * v_p)
-        moved = p + precision(v_p)
-        variance, curvature = _dot(p, v_p), _dot(v_p, moved)
+        image = p + precision(v_p)
+        variance, curvature = _dot(p, v_p), _dot(v_p, image)
         has_variance = active & (variance > 0) & (square_next > 0)
         # The likelihood's part of the curvature may be negative by rounding only.
         is_curved = curvature > variance * (1 - 8 * eps)
         # Zero up to rounding for a symmetric map. The step changes the energy by its length
         # times (skew - square_next / 2).
-        skew = (_dot(shift, moved) - _dot(s - r, v_p)) / 2
-        rounding = 8 * eps * _norm(shift) * _norm(moved)
-        goes = has_variance & (is_curved | first) & (skew < square_next / 2 + rounding)
-        flat = goes & ~is_curved
-        length = jnp.where(flat, 1, square_next / jnp.where(goes & ~flat, curvature, 1))
-        b = _select(goes, b + length[..., None] * p, b)
-        shift = _select(goes, shift + length[..., None] * v_p, shift)
-        r = _select(goes, r - length[..., None] * moved, r)
-        active = goes & ~flat & (_dot(r, r) > rtol**2)
-        return _State(b, shift, r, p, v_p, square_next, active, num_steps + goes, step + 1)
+        skew = (_dot(shift, image) - _dot(s - r, v_p)) / 2
+        rounding = 8 * eps * _norm(shift) * _norm(image)
+        advances = has_variance & (is_curved | first) & (skew < square_next / 2 + rounding)
+        flat = advances & ~is_curved
+        length = jnp.where(flat, 1, square_next / jnp.where(advances & ~flat, curvature, 1))
+        b = _select(advances, b + length[..., None] * p, b)
+        shift = _select(advances, shift + length[..., None] * v_p, shift)
+        r = _select(advances, r - length[..., None] * image, r)
+        active = advances & ~flat & (_dot(r, r) > rtol**2)
+        return _State(b, shift, r, p, v_p, square_next, active, num_steps + advances, step + 1)
 
     zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
     start = _State(

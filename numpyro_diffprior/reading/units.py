@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 
-from numpyro_diffprior.linalg.powers import near_exponent, scale_by_power
+from numpyro_diffprior.linalg.powers import floor_log2, scale_by_power
 from numpyro_diffprior.reading.unwrap import innermost, log_density, map_innermost, unwrap
 
 __all__ = ["Standardized", "standardize", "standardized_log_density"]
@@ -68,7 +68,7 @@ def standardized_log_density(fn: dist.Distribution, value: jax.Array) -> jax.Arr
 def _exponent(scale: ArrayLike) -> jax.Array:
     """Return the exponent of the power of two next below a scale, zero if it is out of range."""
     scale = jnp.asarray(scale, jnp.result_type(float, scale))
-    limits, exponent = jnp.finfo(scale.dtype), near_exponent(scale)
+    limits, exponent = jnp.finfo(scale.dtype), floor_log2(scale)
     valid = (scale > 0) & (exponent > limits.minexp) & (exponent < limits.maxexp - 1)
     return jnp.where(valid, exponent, 0)
 
