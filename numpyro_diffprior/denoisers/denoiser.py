@@ -50,7 +50,10 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register(cls: _Class) -> _Class:
-    """Register a dataclass as a pytree, which is rebuilt without ``__init__``, from any leaves."""
+    """Register a dataclass as a pytree.
+
+    JAX rebuilds pytrees with leaves that are not arrays, so that it must not call ``__init__``.
+    """
     names = [spec.name for spec in fields(cls)]
 
     def flatten(denoiser: object) -> tuple[list[tuple[GetAttrKey, object]], None]:
@@ -89,7 +92,7 @@ class Denoiser(ABC):
         return jnp.broadcast_to(self.mean, (*batch_shape, *self.event_shape))
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
-        """Return the contexts of a batch of events, ``(n, *context_shape)``, or None."""
+        """Return the contexts of a batch of ``n`` events, ``(n, *context_shape)``, or None."""
         return None
 
     def at_contexts(self, contexts: jax.Array | None) -> "Denoiser":

@@ -109,17 +109,17 @@ def save_denoiser(
         "metadata": _to_json(dict(metadata or {}), "metadata"),
     }
     header["digest"] = _digest(header, tensors)
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        with open(part, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(save(tensors, header))
             file.flush()
             os.fsync(file.fileno())
         if mode is not None:
-            os.chmod(part, mode)
-        os.replace(part, path)
+            os.chmod(temporary, mode)
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_denoiser(path: _Path, *, networks: _Networks | None = None) -> Denoiser:

@@ -138,13 +138,13 @@ def _differentiable(f: Callable[..., jax.Array]) -> Callable[[jax.Array, Denoise
 
         def gradient_at(chosen: list[int]) -> Callable[..., Any]:
             def gradient(leaves: list[Any], twice: bool) -> Any:
-                def of(parts: list[Any]) -> jax.Array:
+                def value_of(differentiated: list[Any]) -> jax.Array:
                     replaced = list(leaves)
-                    for i, part in zip(chosen, parts, strict=True):
-                        replaced[i] = part
+                    for i, leaf in zip(chosen, differentiated, strict=True):
+                        replaced[i] = leaf
                     return value(replaced, twice)
 
-                return jax.value_and_grad(of)([leaves[i] for i in chosen])
+                return jax.value_and_grad(value_of)([leaves[i] for i in chosen])
 
             @jax.custom_jvp
             def once(leaves: list[Any]) -> Any:
@@ -161,15 +161,15 @@ def _differentiable(f: Callable[..., jax.Array]) -> Callable[[jax.Array, Denoise
             return value(leaves, False)
 
         def rule(primals: Any, tangents: Any) -> Any:
-            (leaves,), (moved,) = primals, tangents
+            (leaves,), (directions,) = primals, tangents
             chosen = [
                 i
-                for i, (leaf, tangent) in enumerate(zip(leaves, moved, strict=True))
+                for i, (leaf, direction) in enumerate(zip(leaves, directions, strict=True))
                 if jnp.issubdtype(leaf.dtype, jnp.inexact)
-                and not isinstance(tangent, SymbolicZero)
+                and not isinstance(direction, SymbolicZero)
             ]
             out, gradients = gradient_at(chosen)(leaves)
-            terms = [jnp.sum(g * moved[i]) for g, i in zip(gradients, chosen, strict=True)]
+            terms = [jnp.sum(g * directions[i]) for g, i in zip(gradients, chosen, strict=True)]
             return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
 
         evaluate.defjvp(rule, symbolic_zeros=True)

@@ -54,7 +54,7 @@ class ConjugateGradientResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The state of conjugate gradients, per event; vectors are those of the normalized score.
+    """The state of conjugate gradients, per event, for the normalized score.
 
     Attributes:
         b: The solution :math:`b`.
