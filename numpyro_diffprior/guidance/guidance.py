@@ -22,7 +22,7 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.wrappers import DenoiserWrapper
 from numpyro_diffprior.guidance.likelihood import Likelihood
 
-__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead", "finest"]
+__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead", "finest_sigma"]
 
 
 class Guided(NamedTuple):
@@ -92,7 +92,7 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         """The noise level at which sampling stops.
 
         It is the prior's, or lower for precise observations: a tenth of the likelihood's smallest
-        standard deviation in any direction, but not below `finest`.
+        standard deviation in any direction, but not below `finest_sigma`.
         """
         low = self.prior.sigma_min
         if self.precision is None:
@@ -100,7 +100,7 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         known = self.precision > 0
         deviation = jax.lax.rsqrt(jnp.where(known, self.precision, 1))
         wanted = jnp.where(known, 0.1 * deviation, low)
-        return jnp.minimum(low, jnp.maximum(wanted, finest(self.prior)))
+        return jnp.minimum(low, jnp.maximum(wanted, finest_sigma(self.prior)))
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         return self.guide(x_t, sigma).x_hat_y
@@ -128,7 +128,7 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 
-def finest(denoiser: Denoiser) -> jax.Array:
+def finest_sigma(denoiser: Denoiser) -> jax.Array:
     """Return the lowest noise level that rounding resolves for events of the prior's scale."""
     return 10 * jnp.finfo(denoiser.dtype).eps * denoiser.scale
 

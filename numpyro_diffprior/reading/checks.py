@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.guidance.guidance import finest
+from numpyro_diffprior.guidance.guidance import finest_sigma
 from numpyro_diffprior.linalg.batched import chirp
 from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
@@ -129,7 +129,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
             noisy=every(noise.diagonal() > 0),
             apart=every(_are_apart(block)),
             levels=every(sampler.are_levels_valid(block.denoiser)),
-            resolved=every(~(precision * (4 * finest(block.denoiser)) ** 2 > 1)),
+            resolved=every(~(precision * (4 * finest_sigma(block.denoiser)) ** 2 > 1)),
             num_visible=likelihood.num_visible,
         )
 
