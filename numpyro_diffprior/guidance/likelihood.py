@@ -39,9 +39,9 @@ class ObservationMoments(NamedTuple):
         y_hat: The expected values, with shape ``(*batch, m)``.
         noise: The covariance of the observed values given ``x``, of size ``m``.
         y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
-        squares: The squared residuals of values whose pseudo-observations have none, in units of
-            their variance, with shape ``(*batch, m)``; NaN for other values, and None if there
-            are only others.
+        squares: The squared residuals, in units of their variance, of values for which
+            ``y - y_hat`` is not a residual, with shape ``(*batch, m)``. NaN for all other values;
+            None if ``y - y_hat`` is the residual of every value.
     """
 
     y_hat: jax.Array
@@ -95,7 +95,7 @@ class Likelihood:
     Args:
         y: Observed values, with shape ``(*batch, m)``; zero where masked. Pseudo-observations
             are evaluated at the prior's mean.
-        read: Maps ``x`` to the mean and the covariance of ``y``, and to ``y``.
+        read: Maps ``x`` to the moments of the observations and the values observed there.
         log_prob: Maps ``x`` to its exact log-likelihood, with shape ``(*extra, *batch)``.
         event_shape: The shape of one event.
         linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
@@ -147,11 +147,11 @@ class Likelihood:
             An array with shape ``(*extra, *batch)``; zero where nothing is observed, and NaN if
             no site has residuals, as for ``numpyro.factor``.
         """
-        y_hat, noise, y, known = self.read(x)
+        y_hat, noise, y, given = self.read(x)
         residual = y - y_hat
         squares = residual * noise.solve(residual)
-        if known is not None:
-            squares = jnp.where(jnp.isnan(known), squares, known)
+        if given is not None:
+            squares = jnp.where(jnp.isnan(given), squares, given)
         if self.visible is not None:
             squares = jnp.where(self.visible, squares, 0)
         mean = squares.sum(-1) / jnp.maximum(self.num_visible, 1)

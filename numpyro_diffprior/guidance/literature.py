@@ -107,7 +107,7 @@ def _guided(
     solution: jax.Array,
     logdet: jax.Array,
 ) -> Guided:
-    """Return the result of guidance by a correction that needed no solver."""
+    """Return the result of guidance from its correction, which took no iterative solver."""
     log_twist = gaussian_log_density(local.residual, solution, logdet)
     zeros = jnp.zeros_like(log_twist)
     return Guided(

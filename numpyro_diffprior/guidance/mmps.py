@@ -57,8 +57,8 @@ class MMPS(Guidance):
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The maximum number of steps of conjugate gradients; see `ConjugateGradients`.
         look_ahead: Whether particle proposals look ahead instead of being guided; see
-            `numpyro_diffprior.particles.proposals`. Without a closed form for :math:`V`, a linear
-            mean and dense solves, they are guided in any case.
+            `numpyro_diffprior.particles.proposals`. Proposals only look ahead with a closed form
+            for :math:`V`, a linear mean and dense solves; they are guided otherwise.
         num_iterations: The number of damped Gauss-Newton steps at each noise level for a
             nonlinear likelihood; one is the linearization of the paper.
     """
@@ -179,14 +179,14 @@ class _Posterior(GuidedDenoiser):
         return _Mode(shift, b, log_joint)
 
     def _search(self, x_hat: jax.Array, mode: _Mode, shift: jax.Array, b: jax.Array) -> _Mode:
-        """Return the point of largest log-density on the way to the next one (a line search)."""
+        """Return the point of largest log-density on the line from ``mode`` to the next one."""
 
         def at(length: jax.Array) -> _Mode:
-            found = self._at(
+            candidate = self._at(
                 x_hat, mode.shift + length * (shift - mode.shift), mode.b + length * (b - mode.b)
             )
-            log_joint = jnp.where(jnp.isnan(found.log_joint), -jnp.inf, found.log_joint)
-            return found._replace(log_joint=log_joint)
+            log_joint = jnp.where(jnp.isnan(candidate.log_joint), -jnp.inf, candidate.log_joint)
+            return candidate._replace(log_joint=log_joint)
 
         lengths = 0.5 ** jnp.arange(_NUM_LENGTHS)
         best = jnp.argmax(jax.lax.map(lambda length: at(length).log_joint, lengths), axis=0)

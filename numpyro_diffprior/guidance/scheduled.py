@@ -32,7 +32,7 @@ class Piecewise(Guidance):
         threshold: The noise level between the two, in units of the prior's scale.
 
     Raises:
-        ValueError: If particles are to look ahead, which is not piecewise.
+        ValueError: If one of the guidances looks ahead (`MMPS`), which cannot be piecewise.
     """
 
     high: Guidance = field(default=MMPS(GaussianCovariance()))
@@ -85,16 +85,16 @@ class Tempered(Guidance):
 
     .. math:: \psi_t^{\gamma}, \quad \gamma = 1 - (1 - p) \frac{\sigma^2}{\sigma^2 + s^2}
 
-    with the prior's scale :math:`s`. The guidance of particles is unchanged, but at high noise
-    levels, where the Gaussian approximation is poor, resampling depends on it less. The limit of
-    many particles is exact with any positive twist.
+    with the prior's scale :math:`s`. Particles are guided as before, but at high noise levels,
+    where the Gaussian approximation of the twist is poor, resampling depends on it less. The limit
+    of many particles is exact with any positive twist.
 
     Args:
         guidance: The guidance.
         power: The power :math:`p` of the twist at high noise levels; one changes nothing.
 
     Raises:
-        ValueError: If particles are to look ahead, with a twist of their own.
+        ValueError: If the guidance looks ahead (`MMPS`), since its proposals have their own twist.
     """
 
     guidance: Guidance = field(default=MMPS())
@@ -128,7 +128,7 @@ class _TemperedPosterior(GuidedDenoiser):
 def _condition(
     owner: Guidance, guidance: Guidance, denoiser: Denoiser, likelihood: Likelihood
 ) -> GuidedDenoiser:
-    """Return the denoiser of the posterior; refuse one of particles that look ahead."""
+    """Return the denoiser of the posterior; raise a `ValueError` if its particles look ahead."""
     posterior = guidance.condition(denoiser, likelihood)
     if posterior.looks_ahead:
         raise ValueError(

@@ -78,8 +78,13 @@ class FactoredSolve(Solve):
         gain = sandwich(cov.closed_form, operator())
         w, logdet, residual = factored_solve(gain, local.noise, local.residual)
         b = local.transpose(w)
-        zeros = jnp.zeros(residual.shape, int)
-        return Solution(b, cov.matvec(b), logdet - local.noise.logdet(), residual, zeros)
+        return Solution(
+            b=b,
+            shift=cov.matvec(b),
+            logdet=logdet - local.noise.logdet(),
+            residual=residual,
+            num_truncated=jnp.zeros(residual.shape, int),
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class ConjugateGradients(Solve):
         size = score.shape[-1]
         if local.gradient is None:
             size = min(size, local.residual.shape[-1])
-        found = preconditioned_conjugate_gradient(
+        result = preconditioned_conjugate_gradient(
             local.precision,
             cov.matvec,
             score,
@@ -137,7 +142,13 @@ class ConjugateGradients(Solve):
             max_steps=2 * size if self.max_steps is None else self.max_steps,
         )
         # Without matrices the twist lacks its determinant. With a closed form for V and a linear
-        # mean this is the same for all particles of an event and cancels. Otherwise particle
-        # samplers stay exact, since any positive function is a valid twist.
-        zeros = jnp.zeros_like(found.residual)
-        return Solution(found.b, found.shift, zeros, found.residual, zeros.astype(int))
+        # mean, the determinant is the same for all particles of an event and cancels. Otherwise
+        # particle samplers stay exact, since any positive function is a valid twist.
+        zeros = jnp.zeros_like(result.residual)
+        return Solution(
+            b=result.b,
+            shift=result.shift,
+            logdet=zeros,
+            residual=result.residual,
+            num_truncated=zeros.astype(int),
+        )
