@@ -92,8 +92,8 @@ def update_path(
         rng_key: A random key.
         denoiser: The prior.
         likelihood: The likelihood.
-        options: How the particles move; at least two of them, and a stochastic sampler of one
-            evaluation per step.
+        options: The options of sampling: at least two particles, and a stochastic sampler with
+            one evaluation per step.
         path: The retained path, with shape ``(num_steps, *batch, *event)``.
     """
     posterior = options.guidance.condition(denoiser, likelihood)
@@ -105,7 +105,7 @@ def update_path(
     levels = sampler.levels(posterior)
     sigmas = sampler.sigmas(posterior)
     x_hats = jax.lax.map(lambda inputs: denoiser(*inputs), (path[1:], sigmas[1:]))
-    # There is no transition from the last level: its entries are padding and not used.
+    # There is no transition from the last level, so that its entries are unused padding.
     ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), levels)
     futures = _Future(
         x_s=path[1:],
@@ -139,7 +139,15 @@ def update_path(
 
 
 class _Future(NamedTuple):
-    """The retained path at the next two levels, s and r, if there is a second one."""
+    """The retained path at the next two levels, s and r.
+
+    Attributes:
+        x_s: The path at s, with shape ``(*batch, *event)``.
+        x_hat_s: The prior's denoised mean there.
+        x_r: The path at r; unused if there is no such level.
+        levels: The noise levels of the step from s to r.
+        has_second: Whether there is a level r.
+    """
 
     x_s: jax.Array
     x_hat_s: jax.Array

@@ -79,7 +79,7 @@ class Proposal(ABC):
     log_twist: jax.Array
 
     def take(self, index: jax.Array) -> Self:
-        """Return the proposals of the particles at an index of shape ``(n, *batch)``."""
+        """Return the proposals of the chosen particles, by indices of shape ``(n, *batch)``."""
         mean, log_twist = gather(self.mean, index), gather(self.log_twist, index)
         return replace(self, mean=mean, log_twist=log_twist)
 
@@ -123,7 +123,7 @@ class _LookAheadProposal(Proposal):
     @classmethod
     def make(cls, mean: jax.Array, tau: jax.Array, predictive: LookAhead) -> "_LookAheadProposal":
         ahead, spread = predictive.cov, tau**2 * predictive.spread
-        # A jitter against rounding, in S and in M, so that the second is still the marginal.
+        # A jitter against rounding, added to S and so to M, which stays the marginal covariance.
         trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
         identity = jnp.eye(ahead.shape[-1], dtype=ahead.dtype)
         ahead = ahead + jnp.finfo(ahead.dtype).eps * trace * identity
@@ -137,13 +137,13 @@ class _LookAheadProposal(Proposal):
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
         """Draw from chain and predictive jointly, then condition on ``y`` (Matheron's rule)."""
-        key_chain, key_outlook = jax.random.split(rng_key)
+        key_chain, key_predictive = jax.random.split(rng_key)
         shape, dtype = self.residual.shape, self.residual.dtype
         flat = self.mean.reshape(*shape[:-1], -1)
         noise = self.tau * jax.random.normal(key_chain, flat.shape, dtype)
-        imagined = self.predictive.matvec(noise)
-        imagined += self.ahead.sqrt_matvec(jax.random.normal(key_outlook, shape, dtype))
-        solution = self.before.solve(self.residual - imagined)
+        simulated = self.predictive.matvec(noise)
+        simulated += self.ahead.sqrt_matvec(jax.random.normal(key_predictive, shape, dtype))
+        solution = self.before.solve(self.residual - simulated)
         step = noise + self.tau**2 * self.predictive.transpose(solution)
         return (flat + step).reshape(self.mean.shape)
 
@@ -202,11 +202,10 @@ def propose(
 def _replace_non_finite(guided: Guided) -> Guided:
     """Replace guidance that is not finite, so that its particles follow the prior's chain.
 
-    Their log-twist is set `_HANDICAP` below the largest of their system.
-
-    If the log-density at the denoised mean is NaN or minus infinity, that of the event may still
-    be finite. Any positive function of all particles of a system is a valid twist, since the
-    weights of the next level are divided by it.
+    Their log-twist becomes the largest of their system minus `_HANDICAP`. They are kept because
+    the log-density of the event may be finite even if that at the denoised mean is not. Any
+    positive function of all particles of a system is a valid twist, since the weights of the next
+    level are divided by it.
     """
     event_axes = tuple(range(guided.log_twist.ndim, guided.x_hat.ndim))
     works = jnp.isfinite(guided.x_hat_y).all(event_axes) & jnp.isfinite(guided.log_twist)

@@ -56,7 +56,7 @@ def draw_posterior(
         rng_key: A random key.
         denoiser: The prior.
         likelihood: The likelihood.
-        options: How the draws are made.
+        options: The options of sampling.
         num_draws: The number of draws per event, made at once.
 
     Returns:
@@ -95,8 +95,8 @@ def _guided_walk(
 ) -> Draws:
     """Run the sampler once per draw, and record the largest residual of guidance's solves.
 
-    The evaluation at the last level is one more step of the scan, which leaves that level for
-    nowhere: the network is compiled once.
+    The evaluation at the last level is one more step of the scan, whose transition is discarded:
+    the network is compiled once.
     """
 
     def body(
@@ -111,6 +111,7 @@ def _guided_walk(
         return (x_s, guided.x_hat_y), (guided.residual, guided.num_truncated)
 
     levels = sampler.levels(posterior)
+    # Any level below the last serves as the end of the discarded transition.
     last = Levels(levels.current[-1], levels.following[-1], levels.following[-1] / 2)
     levels = jax.tree.map(lambda leaf, end: jnp.append(leaf, end), levels, last)
     keys = jax.random.split(rng_key, sampler.num_steps)
@@ -126,7 +127,7 @@ def _single_draws(
     residual: jax.Array,
     num_truncated: jax.Array,
 ) -> Draws:
-    """Return draws that were made without particles."""
+    """Return draws of one particle and their statistics."""
     info = ParticleInfo(
         residual=residual,
         num_truncated=num_truncated,

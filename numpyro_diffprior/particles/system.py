@@ -33,8 +33,8 @@ class ParticleInfo(NamedTuple):
     """Statistics of posterior draws, with the draws' batch shape.
 
     Attributes:
-        residual: The largest relative residual of guidance's solves along the path (at its end
-            only, for samplers with several evaluations per step).
+        residual: The largest relative residual of guidance's solves along the path (that of its
+            end alone for samplers with several evaluations per step).
         num_truncated: The largest number of directions that guidance left out.
         ess: The smallest effective sample size along the path.
         num_resamplings: The number of resamplings of the particles.
@@ -167,7 +167,7 @@ def advance(
 ) -> tuple[System, StepInfo]:
     """Move particle systems one noise level down.
 
-    A system is resampled if its effective sample size is below half of its particles.
+    A system is resampled if its effective sample size is below half the number of its particles.
 
     Args:
         rng_key: A random key.
@@ -189,17 +189,18 @@ def advance(
     x_s = proposal.draw(key_move)
     if retained is not None:
         x_s = x_s.at[0].set(retained)
-    own = jnp.where(degenerate, 0, log_weight)
-    lost = jnp.where(degenerate, log_mean_exp(log_weight), 0)
+    # Resampling makes the weights equal; the evidence keeps their mean.
+    remaining = jnp.where(degenerate, 0, log_weight)
+    log_mean = jnp.where(degenerate, log_mean_exp(log_weight), 0)
     return System(
         particles=Particles(
             x_s, gather(evaluation.x_hat, index), gather(evaluation.x_hat_y, index)
         ),
-        log_weight=discard_nan(own + proposal.log_ratio(x_s) - proposal.log_twist),
+        log_weight=discard_nan(remaining + proposal.log_ratio(x_s) - proposal.log_twist),
         residual=jnp.maximum(system.residual, evaluation.residual.max(0)),
         num_truncated=jnp.maximum(system.num_truncated, evaluation.num_truncated.max(0)),
         num_resamplings=system.num_resamplings + degenerate,
-        log_evidence=system.log_evidence + lost,
+        log_evidence=system.log_evidence + log_mean,
     ), StepInfo(x_s, index, ess)
 
 
