@@ -44,7 +44,7 @@ def standardize(fn: dist.Distribution, value: jax.Array) -> Standardized:
     scale = _scale(fn)
     if scale is not None:
         exponent = -_exponent(scale)
-        divided: Any = _shift(fn, exponent)
+        divided: Any = _rescale(fn, exponent)
         before: Any = jax.tree.structure(fn)
         # NumPyro may keep the parameters in another form.
         if jax.tree.structure(divided) == before:
@@ -121,51 +121,53 @@ def _scale(fn: Any) -> jax.Array | float | None:
     return None
 
 
-def _shift(fn: dist.Distribution, exponent: jax.Array) -> dist.Distribution:
+def _rescale(fn: dist.Distribution, exponent: jax.Array) -> dist.Distribution:
     """Return the distribution of values times a power of two."""
-    return map_innermost(lambda own: _shift_own(own, exponent), fn)
+    return map_innermost(lambda own: _rescale_own(own, exponent), fn)
 
 
-def _shift_own(fn: Any, exponent: jax.Array) -> dist.Distribution:
-    """Return `_shift` of a distribution without wrappers."""
+def _rescale_own(fn: Any, exponent: jax.Array) -> dist.Distribution:
+    """Return `_rescale` of a distribution without wrappers."""
     kind = type(fn)
 
-    def shift(parameter: ArrayLike) -> jax.Array:
+    def rescale(parameter: ArrayLike) -> jax.Array:
         return scale_by_power(parameter, exponent)
 
     match fn:
         case dist.LeftTruncatedDistribution():
-            return kind(_shift(fn.base_dist, exponent), shift(fn.low))
+            return kind(_rescale(fn.base_dist, exponent), rescale(fn.low))
         case dist.RightTruncatedDistribution():
-            return kind(_shift(fn.base_dist, exponent), shift(fn.high))
+            return kind(_rescale(fn.base_dist, exponent), rescale(fn.high))
         case dist.TwoSidedTruncatedDistribution():
-            return kind(_shift(fn.base_dist, exponent), shift(fn.low), shift(fn.high))
+            return kind(_rescale(fn.base_dist, exponent), rescale(fn.low), rescale(fn.high))
         case dist.LeftCensoredDistribution() | dist.RightCensoredDistribution():
-            return kind(_shift(fn.base_dist, exponent), fn.censored)
+            return kind(_rescale(fn.base_dist, exponent), fn.censored)
         case dist.StudentT():
-            return kind(fn.df, shift(fn.loc), shift(fn.scale))
+            return kind(fn.df, rescale(fn.loc), rescale(fn.scale))
         case dist.Weibull():
-            return kind(shift(fn.scale), fn.concentration)
+            return kind(rescale(fn.scale), fn.concentration)
         case dist.Exponential():
             return kind(scale_by_power(fn.rate, -exponent))
         case dist.Gamma():
             return kind(fn.concentration, scale_by_power(fn.rate, -exponent))
         case dist.Uniform():
-            return kind(shift(fn.low), shift(fn.high))
+            return kind(rescale(fn.low), rescale(fn.high))
         case dist.MultivariateNormal():
             scale_tril = scale_by_power(fn.scale_tril, exponent[..., None])
-            return kind(shift(fn.loc), scale_tril=scale_tril)
+            return kind(rescale(fn.loc), scale_tril=scale_tril)
         case dist.MultivariateStudentT():
             scale_tril = scale_by_power(fn.scale_tril, exponent[..., None])
-            return kind(fn.df, shift(fn.loc), scale_tril)
+            return kind(fn.df, rescale(fn.loc), scale_tril)
         case dist.GaussianRandomWalk():
             return kind(scale_by_power(fn.scale, exponent[..., 0]), fn.num_steps)
         case dist.MixtureSameFamily():
-            components = _shift(fn.component_distribution, exponent[..., None])
+            components = _rescale(fn.component_distribution, exponent[..., None])
             return kind(fn.mixing_distribution, components)
         case dist.MixtureGeneral():
-            components = [_shift(component, exponent) for component in fn.component_distributions]
+            components = [
+                _rescale(component, exponent) for component in fn.component_distributions
+            ]
             return kind(fn.mixing_distribution, components)
         case _ if kind in _SCALE:
-            return kind(shift(fn.scale))
-    return kind(shift(fn.loc), shift(fn.scale))
+            return kind(rescale(fn.scale))
+    return kind(rescale(fn.loc), rescale(fn.scale))
