@@ -135,7 +135,7 @@ def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
     for group in model.reading.groups:
 
         def read_block(indices: dict[str, jax.Array], group: GroupReading = group) -> Any:
-            values, denoisers = {}, group.parts(model.data, indices)
+            values, denoisers = {}, group.prior_denoisers(model.data, indices)
             for site, denoiser in zip(group.latents.sites, denoisers, strict=True):
                 context = denoiser.contexts(site.batch_shape)
                 if context is not None:

@@ -202,7 +202,9 @@ def _by_site(
 ) -> PosteriorSamples:
     """Return the first draws by site, in the data's units."""
     draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
-    samples = group.latents.split(group.latents.denoiser(group.parts(model.data)), draws.x)
+    samples = group.latents.split(
+        group.latents.denoiser(group.prior_denoisers(model.data)), draws.x
+    )
     return PosteriorSamples(samples, draws.info._asdict())
 
 

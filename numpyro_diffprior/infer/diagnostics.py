@@ -94,7 +94,7 @@ def _is_exact(bound: BoundModel) -> bool:
     """Whether guidance is exact: the means are linear and the priors Gaussian."""
 
     def parts(data: ModelData) -> Any:
-        return [group.parts(data) for group in bound.reading.groups]
+        return [group.prior_denoisers(data) for group in bound.reading.groups]
 
     shapes = jax.eval_shape(parts, bound.data)
     priors = [prior for group in shapes for prior in group]

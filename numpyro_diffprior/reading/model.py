@@ -290,7 +290,7 @@ class GroupReading:
         specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
         def derivative(x: jax.Array, v: jax.Array, inputs: list[Any]) -> Any:
-            denoiser = self.latents.denoiser(self._parts(inputs))
+            denoiser = self.latents.denoiser(self._prior_denoisers(inputs))
             evaluate = self._evaluate(denoiser, inputs)
 
             def read(x: jax.Array) -> Any:
@@ -311,11 +311,11 @@ class GroupReading:
         likelihood = self.reader.likelihood(evaluate, template, linear=self.linear)
         return Block(denoiser, likelihood)
 
-    def parts(
+    def prior_denoisers(
         self, data: ModelData, indices: Mapping[str, jax.Array] | None = None
     ) -> tuple[Denoiser, ...]:
         """Return the denoisers of the sites' priors; see `bind`."""
-        return self._parts(self.reading.inputs(data, indices))
+        return self._prior_denoisers(self.reading.inputs(data, indices))
 
     @property
     def divided(self) -> tuple[Plate, int] | None:
@@ -350,7 +350,7 @@ class GroupReading:
         axis = len(self.latents.batch_shape) + plate.dim
         return join_blocks(results, axis, min(indices.size, plate.size))
 
-    def _parts(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
+    def _prior_denoisers(self, inputs: Sequence[Any]) -> tuple[Denoiser, ...]:
         reading = self.reading
         tree = [reading.outputs["priors"][name] for name in self.latents.names]
         arrays = reading.evaluate(tree, inputs)()
@@ -362,7 +362,7 @@ class GroupReading:
 
     def _template(self, inputs: Sequence[Any]) -> tuple[Denoiser, jax.Array]:
         """Return the denoiser, and a batch of events at the priors' means."""
-        denoiser = self.latents.denoiser(self._parts(inputs))
+        denoiser = self.latents.denoiser(self._prior_denoisers(inputs))
         shape = (*self.latents.batch_shape, *denoiser.event_shape)
         return denoiser, jnp.broadcast_to(denoiser.mean, shape)
 
