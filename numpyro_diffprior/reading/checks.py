@@ -24,7 +24,7 @@ class _Checks(NamedTuple):
     Attributes:
         finite: Whether all visible values are finite.
         noisy: Whether all variances are positive.
-        apart: Whether no event depends on another one.
+        independent: Whether no event depends on another one.
         levels: Whether the sampler's noise levels are positive and decrease.
         resolved: Whether the noise of the observations exceeds the rounding error of events.
         num_visible: The number of visible values of every event, with the batch's shape.
@@ -32,7 +32,7 @@ class _Checks(NamedTuple):
 
     finite: jax.Array
     noisy: jax.Array
-    apart: jax.Array
+    independent: jax.Array
     levels: jax.Array
     resolved: jax.Array
     num_visible: jax.Array
@@ -75,7 +75,7 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
                 "the environment variable JAX_ENABLE_X64=1.",
                 stacklevel=4,
             )
-        if _is_false(result.apart):
+        if _is_false(result.independent):
             plates = [plate.name for plate in group.latents.plates]
             raise ValueError(
                 f"in the plates {plates} an observed site of {names} depends on other elements of "
@@ -127,7 +127,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
         return _Checks(
             finite=every(jnp.isfinite(y)),
             noisy=every(noise.diagonal() > 0),
-            apart=every(_are_apart(block)),
+            independent=every(_are_independent(block)),
             levels=every(sampler.are_levels_valid(block.denoiser)),
             resolved=every(~(precision * (4 * finest_sigma(block.denoiser)) ** 2 > 1)),
             num_visible=likelihood.num_visible,
@@ -136,7 +136,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
     return group.over_blocks(inspect, part.indices)
 
 
-def _are_apart(block: Block) -> jax.Array:
+def _are_independent(block: Block) -> jax.Array:
     """Whether the likelihood of every event depends only on that event.
 
     Half of the events move; the log-density of the others must not change.

@@ -81,7 +81,7 @@ class LikelihoodReader:
             elif site.quantity != Quantity.POTENTIAL:
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
-            return self._nothing(x)
+            return self._unobserved(x)
         means, noises, values, masks, flags, squares = zip(*parts, strict=True)
         noise = noises[0] if len(noises) == 1 else Blocks(noises)
         mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
@@ -148,7 +148,7 @@ class LikelihoodReader:
             potential=potential if potentials else None,
         )
 
-    def _nothing(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
+    def _unobserved(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
         """Return one masked value, so that the posterior is the prior."""
         zero = jnp.zeros((*self.latents.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.latents.batch_shape, -1)[..., :1]

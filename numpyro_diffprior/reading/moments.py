@@ -187,7 +187,7 @@ def _of_counts(fn: dist.Distribution) -> Moments:
 
 
 @gaussian_moments.register
-def _of_spread_counts(fn: dist.DirichletMultinomial) -> Moments | None:
+def _of_overdispersed_counts(fn: dist.DirichletMultinomial) -> Moments | None:
     """Return the moments of overdispersed multinomial counts; None for few categories."""
     if fn.event_shape[0] <= _MAX_CATEGORIES:
         return None
@@ -370,7 +370,7 @@ _LABELS = {
     _by_element: "moments",
     _of_logs: "mean and covariance of its logarithms",
     _of_counts: "moments, as independent counts",
-    _of_spread_counts: f"curvature up to {_MAX_CATEGORIES} classes, else moments",
+    _of_overdispersed_counts: f"curvature up to {_MAX_CATEGORIES} classes, else moments",
     _of_squares: "moments of its square",
     _of_components: (
         "moments of its components; curvature if weights or scales depend on the latent"
@@ -385,10 +385,10 @@ def handling(family: type[dist.Distribution]) -> str:
     """Describe how observations from a family are read, for the table in the docs."""
     rule = gaussian_moments.dispatch(family)
     label = _LABELS.get(rule, "mean and covariance")
-    invertible = issubclass(family, dist.TransformedDistribution) and rule in _WHERE_TRANSFORMED
+    invertible = issubclass(family, dist.TransformedDistribution) and rule in _TRANSFORMED_BACK
     if not invertible or issubclass(family, dist.FoldedDistribution):
         return label
     return f"like its base, transformed back; if the transformation depends on the latent: {label}"
 
 
-_WHERE_TRANSFORMED = (_by_element, _no_moments, _transformed)
+_TRANSFORMED_BACK = (_by_element, _no_moments, _transformed)
