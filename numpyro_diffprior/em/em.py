@@ -320,17 +320,21 @@ class EM:
         best, best_evidence, waited, history = state, -math.inf, 0, []
         try:
             if heldout is not None and init_state is not None:
-                judged = self._judge(key_heldout, state, heldout, (args, kwargs))
+                heldout_evidence = self._evaluate_heldout(
+                    key_heldout, state, heldout, (args, kwargs)
+                )
                 # In this order, `max` ignores NaN.
-                best_evidence = max(best_evidence, float(judged.total))
+                best_evidence = max(best_evidence, float(heldout_evidence.total))
             with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
                 for _ in iterations:
                     state, metrics = self.update(state, *args, **kwargs)
                     if heldout is not None:
-                        judged = self._judge(key_heldout, state, heldout, (args, kwargs))
+                        heldout_evidence = self._evaluate_heldout(
+                            key_heldout, state, heldout, (args, kwargs)
+                        )
                         metrics = metrics._replace(
-                            heldout_log_evidence=judged.total,
-                            heldout_standard_error=judged.total_standard_error,
+                            heldout_log_evidence=heldout_evidence.total,
+                            heldout_standard_error=heldout_evidence.total_standard_error,
                         )
                     history.append(metrics)
                     evidence = float(metrics.heldout_log_evidence)
@@ -426,7 +430,7 @@ class EM:
             params=params,
         )
 
-    def _judge(
+    def _evaluate_heldout(
         self,
         rng_key: jax.Array,
         state: EMState,

@@ -200,14 +200,14 @@ def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
     current = dict(priors)
     for key, (mean, cov) in fitted.items():
         own = priors[key].denoiser
-        net = _Nothing(own.event_shape, own.context_shape)
+        net = _ZeroNetwork(own.event_shape, own.context_shape)
         current[key] = priors[key].replace_denoiser(NetworkDenoiser(net, mean, cov, unit=own.unit))
     return current
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Nothing:
+class _ZeroNetwork:
     """A network of zero output, with which a denoiser is its Gaussian in every context."""
 
     event_shape: tuple[int, ...]
