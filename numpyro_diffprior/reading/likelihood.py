@@ -1,10 +1,14 @@
 r"""The likelihood of a group of latent sites, from the outputs of a model's program.
 
-For every observed site that depends on the group, a `LikelihoodReader` evaluates the mean and the
-covariance of the observed values for guidance, or the gradient and curvature of the log-density if
-there are none (`numpyro_diffprior.reading.curvature`); the exact log-density for weights; masks;
-and the factor of `numpyro.handlers.scale`. Values of a distribution with a fixed elementwise
-transformation are transformed back. The factor of a subsampled plate is removed for latents in it.
+For every observed site that depends on the group, a `LikelihoodReader` evaluates
+
+- for guidance, the mean and the covariance of the observed values, or the gradient and curvature
+  of the log-density if it has no moments to match (`numpyro_diffprior.reading.curvature`);
+- for weights, the exact log-density.
+
+It applies masks and the factor of `numpyro.handlers.scale`, and transforms values of a
+distribution with a fixed elementwise transformation back. For latents in a subsampled plate, it
+removes the plate's factor, since the likelihood is that of single events.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +35,7 @@ from numpyro_diffprior.reading.unwrap import unwrap
 __all__ = ["LikelihoodReader"]
 
 Evaluate = Callable[[jax.Array], Sequence[Mapping[str, Any]]]
+"""Maps a batch of events to the arrays of each observed site; see `observed.describe`."""
 
 
 class SiteReading(NamedTuple):
@@ -55,7 +60,13 @@ class SiteReading(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LikelihoodReader:
-    """The likelihood of latent sites, from the observed sites that depend on them; static."""
+    """The likelihood of latent sites, from the observed sites that depend on them; static.
+
+    Attributes:
+        latents: The latent sites.
+        observed: How the observed sites that depend on them are read.
+        forms: The forms of these observed sites.
+    """
 
     latents: LatentGroup
     observed: tuple[ObservedSite, ...]
@@ -67,11 +78,15 @@ class LikelihoodReader:
         return [form.name for form in self.forms]
 
     def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
-        """Return the reading of one batch of events, and which values (or none) have residuals.
+        """Read all sites at one batch of events.
 
         Args:
             evaluate: Maps events, with shape ``(*batch, *event)``, to the arrays of the sites.
             x: The events.
+
+        Returns:
+            The moments; which values are not masked and have a residual; and whether any site has
+            values with residuals.
         """
         outputs = evaluate(x)
         parts = []
@@ -158,7 +173,7 @@ class LikelihoodReader:
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> SiteReading:
-        """Return a site's mean, noise and values, neutral where masked, and the visible ones."""
+        """Read a site; masked values have mean and value zero, and variance one."""
         read, outputs = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
         directions, has_residual, squares = None, True, None
@@ -198,7 +213,7 @@ class LikelihoodReader:
         theta, y = flat(jnp.where(mask, mean, 0)), flat(jnp.where(mask, value, 0))
         visible = flat(mask & has_residual)
         if squares is not None:
-            # One residual for all parameters of a value.
+            # A value with several parameters has one residual: its first entry stands for it.
             first = jnp.arange(mean.shape[-1]) == 0
             visible = flat(mask & first)
             squares = jnp.where(mask & first, squares[..., None], 0)

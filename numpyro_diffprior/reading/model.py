@@ -67,7 +67,7 @@ class BoundModel:
     """A model as read, bound to its data; a pytree of the data.
 
     Attributes:
-        reading: What the model does; static.
+        reading: The model's program and sites; static.
         data: The arrays that it takes.
         positions: The position in the data of each array of the model's arguments, None for those
             that it does not use; static.
@@ -114,8 +114,8 @@ class Source(NamedTuple):
     Attributes:
         position: The position of an array in the data, or None.
         axes: The axes in which it is sliced, each with the name of its plate.
-        plate: The name of a plate whose elements it has, or None.
-        param: The name of a parameter whose value it has, or None.
+        plate: The name of the plate whose elements' indices it holds, or None.
+        param: The name of the parameter whose value it holds, or None.
     """
 
     position: int | None = None
@@ -150,6 +150,12 @@ class ModelForm(NamedTuple):
 
 class ModelReading:
     """The program and the form of a model, without data; static, and compared by content.
+
+    Args:
+        program: The model's program. Its last inputs are the latent values.
+        form: The form of the model's sites.
+        treedef: The tree structure of the program's outputs.
+        sources: Where each input of the program comes from.
 
     Attributes:
         blocks: The numbers of elements of divided plates in a block, by name.
@@ -234,7 +240,16 @@ class ModelReading:
         return jax.tree.unflatten(self.treedef, list(range(count)))
 
     def evaluate(self, tree: Any, inputs: Sequence[Any], latents: Sequence[str] = ()) -> Any:
-        """Return a function of the latents' values that evaluates a part of `outputs`."""
+        """Stage the evaluation of some outputs.
+
+        Args:
+            tree: A part of `outputs`.
+            inputs: The inputs of the program, see `inputs`.
+            latents: The names of the latent sites whose values are given later.
+
+        Returns:
+            A function of the values of these sites that returns the outputs, in the tree's form.
+        """
         positions, treedef = jax.tree.flatten(tree)
         late = [self.latent_inputs[name] for name in latents]
         staged = self.program.stage(inputs, positions, late)
@@ -265,11 +280,15 @@ class ModelReading:
 
 
 class GroupReading:
-    """A group of latent sites and how its observed sites are read; static, a part of a reading.
+    """A group of latent sites and how its observed sites are read; static.
 
-    Attributes:
+    Args:
+        reading: The reading of the model.
         latents: The latent sites.
         observed: How the observed sites that depend on them are read.
+
+    Attributes:
+        reader: The reader of their likelihood.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class SiteForm(NamedTuple):
         name: Its name.
         family: The name of its distribution's class, unwrapped.
         batch_shape: The batch shape of its distribution.
-        plates: The names and sizes of its plates, as taken.
+        plates: Its plates, each with its name and the number of elements that the model ran on.
         forms: The form of its distribution and, if that has elementwise transformations, the
             form for the values transformed back.
     """
@@ -128,9 +128,10 @@ def describe(name: str, site: Mapping[str, Any]) -> tuple[SiteForm, dict[str, An
     """Describe an observed site of a trace.
 
     Returns:
-        Its form, and its arrays: the log-density, zero for masked values; the scale; the
-        transformations; and for every form the leaves of the unwrapped distribution, the values,
-        and the distribution, the values and the moments in units of the noise.
+        Its form, and its arrays by name: ``log_prob``, zero for masked values; ``scale``; the
+        leaves of ``transforms``; and ``forms``. For every form, these are the leaves of the
+        unwrapped distribution (``own``) and the values (``value``), and, in units of the noise,
+        the leaves of the distribution (``fn``), the values (``quotient``) and the ``moments``.
 
     Raises:
         ValueError: If the values have another shape than the distribution.

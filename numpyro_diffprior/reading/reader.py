@@ -66,8 +66,8 @@ def read(
 
     Raises:
         ValueError: If the model has no diffusion site, or latent sites that have no sampler; if
-            samplers of priors differ; if it fails on a part of a plate. Errors of the model on
-            whole plates propagate.
+            the samplers of its priors differ; or if the model fails on a part of a plate. Errors
+            of the model on whole plates propagate.
     """
     arrays, static = split_arguments((tuple(args), dict(kwargs)))
     specs = [_spec(array) for array in arrays]
@@ -78,7 +78,7 @@ def read(
     if blocks:
         try:
             traced = _execute(model, specs, static, blocks)
-        except Exception:  # is raised again on whole plates, if it is the model's
+        except Exception:  # an error of the model itself is raised again on whole plates
             blocks = {}
     if traced is None:
         traced = _execute(model, specs, static, {})
@@ -97,8 +97,8 @@ def read(
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
-# A cache of the last division of plates into blocks, by model, purpose and arguments' shapes: a
-# guess at the next one, which saves a second execution of the model.
+# The last division of plates into blocks, by model, purpose and shapes of arguments. It is the
+# guess at the next one; a right guess saves a second execution of the model.
 _LAST_DIVISIONS: dict[Any, dict[str, int]] = {}
 _MAX_DIVISIONS = 64
 
