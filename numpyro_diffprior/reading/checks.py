@@ -1,4 +1,4 @@
-"""Checks of a model's data that shapes cannot make, block by block."""
+"""Checks of the values of a model's data, block by block."""
 
 import warnings
 from functools import partial
@@ -24,7 +24,7 @@ class _Checks(NamedTuple):
     Attributes:
         finite: Whether all visible values are finite.
         noisy: Whether all variances are positive.
-        independent: Whether no event depends on another one.
+        independent: Whether the likelihood of every event depends on that event alone.
         levels: Whether the sampler's noise levels are positive and decrease.
         resolved: Whether the noise of the observations exceeds the rounding error of events.
         num_visible: The number of visible values of every event, with the batch's shape.
@@ -105,7 +105,7 @@ def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Checks:
 
 @jax.jit
 def _conclude(checks: _Checks) -> _Checks:
-    """Return whether all flags are true."""
+    """Reduce every flag to whether it is true for all events."""
     flags = jax.tree.map(jnp.all, checks)
     return flags._replace(num_visible=checks.num_visible)
 
@@ -146,7 +146,8 @@ def _are_independent(block: Block) -> jax.Array:
     num = prod(batch_shape)
     if num == 1:
         return jnp.ones((), bool)
-    # Constants of the program, which compiles sooner without a generator of random numbers.
+    # NumPy's draws are constants of the program: it compiles faster without a random number
+    # generator.
     rng = np.random.default_rng(0)
     moves = (rng.permutation(num) < num // 2).reshape(batch_shape)
     event_axes = tuple(range(-event_ndim, 0))

@@ -174,7 +174,8 @@ def _by_component(
 ) -> PseudoObservation | None:
     """Observe the components of a mixture whose means depend on the latent.
 
-    None if the weights or a normal component's scale depend on it, or if moments are missing.
+    Returns None if the distribution is no mixture, if its weights or a normal component's scale
+    depend on the latent, or if a component has no variances to match.
     """
     match fn:
         case dist.MixtureSameFamily():
@@ -187,9 +188,9 @@ def _by_component(
             return None
     bases = [innermost(component) for component in components]
     scales = [base.scale for base in bases if isinstance(base, dist.Normal)]
-    beyond = jax.tree.leaves((weights, scales))
+    fixed = jax.tree.leaves((weights, scales))
     marked = [leaf for leaf, mark in zip(jax.tree.leaves(fn), depends, strict=True) if mark]
-    if fn.event_shape or any(leaf is other for leaf in marked for other in beyond):
+    if fn.event_shape or any(leaf is other for leaf in marked for other in fixed):
         return None
     moments = [gaussian_moments(component) for component in components]
     known = [m for m in moments if m is not None and not m.full and m.transform is None]

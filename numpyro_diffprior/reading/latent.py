@@ -137,6 +137,7 @@ class LatentGroup:
 
 
 def _parts(denoiser: Denoiser) -> tuple[Denoiser, ...]:
+    """Return the denoisers of the sites in a joint denoiser."""
     return denoiser.parts if isinstance(denoiser, ProductDenoiser) else (denoiser,)
 
 
@@ -174,14 +175,14 @@ def group_sites(
             continue
         touched = [group for group in groups if group[0] & names]
         merged = set().union(*(members for members, _ in touched))
-        couples = is_coupled or any(mark for _, mark in touched)
+        is_joined = is_coupled or any(mark for _, mark in touched)
         groups = [group for group in groups if group not in touched]
-        groups.append((merged, couples))
+        groups.append((merged, is_joined))
     latent_groups = []
-    for members, is_coupled in groups:
+    for members, is_joined in groups:
         chosen = tuple(site for site in sites if site.name in members)
-        apart = len({(site.batch_shape, site.plates) for site in chosen}) > 1
-        latent_groups.append(LatentGroup(chosen, is_coupled or apart))
+        plates_differ = len({(site.batch_shape, site.plates) for site in chosen}) > 1
+        latent_groups.append(LatentGroup(chosen, is_joined or plates_differ))
     return tuple(sorted(latent_groups, key=lambda group: sites.index(group.sites[0])))
 
 

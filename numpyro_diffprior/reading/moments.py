@@ -391,4 +391,5 @@ def handling(family: type[dist.Distribution]) -> str:
     return f"like its base, transformed back; if the transformation depends on the latent: {label}"
 
 
+# The rules of transformed distributions whose values are transformed back.
 _TRANSFORMED_BACK = (_by_element, _no_moments, _transformed)
