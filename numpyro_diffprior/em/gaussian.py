@@ -1,4 +1,4 @@
-r"""A Gaussian over events, fitted to linear observations of them alone.
+r"""A Gaussian over events, fitted to linear observations of the events alone.
 
 Events :math:`x \sim \mathcal{N}(\mu, \Sigma)` are observed as :math:`y = A x + b + n`, with noise
 :math:`n \sim \mathcal{N}(0, N)`; :math:`A, b, N` differ between events, and each may hide much of
@@ -82,9 +82,11 @@ class _Full(NamedTuple):
 
 
 class _FullMoments(NamedTuple):
-    """Averages over events of the first two moments of the white coordinates given ``y``.
+    """The first two moments of the white coordinates given ``y``, summed or averaged over events.
 
-    The prior's second moment, the identity, is subtracted from the second moments.
+    Attributes:
+        mean: The mean, with shape ``(d,)``.
+        excess: The second moment minus the prior's, the identity, with shape ``(d, d)``.
     """
 
     mean: jax.Array
@@ -100,11 +102,19 @@ class _Factors(NamedTuple):
 
 
 class _FactorMoments(NamedTuple):
-    """`_FullMoments` for the elements' own coordinates ``e`` and the factors ``z``."""
+    """`_FullMoments` for the elements' own coordinates ``e`` and the factors ``z``.
+
+    Attributes:
+        e: The mean of ``e``, with shape ``(d,)``.
+        z: The mean of ``z``, with shape ``(rank,)``.
+        ee: The diagonal of the second moment of ``e``, minus one, with shape ``(d,)``.
+        ez: The mixed second moment, with shape ``(d, rank)``.
+        zz: The second moment of ``z``, minus the identity, with shape ``(rank, rank)``.
+    """
 
     e: jax.Array
     z: jax.Array
-    ee: jax.Array  # variances only
+    ee: jax.Array
     ez: jax.Array
     zz: jax.Array
 
@@ -289,7 +299,7 @@ def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
 
 
 def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> _Full:
-    # Centered residuals: else the covariance would be a small difference of large squares.
+    # Residuals are centered: else the covariance would be a small difference of large squares.
     def products(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         operator, residual, *_ = observe(block)
         gram = einsum("nmi,nmj->ij", operator, operator)
@@ -375,7 +385,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     rho = (seen.residual - seen.operator * state.mean) / jnp.sqrt(c)
 
     gram = einsum("ndr,nds->nrs", loading, loading)
-    # A jitter on the diagonal makes up for rounding.
+    # A jitter on the diagonal keeps the matrix positive definite under rounding.
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
     chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)

@@ -56,12 +56,12 @@ def block_size(
 
     def size(group: LatentGroup) -> int:
         plate = group.largest_plate
-        # A whole plate, unless its elements can be spread over devices, rather than the draws.
+        # A plate stays whole, unless its elements are to be spread over several devices.
         if plate is None or (
             plate.size <= num_systems and not 1 < num_devices(mesh) <= plate.size
         ):
             return group.num_events
-        # All draws of an event in one block, which share its solves.
+        # All draws of an event are in one block, because they share its solves.
         return min(max(1, num_systems // num_draws), -(-plate.size // num_devices(mesh)))
 
     return size
@@ -116,9 +116,10 @@ def sample_first_block(
 
 
 def merge_stats(groups: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
-    """Join the statistics of groups: their events in one axis, where there are several groups.
+    """Concatenate the statistics of groups, which have shapes ``(*leading, *batch)``.
 
-    Their shapes are ``(*leading, *batch)``, with ``num_axes`` leading axes that all groups share.
+    With several groups, one axis of all events takes the place of ``batch``. The ``num_axes``
+    leading axes are those that all groups share.
     """
     if len(groups) == 1:
         return dict(groups[0])
@@ -134,7 +135,15 @@ def merge_stats(groups: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> di
 
 
 class _Plan(NamedTuple):
-    """How a group of latent sites is drawn; static."""
+    """How a group of latent sites is drawn; static.
+
+    Attributes:
+        position: The position of the group among those of the reading.
+        options: The options of sampling.
+        num_draws: The number of draws per event.
+        batch_size: The number of particles in memory at once on one device.
+        mesh: The devices, or None.
+    """
 
     position: int
     options: SamplingOptions
@@ -144,7 +153,7 @@ class _Plan(NamedTuple):
 
     @property
     def num_systems(self) -> int:
-        """How many particle systems are in memory at once."""
+        """The number of particle systems in memory at once on one device."""
         return max(1, self.batch_size // self.options.num_particles)
 
 

@@ -33,10 +33,15 @@ _MAX_SEEN = 256
 
 
 class _Comparison(NamedTuple):
-    """How far one particle's draws are from those of particle systems."""
+    """The distance of one particle's draws from those of particle systems, scalars.
 
-    ratio: jax.Array  # of the root-mean-square distances from the systems' mean
-    z: jax.Array  # the difference of the mean squares, in standard errors
+    Attributes:
+        ratio: The ratio of the root-mean-square distances from the systems' mean.
+        z: The difference of the mean squares, in standard errors.
+    """
+
+    ratio: jax.Array
+    z: jax.Array
 
 
 # The pairs of model and options whose draws were compared already.
@@ -55,7 +60,16 @@ def warn_of_bias(
     """Warn if draws of one particle differ from those of particle systems; once per model.
 
     The particle systems use no more particles than the call itself, so that calls with few draws
-    are not checked. The draws have shape ``(num_samples, *batch, *event)``.
+    are not checked.
+
+    Args:
+        rng_key: A random key.
+        model: The model.
+        arguments: Its positional and its keyword arguments.
+        bound: The model as read for the draws.
+        options: The options of the draws, with one particle.
+        samples: The draws by site, with shape ``(num_samples, *batch, *event)``.
+        mesh: The devices, or None.
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, bound))):
         return
@@ -64,28 +78,31 @@ def warn_of_bias(
     num_samples = len(next(iter(samples.values())))
     num_events = max(group.latents.num_events for group in bound.reading.groups)
     affordable = num_samples * num_events // (_NUM_PARTICLES * _NUM_DRAWS)
-    most = min(_MAX_EVENTS, num_events, affordable)
-    if most < 1:
+    num_compared = min(_MAX_EVENTS, num_events, affordable)
+    if num_compared < 1:
         return
     _seen[bound.reading, options] = None
     while len(_seen) > _MAX_SEEN:
         _seen.pop(next(iter(_seen)))
     args, kwargs = arguments
-    few = read(model, args, kwargs, block_size=lambda _: most, mesh=mesh, purpose="diagnostics")
+    reduced = read(
+        model, args, kwargs, block_size=lambda _: num_compared, mesh=mesh, purpose="diagnostics"
+    )
     sampler = options.sampler
     if not (sampler.eta > 0 and sampler.is_single_evaluation):
         sampler = MultistepSDE(sampler.num_steps)
     guidance = MMPS(GaussianCovariance(), look_ahead=True)
     drawn = sample_first_block(
-        rng_key, few, SamplingOptions(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
+        rng_key, reduced, SamplingOptions(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
     )
     for name, particles in drawn.items():
         ratio, z = _compare(samples[name], particles)
         if ratio > _LARGE_RATIO and z > _LARGE_Z:
             warnings.warn(
-                f"draws of one particle are biased for site '{name}': for {most} of its events "
-                f"they lie {float(ratio):.2g} times as far from the posterior's mean as draws of "
-                f"{_NUM_PARTICLES} particles. Pass num_particles={2 * _NUM_PARTICLES}, or more.",
+                f"draws of one particle are biased for site '{name}': for {num_compared} of its "
+                f"events they lie {float(ratio):.2g} times as far from the posterior's mean as "
+                f"draws of {_NUM_PARTICLES} particles. Pass num_particles={2 * _NUM_PARTICLES}, "
+                "or more.",
                 stacklevel=3,
             )
 

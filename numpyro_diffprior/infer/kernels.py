@@ -65,7 +65,7 @@ class ParticleGibbsState(NamedTuple):
     num_evaluations: jax.Array
 
 
-_State = Any  # of the concrete kernel
+_State = Any  # `MMPSState` or `ParticleGibbsState`
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any] | None
 _Values = dict[str, jax.Array]
@@ -247,8 +247,8 @@ class MMPSKernel(_DiffusionKernel):
         model: A NumPyro model whose first argument is the prior.
         num_particles: Particles per draw.
         sampler: The sampler (default: the prior's).
-        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle and
-            the Gaussian one for more, which look ahead).
+        guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
+            with the Gaussian covariance and look-ahead proposals for more).
 
     Example:
         >>> mcmc = MCMC(MMPSKernel(model), num_warmup=0, num_samples=250)  # doctest: +SKIP
@@ -366,7 +366,7 @@ class ParticleGibbs(_DiffusionKernel):
 
 
 def _no_info(blocks: _Blocks, options: SamplingOptions) -> ParticleInfo:
-    """Return the statistics of a state that was not drawn."""
+    """Return statistics of zero, for a state that is not a draw."""
     num_steps = options.sampler.num_steps
     return _merge(
         [

@@ -43,7 +43,8 @@ def resolve_options(
 ) -> SamplingOptions:
     """Fill in the defaults: the prior's sampler, and `MMPS`.
 
-    MMPS uses Tweedie's covariance for one particle, and looks ahead with the Gaussian for more.
+    MMPS uses Tweedie's covariance for one particle, and the Gaussian covariance with look-ahead
+    proposals for more.
 
     Raises:
         ValueError: If ``sampler`` is not a `Sampler` or ``guidance`` not a `Guidance`, or if there
