@@ -48,7 +48,7 @@ class EStep:
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
 
     def settings(self, default: Sampler) -> SamplingOptions:
-        """Return how draws are made, given the prior's sampler.
+        """Return the options of sampling, given the prior's sampler.
 
         Raises:
             ValueError: If particles, sampler and guidance do not fit together.

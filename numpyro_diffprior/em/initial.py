@@ -178,7 +178,7 @@ def fit_by_sampling(
         current = _with_gaussians(priors, fitted)
         passed = sites.as_passed(current)
         if bound is None or structure != jax.tree.structure(passed):
-            # The covariances of the first draws may have another form than those before.
+            # Covariances fitted to draws may have another form than the initial ones.
             bound = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
         else:

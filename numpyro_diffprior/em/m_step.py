@@ -151,7 +151,7 @@ def _fit_prior(
         denoiser=start.denoiser.with_summary(mean, cov),
         averaged=start.averaged.with_summary(mean, cov),
     )
-    # Measured before the network is trained on these draws, which would flatter it.
+    # Measured before the network is trained on these draws: on them, its error would be too small.
     current = m_step.choose(training).with_summary(mean, cov)
     current = measure_error(key_measure, current, x, context=context, batch_size=m_step.batch_size)
     training, losses = train(

@@ -1,4 +1,4 @@
-"""A dict of priors: the sites that each one governs and learns from.
+"""Dicts of priors, and the sites that each prior governs and learns from.
 
 `EM` works on a dict of priors, whatever the user passed; a lone prior has the key ``"prior"``.
 """
@@ -27,7 +27,7 @@ __all__ = [
     "with_network",
 ]
 
-ALONE = "prior"
+ALONE = "prior"  # the key of a prior that was passed alone
 
 Priors = dict[str, DiffusionPrior]
 
