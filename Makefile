@@ -20,13 +20,13 @@ BY_FILE := --dist loadfile
 
 PY := $(VENV)/bin/python
 
-# Modules that must work in float64 too; those that exist are run. Not among them are those that draw
-# at length with the parts that are.
+# Tests of the numeric modules, which also run in float64. Tests that combine these modules in long
+# runs are left out.
 NUMERIC := matrices linalg solvers schedules denoisers likelihoods samplers guidance metrics \
 	transport distributions proposals curvature reading moments posterior gaussian_fit params \
 	complex
 X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
-# Tests against closed forms that are also run with XLA's own settings, not those of quick
+# Tests against closed forms that are also run with XLA's default flags, instead of those for quick
 # compilation in tests/conftest.py.
 XLA_TESTS := tests/test_guidance.py tests/test_precision.py tests/test_proposals.py \
 	tests/test_smc.py tests/test_units.py::test_many_values_of_one_unknown
