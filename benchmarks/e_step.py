@@ -72,11 +72,11 @@ def our_functions(rng_key, args):
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
     plain = resolve_options(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
 
-    def draw(settings, mask, y):
-        options = {"num_draws": 1, "batch_size": args.batch_size * settings.num_particles}
-        size = block_size(settings.num_particles, **options)
-        found = read(digits.model, (prior, mask, y), {}, block_size=size)
-        return sample_blocks(key_draw, found, settings, **options).samples["x"]
+    def draw(options, mask, y):
+        sizes = {"num_draws": 1, "batch_size": args.batch_size * options.num_particles}
+        size = block_size(options.num_particles, **sizes)
+        bound = read(digits.model, (prior, mask, y), {}, block_size=size)
+        return sample_blocks(key_draw, bound, options, **sizes).samples["x"]
 
     x = jnp.zeros((args.num_particles * args.batch_size, 8, 8))
     jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)

@@ -119,9 +119,9 @@ FAMILIES = {
 
 
 def likelihood_of(observe):
-    found = read(make_model(observe), (PRIOR, Z), {})
-    (group,) = found.reading.groups
-    return group.bind(found.data).likelihood
+    bound = read(make_model(observe), (PRIOR, Z), {})
+    (group,) = bound.reading.groups
+    return group.bind(bound.data).likelihood
 
 
 @pytest.mark.parametrize("name", FAMILIES)

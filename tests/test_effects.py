@@ -31,9 +31,9 @@ def model(prior, y=None):
 
 
 def read(model, *args):
-    found = read_model(model, args, {})
-    (group,) = found.reading.groups
-    return group.latents, group.bind(found.data).likelihood
+    bound = read_model(model, args, {})
+    (group,) = bound.reading.groups
+    return group.latents, group.bind(bound.data).likelihood
 
 
 def same(found, expected):

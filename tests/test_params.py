@@ -35,11 +35,11 @@ def model(prior, y, labels, subsample_size=None):
 
 def fit(num_steps, batch_size, *args, learning_rate=0.05):
     optimizer = optax.adam(learning_rate)
-    found = read(model, (PRIOR, *args), {}, block_size=lambda group: batch_size)
-    params, opt_state = init_params(found, optimizer)
+    bound = read(model, (PRIOR, *args), {}, block_size=lambda group: batch_size)
+    params, opt_state = init_params(bound, optimizer)
     params, _ = fit_params(
         jax.random.key(0),
-        found.with_params(params),
+        bound.with_params(params),
         {"x": X},
         optimizer,
         opt_state,
@@ -69,7 +69,7 @@ def test_minibatches(subsample_size):
 
 def test_a_value_that_is_given_is_no_parameter():
     fixed = numpyro.handlers.substitute(model, data={"noise": jnp.asarray(0.2)})
-    found = read(fixed, (PRIOR, Y, LABELS), {})
-    assert set(found.reading.constraints) == {"shares"}
-    params, _ = init_params(found, optax.adam(0.1))
+    bound = read(fixed, (PRIOR, Y, LABELS), {})
+    assert set(bound.reading.constraints) == {"shares"}
+    params, _ = init_params(bound, optax.adam(0.1))
     np.testing.assert_allclose(params["shares"], 1 / 3, rtol=1e-6)

@@ -107,8 +107,8 @@ def test_invalid_values_are_found_in_any_part(prior, data, mapped):
 
 
 def test_parts_hold_a_few_blocks(prior, data, mapped):
-    found = read(model, (prior, *mapped), {}, block_size=block_size(1, 1, BATCH_SIZE))
-    parts = list(split_into_parts(found, 0))
+    bound = read(model, (prior, *mapped), {}, block_size=block_size(1, 1, BATCH_SIZE))
+    parts = list(split_into_parts(bound, 0))
     assert len(parts) == 5
     shapes = {tuple(array.shape for array in part.model.data.arrays) for part in parts}
     assert len(shapes) == 1  # so that nothing is compiled anew
@@ -117,8 +117,8 @@ def test_parts_hold_a_few_blocks(prior, data, mapped):
     assert sizes == [7 * BATCH_SIZE, 7 * BATCH_SIZE, NUM_EVENTS]
     elements = np.concatenate([part.indices.ravel() for part in parts])
     np.testing.assert_array_equal(np.unique(elements), np.arange(NUM_EVENTS))
-    in_memory = found.data._replace(arrays=[np.array(array) for array in found.data.arrays])
-    assert len(list(split_into_parts(replace(found, data=in_memory), 0))) == 1
+    in_memory = bound.data._replace(arrays=[np.array(array) for array in bound.data.arrays])
+    assert len(list(split_into_parts(replace(bound, data=in_memory), 0))) == 1
 
 
 def test_particles_count_in_the_batch(prior, data):

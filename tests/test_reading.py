@@ -36,10 +36,10 @@ def read(model, *args, **kwargs):
 
 def read_group(model, *args, **kwargs):
     """The only group of a model and its likelihood, with whole plates."""
-    found = read_model(model, args, kwargs)
-    check_data(found, found.reading.sampler)
-    (group,) = found.reading.groups
-    return group.latents, group.bind(found.data).likelihood
+    bound = read_model(model, args, kwargs)
+    check_data(bound, bound.reading.sampler)
+    (group,) = bound.reading.groups
+    return group.latents, group.bind(bound.data).likelihood
 
 
 def normal(prior):
@@ -266,10 +266,10 @@ def subsampled(prior, data, batch_size=None):
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_plates_run_on_given_elements_and_do_not_scale(batch_size):
     index = jnp.array([3, 0])
-    found = read_model(subsampled, (make_prior(), Y, batch_size), {}, block_size=lambda group: 2)
-    (group,) = found.reading.groups
+    bound = read_model(subsampled, (make_prior(), Y, batch_size), {}, block_size=lambda group: 2)
+    (group,) = bound.reading.groups
     assert (group.latents.batch_shape, group.latents.plates) == ((2,), (Plate("n", -1, N),))
-    likelihood = group.bind(found.data, {"n": index}).likelihood
+    likelihood = group.bind(bound.data, {"n": index}).likelihood
     np.testing.assert_allclose(likelihood.y, Y[index] / UNIT, rtol=tolerance())
     x = jnp.asarray(X[index])
     expected = dist.Normal(x, 0.5).to_event(1).log_prob(Y[index])
