@@ -48,8 +48,8 @@ class DiffusionPrior(Distribution):
     `sample` and `log_prob` process ``max_batch_size`` events at a time, which bounds their memory.
     Draws depend on the key and on ``max_batch_size``.
 
-    Events and noise levels are in the data's units, whatever the denoiser's (`Denoiser.unit`); a
-    sampler's own limits are in the denoiser's. The elements of an event should have similar scales
+    Events and noise levels, also the limits of a sampler, are in the data's units, whatever the
+    denoiser's (`Denoiser.unit`). The elements of an event should have similar scales
     (standardize the columns of a catalog): sampling stops at the denoiser's ``sigma_min``, a
     thousandth of the elements' root-mean-square deviation, and draws of elements with a deviation
     below ten times ``sigma_min`` are too narrow. More steps reduce the sampler's bias.
