@@ -128,7 +128,12 @@ def init_training(
         The state that `train` takes.
     """
     weights = _widen(split_network(denoiser.net)[0])
-    return TrainState(denoiser, denoiser, optimizer.init(weights), jnp.zeros((), int))
+    return TrainState(
+        denoiser=denoiser,
+        averaged=denoiser,
+        opt_state=optimizer.init(weights),
+        num_steps=jnp.zeros((), int),
+    )
 
 
 def train(

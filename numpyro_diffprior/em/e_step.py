@@ -47,7 +47,7 @@ class EStep:
         names = ("num_particles", "num_draws", "max_batch_size")
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
 
-    def settings(self, default: Sampler) -> SamplingOptions:
+    def options(self, default: Sampler) -> SamplingOptions:
         """Return the options of sampling, given the prior's sampler.
 
         Raises:
@@ -68,7 +68,7 @@ def draw_events(
     return sample_blocks(
         rng_key,
         model,
-        e_step.settings(model.reading.sampler),
+        e_step.options(model.reading.sampler),
         num_draws=e_step.num_draws,
         batch_size=e_step.max_batch_size,
         mesh=mesh,

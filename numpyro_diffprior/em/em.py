@@ -136,7 +136,7 @@ class EM:
                 cannot be read, or a prior with a network governs no site or is in the dict twice.
         """
         priors = as_dict(prior)
-        self.e_step.settings(next(iter(priors.values())).sampler)
+        self.e_step.options(next(iter(priors.values())).sampler)
         bound = self._read(prior, (args, kwargs))
         for group in bound.reading.groups:
             if not (group.latents.plates or group.latents.joined_plates):

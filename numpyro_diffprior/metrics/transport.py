@@ -388,7 +388,12 @@ def _transport(
     cost, regularized = result.primal_cost, result.reg_ot_cost
     # a diverged iteration ends with an error of minus infinity, which ott takes for convergence
     finite = jnp.isfinite(cost) & jnp.isfinite(regularized)
-    return TransportResult(cost, regularized, result.n_iters, result.converged & finite)
+    return TransportResult(
+        cost=cost,
+        regularized_cost=regularized,
+        num_steps=result.n_iters,
+        converged=result.converged & finite,
+    )
 
 
 def _warn_unless_converged(*results: TransportResult) -> None:

@@ -160,7 +160,7 @@ class Evaluation(NamedTuple):
     Attributes:
         proposal: The proposal for the next level.
         x_hat: The prior's means, with shape ``(num_particles, *batch, *event)``.
-        x_hat_y: The guided means, with the same shape.
+        x_hat_y: The guided means, with the same shape; ``x_hat`` if particles look ahead instead.
         residual: The relative residual of guidance's solve, ``(num_particles, *batch)``.
         num_truncated: The number of directions that guidance left out, same shape.
     """
@@ -183,7 +183,13 @@ def propose(
         predictive = posterior.look_ahead(x_hat, levels.following)
         proposal = _LookAheadProposal.make(mean, tau, predictive)
         zeros = jnp.zeros_like(proposal.log_twist)
-        return Evaluation(proposal, x_hat, x_hat, zeros, zeros.astype(int))
+        return Evaluation(
+            proposal=proposal,
+            x_hat=x_hat,
+            x_hat_y=x_hat,
+            residual=zeros,
+            num_truncated=zeros.astype(int),
+        )
     guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
     x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
@@ -191,11 +197,11 @@ def propose(
     mean_y, _ = sampler.transition(previous.x_t, x_tilde_y, levels)
     shift = (mean_y - mean) / tau
     return Evaluation(
-        _GuidedProposal(mean, tau, guided.log_twist, shift),
-        guided.x_hat,
-        guided.x_hat_y,
-        guided.residual,
-        guided.num_truncated,
+        proposal=_GuidedProposal(mean, tau, guided.log_twist, shift),
+        x_hat=guided.x_hat,
+        x_hat_y=guided.x_hat_y,
+        residual=guided.residual,
+        num_truncated=guided.num_truncated,
     )
 
 

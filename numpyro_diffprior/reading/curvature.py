@@ -182,8 +182,10 @@ def _by_component(
             components, weights = [fn.component_distribution], fn.mixing_distribution
         case dist.MixtureGeneral():
             components, weights = fn.component_distributions, fn.mixing_distribution
+        case dist.ZeroInflatedLogits():
+            components, weights = [fn.base_dist], (fn.gate, fn.gate_logits)
         case dist.ZeroInflatedProbs():
-            components, weights = [fn.base_dist], (fn.gate, getattr(fn, "gate_logits", None))
+            components, weights = [fn.base_dist], fn.gate
         case _:
             return None
     bases = [innermost(component) for component in components]
