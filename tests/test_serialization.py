@@ -315,7 +315,7 @@ def test_other_version_is_refused(path):
     save_denoiser(path, gaussian())
     rewrite(path, version="1")
     for read in (load_denoiser, read_metadata):
-        with pytest.raises(ValueError, match="expected version 4 of the format, got 1"):
+        with pytest.raises(ValueError, match="expected version 5 of the format, got 1"):
             read(path)
 
 

@@ -53,7 +53,7 @@ from numpyro_diffprior.nets.adapters import named_arrays, replace_arrays
 __all__ = ["load_denoiser", "read_metadata", "save_denoiser"]
 
 _FORMAT = "numpyro_diffprior.denoiser"
-_VERSION = "4"
+_VERSION = "5"
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (

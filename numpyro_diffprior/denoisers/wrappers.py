@@ -23,35 +23,35 @@ class DenoiserWrapper(Denoiser):
     """Base class of denoisers that wrap another one, with its summary and contexts by default.
 
     Args:
-        part: The wrapped denoiser.
+        wrapped: The wrapped denoiser.
     """
 
-    part: Denoiser
+    wrapped: Denoiser
 
     @property
     def mean(self) -> jax.Array:  # type: ignore[override]
-        return self.part.mean
+        return self.wrapped.mean
 
     @property
     def cov(self) -> Covariance:  # type: ignore[override]
-        return self.part.cov
+        return self.wrapped.cov
 
     @property
     def unit(self) -> jax.Array | float:  # type: ignore[override]
-        return self.part.unit
+        return self.wrapped.unit
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:
-        return self.part.context_shape
+        return self.wrapped.context_shape
 
     def contexts(self, batch_shape: tuple[int, ...]) -> jax.Array | None:
-        return self.part.contexts(batch_shape)
+        return self.wrapped.contexts(batch_shape)
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        return self.part.initial_mean(batch_shape)
+        return self.wrapped.initial_mean(batch_shape)
 
     def error_ratio(self, sigma: jax.Array | float) -> jax.Array:
-        return self.part.error_ratio(sigma)
+        return self.wrapped.error_ratio(sigma)
 
 
 @register
@@ -62,7 +62,7 @@ class ConditionedDenoiser(DenoiserWrapper):
     Its mean, covariance and error ratios are those of the prior over all contexts.
 
     Args:
-        part: A denoiser with a ``context_shape``.
+        wrapped: A denoiser with a ``context_shape``.
         context: Contexts, with shape ``(*batch, *context_shape)``; their batch axes broadcast
             against the last batch axes of the events.
 
@@ -72,28 +72,28 @@ class ConditionedDenoiser(DenoiserWrapper):
 
     context: jax.Array
 
-    def __init__(self, part: Denoiser, context: ArrayLike) -> None:
-        shape = part.context_shape
+    def __init__(self, wrapped: Denoiser, context: ArrayLike) -> None:
+        shape = wrapped.context_shape
         if shape is None:
             raise ValueError(
-                f"{type(part).__name__}: expected a denoiser that takes a context; give its "
+                f"{type(wrapped).__name__}: expected a denoiser that takes a context; give its "
                 "network a `context_shape`, as in MLP((2,), context_shape=(3,), rngs=rngs)."
             )
-        context = jnp.asarray(context, part.dtype)
+        context = jnp.asarray(context, wrapped.dtype)
         if context.shape[max(context.ndim - len(shape), 0) :] != shape:
             raise ValueError(
-                f"{type(part).__name__}: expected contexts of shape {shape} in the last axes, got "
-                f"an array of shape {context.shape}."
+                f"{type(wrapped).__name__}: expected contexts of shape {shape} in the last axes, "
+                f"got an array of shape {context.shape}."
             )
-        set_fields(self, part=part, context=context)
+        set_fields(self, wrapped=wrapped, context=context)
 
     def __call__(
         self, x_t: jax.Array, sigma: jax.Array | float, *, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         """Return the conditional mean; with ``rngs``, in training mode (dropout)."""
-        part: Any = self.part
+        wrapped: Any = self.wrapped
         batch_shape = x_t.shape[: x_t.ndim - len(self.event_shape)]
-        return part(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
+        return wrapped(x_t, sigma, self.contexts(batch_shape), rngs=rngs)
 
     @property
     def context_shape(self) -> None:
@@ -107,10 +107,10 @@ class ConditionedDenoiser(DenoiserWrapper):
     def at_contexts(self, contexts: jax.Array | None) -> Denoiser:
         if contexts is None:
             return self
-        return ConditionedDenoiser(self.part, contexts)
+        return ConditionedDenoiser(self.wrapped, contexts)
 
     def in_unit(self, unit: jax.Array) -> "ConditionedDenoiser":
-        return ConditionedDenoiser(self.part.in_unit(unit), self.context)
+        return ConditionedDenoiser(self.wrapped.in_unit(unit), self.context)
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
         """Return the denoised mean at `sigma_max`, for each context."""
@@ -120,7 +120,7 @@ class ConditionedDenoiser(DenoiserWrapper):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The shape of the batch of contexts."""
-        ndim = len(self.part.context_shape or ())
+        ndim = len(self.wrapped.context_shape or ())
         return self.context.shape[: self.context.ndim - ndim]
 
 
@@ -130,7 +130,7 @@ class PlateDenoiser(DenoiserWrapper):
     """The denoiser of a whole plate as one event, for observations that couple its elements.
 
     Args:
-        part: The denoiser of one element.
+        wrapped: The denoiser of one element.
         batch_shape: The shape of the plate.
     """
 
@@ -138,25 +138,25 @@ class PlateDenoiser(DenoiserWrapper):
 
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         sigma = jnp.asarray(sigma, self.dtype)
-        return self.part(x_t, align(sigma, self.batch_shape))
+        return self.wrapped(x_t, align(sigma, self.batch_shape))
 
     @property
     def mean(self) -> jax.Array:  # type: ignore[override]
-        return jnp.broadcast_to(self.part.mean, (*self.batch_shape, *self.part.event_shape))
+        return jnp.broadcast_to(self.wrapped.mean, (*self.batch_shape, *self.wrapped.event_shape))
 
     @property
     def cov(self) -> Covariance:  # type: ignore[override]
-        return Repeated(self.part.cov, prod(self.batch_shape))
+        return Repeated(self.wrapped.cov, prod(self.batch_shape))
 
     def in_unit(self, unit: jax.Array) -> "PlateDenoiser":
-        return PlateDenoiser(self.part.in_unit(unit), self.batch_shape)
+        return PlateDenoiser(self.wrapped.in_unit(unit), self.batch_shape)
 
     def contexts(self, batch_shape: tuple[int, ...]) -> None:
         """None: contexts belong to the elements and are the same for all plates."""
         return None
 
     def initial_mean(self, batch_shape: tuple[int, ...]) -> jax.Array:
-        return self.part.initial_mean((*batch_shape, *self.batch_shape))
+        return self.wrapped.initial_mean((*batch_shape, *self.batch_shape))
 
 
 @register

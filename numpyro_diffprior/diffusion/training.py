@@ -396,10 +396,10 @@ def _train(
     weights, rest, wide, opt_state, count = last
     weights, averaged = _like(weights, narrow), _like(wide, averaged)
     state = TrainState(
-        replace(fixed, net=rebuild(weights, rest)),
-        replace(state.averaged, net=rebuild_averaged(averaged, rest)),
-        opt_state,
-        count,
+        denoiser=replace(fixed, net=rebuild(weights, rest)),
+        averaged=replace(state.averaged, net=rebuild_averaged(averaged, rest)),
+        opt_state=opt_state,
+        num_steps=count,
     )
     return state, losses
 

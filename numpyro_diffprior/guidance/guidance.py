@@ -74,7 +74,7 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
     Subclasses hold what their guidance precomputes for a likelihood.
 
     Args:
-        part: The prior.
+        wrapped: The prior.
         likelihood: The likelihood of the observed batch.
         precision: The largest precision of the likelihood, which bounds `sigma_min`, or None.
     """
@@ -85,7 +85,7 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
     @property
     def prior(self) -> Denoiser:
         """The denoiser of the prior."""
-        return self.part
+        return self.wrapped
 
     @property
     def sigma_min(self) -> jax.Array:
