@@ -97,7 +97,7 @@ def test_work_is_divided(num_events):
 
     def flops(mesh):
         def f(mask, y):
-            return draw(mesh, mask, y, num_samples=256, max_batch_size=8192).samples["x"]
+            return draw(mesh, mask, y, num_samples=1024, max_batch_size=32768).samples["x"]
 
         compiled = jax.jit(f).lower(MASK[:num_events], Y[:num_events]).compile()
         return compiled.cost_analysis()["flops"]
