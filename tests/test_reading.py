@@ -389,6 +389,13 @@ def batch_in_the_event(prior):
     numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=Y)
 
 
+def coupled_backward_in_the_plate(prior):
+    with numpyro.plate("n", N):
+        x = numpyro.sample("x", prior)
+        mean = jnp.cumsum(x[::-1], 0)[::-1]
+        numpyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=Y)
+
+
 ERRORS = [
     (no_prior, "no latent site with a DiffusionPrior"),
     (transformed_prior, "transform its draw, not the prior"),
@@ -397,6 +404,10 @@ ERRORS = [
     (not_observed, r"latent sites \['y'\] have no sampler"),
     (
         coupled_in_the_plate,
+        r"in the plates \['n'\] an observed site of \['y'\] depends on other elements of 'x'",
+    ),
+    (
+        coupled_backward_in_the_plate,
         r"in the plates \['n'\] an observed site of \['y'\] depends on other elements of 'x'",
     ),
     (prior_of_another_site, r"priors of the latent sites \['z'\] depend on other sites"),

@@ -139,7 +139,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
 def _are_independent(block: Block) -> jax.Array:
     """Whether the likelihood of every event depends only on that event.
 
-    Half of the events move; the log-density of the others must not change.
+    Half of the events move, then the others; the log-density of those that stay must not change.
     """
     likelihood, template = block.likelihood, block.mean
     batch_shape, event_ndim = likelihood.batch_shape, len(likelihood.event_shape)
@@ -149,7 +149,8 @@ def _are_independent(block: Block) -> jax.Array:
     # NumPy's draws are constants of the program: it compiles faster without a random number
     # generator.
     rng = np.random.default_rng(0)
-    moves = (rng.permutation(num) < num // 2).reshape(batch_shape)
+    half = (rng.permutation(num) < num // 2).reshape(batch_shape)
+    moves = np.stack([half, ~half])
     event_axes = tuple(range(-event_ndim, 0))
     # One direction with random lengths is cheaper than random numbers for all elements.
     length = jnp.asarray(rng.normal(size=batch_shape), template.dtype)
