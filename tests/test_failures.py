@@ -73,6 +73,20 @@ def test_a_diverging_run_ends_with_the_last_good_weights(name):
     assert result.state.training["prior"].num_steps == count
 
 
+def test_a_gradient_that_is_no_number_is_told():
+    """Also where the loss is finite, and the optimizer hides it."""
+
+    def network(params, x, noise):
+        return x * jnp.sqrt(params["w"] ** 2)  # at zero, its derivative is zero times infinity
+
+    net = ndp.FunctionNetwork(network, {"w": jnp.zeros(())}, (D,))
+    optimizer = optax.chain(optax.zero_nans(), optax.sgd(0.01))
+    with pytest.warns(UserWarning, match="diverged at step 1 of 4: its loss, gradient or weights"):
+        ndp.fit_denoiser(
+            KEY, ndp.NetworkDenoiser(net), Y, optimizer=optimizer, num_steps=4, batch_size=16
+        )
+
+
 def test_a_run_that_diverges_later_keeps_what_was_learned():
     optimizer = optax.sgd(lambda count: jnp.where(count < 6, 0.01, jnp.nan))
     with pytest.warns(UserWarning, match="training of iteration 2 diverged"):

@@ -280,3 +280,8 @@ def test_truncated_directions_get_no_correction():
     assert_close(result.solution, np.array([0.5, 0.0, 0.0, 0.0]))
     assert_close(result.logdet, np.log(2.0))
     assert result.num_truncated == 2  # nothing is lost with the direction of no gain
+
+
+def test_truncated_solve_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"noise of size 3, got \(2, 2\) and \(3,\)"):
+        truncated_solve(jnp.eye(2), Isotropic(1.0, 3), jnp.ones(3))

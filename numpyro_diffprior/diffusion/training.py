@@ -319,8 +319,8 @@ def _warn_of_divergence(losses: jax.Array) -> None:
         return
     step = int(jnp.argmin(jnp.isfinite(losses))) + 1
     warnings.warn(
-        f"training diverged at step {step} of {len(losses)}: its loss or weights are not "
-        "finite. The denoiser is the one before that step; a smaller learning rate, or "
+        f"training diverged at step {step} of {len(losses)}: its loss, gradient or weights are "
+        "not finite. The denoiser is the one before that step; a smaller learning rate, or "
         "gradients clipped by `optax.clip_by_global_norm`, may help.",
         stacklevel=3,
     )
@@ -382,8 +382,7 @@ def _train(
             averaged,
         )
         # A step that is not finite is not taken, nor is any later one; their losses are NaN.
-        # (Gradients that are not finite lead to such weights, unless the optimizer mends them.)
-        diverged = diverged | ~_are_finite((loss, weights))
+        diverged = diverged | ~_are_finite((loss, gradient, weights))
         new = weights, rest, averaged, opt_state, count
         kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
         return (kept, diverged), jnp.where(diverged, jnp.nan, loss)
