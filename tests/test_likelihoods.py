@@ -90,3 +90,58 @@ def test_linear_gaussian_errors(rows, columns, size):
         ValueError, match=r"matrix of shape \(..., 3, 6\) and noise of size 3; got"
     ):
         linear_gaussian(jnp.ones(3), jnp.ones((rows, columns)), Isotropic(1.0, size), EVENT)
+
+
+def blur(frequency_response):
+    """A periodic convolution of images, and its largest eigenvalue squared."""
+
+    def f(x):
+        return jnp.fft.ifft2(jnp.fft.fft2(x) * frequency_response).real
+
+    return f, float(np.abs(frequency_response).max() ** 2)
+
+
+def operators(size):
+    """Operators on images as functions, each with the square of its largest singular value."""
+    rng = np.random.default_rng(0)
+    mask, gains = rng.random((size, size)) < 0.25, rng.uniform(0.1, 3, (size, size))
+    matrix = rng.normal(size=(20, size**2)) / size
+    pixel = np.zeros((size, size))
+    pixel[size // 2, size // 3] = 1
+    frequencies = 2 * np.pi * np.fft.fftfreq(size)
+    cosines = np.cos(frequencies)
+    low = np.exp(-2 * (frequencies[:, None] ** 2 + frequencies**2))
+    return {
+        "mask": (lambda x: mask * x, 1.0),
+        "gains": (lambda x: gains * x, gains.max() ** 2),
+        "one pixel": (lambda x: pixel * x, 1.0),
+        "sum": (lambda x: x.sum((-1, -2), keepdims=True), size**2),
+        "sums of rows": (lambda x: x.sum(-1), size),
+        "matrix": (
+            lambda x: x.reshape(*x.shape[:-2], -1) @ matrix.T,
+            np.linalg.norm(matrix, 2) ** 2,
+        ),
+        "low frequencies": blur(low),
+        "high frequencies": blur(1 - low),
+        "Laplacian": blur(4 - 2 * cosines[:, None] - 2 * cosines),
+    }
+
+
+# At the size of the digits, and at that of images.
+@pytest.mark.parametrize("size", [2, 8, 28])
+@pytest.mark.parametrize("name", operators(8))
+def test_largest_precision(name, size):
+    """A few power iterations find its order of magnitude."""
+    operator, square = operators(size)[name]
+    scale = 0.1
+
+    def read(x):
+        y_hat = operator(x).reshape(*x.shape[:-2], -1)
+        return ObservationMoments(
+            y_hat, Isotropic(scale**2, y_hat.shape[-1]), jnp.zeros_like(y_hat)
+        )
+
+    x = jnp.zeros((3, size, size))
+    likelihood = Likelihood(read(x).y, read, lambda x: x.sum((-1, -2)), (size, size))
+    found = float(likelihood.largest_precision(x)) * scale**2
+    assert 0.7 * square < found < 1.1 * square

@@ -16,7 +16,7 @@ from numpyro.infer import MCMC, NUTS, Predictive
 import numpyro_diffprior as ndp
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.guidance import GaussianCovariance
-from numpyro_diffprior.linalg.powers import scale_by_power
+from numpyro_diffprior.linalg.powers import floor_log2, scale_by_power
 from numpyro_diffprior.reading.units import standardized_log_density
 from numpyro_diffprior.reading.unwrap import to_pairs
 
@@ -386,6 +386,31 @@ def test_products_with_powers(exponent):
     np.testing.assert_allclose(jax.jit(jax.grad(square))(small), 2 * x * factor, rtol=1e-6)
     hessian = jax.hessian(lambda z: square(scale_by_power(z, -exponent)))(x)
     np.testing.assert_allclose(hessian, 2 * jnp.eye(3), rtol=1e-6)
+
+
+FLOATS = sorted({"float16", "bfloat16", "float32", jnp.zeros(()).dtype.name})
+
+
+@pytest.mark.parametrize("exponent", [-250, -30, 0, 30, 250])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_products_at_the_ends_of_the_range(dtype, exponent):
+    """Infinite and NaN values stay, and what leaves the normal range is infinite or zero."""
+    limits = jnp.finfo(dtype)
+    x = jnp.array([1, -1.75, limits.max, limits.tiny, 0, -0.0, np.inf, -np.inf, np.nan], dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.ldexp(np.asarray(x, np.longdouble), exponent)
+    expected = np.where(np.abs(expected) < limits.tiny, 0, expected)
+    expected = np.where(np.abs(expected) > limits.max, np.copysign(np.inf, expected), expected)
+    product = np.asarray(scale_by_power(x, exponent), np.longdouble)
+    np.testing.assert_array_equal(product, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exponents(dtype):
+    limits = jnp.finfo(dtype)
+    x = jnp.array([1, 1.75, 2, 0.5, 0.49, limits.max, limits.tiny], dtype)
+    expected = np.frexp(np.asarray(x, np.longdouble))[1] - 1
+    np.testing.assert_array_equal(floor_log2(x), expected)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 0)], ids=str)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers.denoiser import flatten_events
-from numpyro_diffprior.linalg.batched import apply, chirp
+from numpyro_diffprior.linalg.batched import apply, probe
 from numpyro_diffprior.linalg.covariances import Covariance
 
 __all__ = ["Likelihood", "Linearization", "ObservationMoments", "linear_gaussian"]
@@ -204,8 +204,8 @@ class Likelihood:
             size = largest(w)
             return w / jnp.where(size > 0, size, 1)
 
-        start = chirp(prod(self.event_shape), x.dtype)
-        v = jnp.broadcast_to(start, (*self.batch_shape, *start.shape))
+        start = probe(prod(self.event_shape), x.dtype)
+        v = jnp.broadcast_to(start / largest(start), (*self.batch_shape, *start.shape))
         v = jax.lax.fori_loop(0, 4, step, v)
         return jnp.nanmax(largest(local.precision(v)))
 

@@ -22,11 +22,11 @@ __all__ = [
     "apply",
     "apply_transpose",
     "by_matrix",
-    "chirp",
     "eigh",
     "einsum",
     "inverse_lower",
     "matmul",
+    "probe",
 ]
 
 
@@ -76,14 +76,12 @@ def append_axis(c: ArrayLike) -> jax.Array:
     return jnp.asarray(c)[..., None]
 
 
-def chirp(size: int, dtype: DTypeLike) -> jax.Array:
-    r"""Return the vector :math:`\cos(\pi i^2 / n)`, whose spectrum is nearly flat.
+def probe(size: int, dtype: DTypeLike) -> jax.Array:
+    """Return a fixed vector of standard normal numbers, to probe products with a matrix.
 
-    It is a fixed replacement for a random probe vector: programs without a random number generator
-    compile faster.
+    It is a constant of the program, which compiles faster than with a random number generator.
     """
-    grid = jnp.arange(size, dtype=dtype)
-    return jnp.cos(jnp.pi * grid * (grid / size))
+    return jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
 
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:

@@ -196,7 +196,16 @@ def truncated_solve(
         gain: :math:`G`, with shape ``(*batch, m, m)``.
         noise: :math:`N`, a nonsingular covariance of size ``m``.
         residual: :math:`r`, with shape ``(*batch, m)``.
+
+    Raises:
+        ValueError: If the shapes do not agree.
     """
+    m = noise.size
+    if gain.shape[-2:] != (m, m) or residual.shape[-1] != m:
+        raise ValueError(
+            f"Expected a gain of shape (*batch, {m}, {m}) and a residual of shape (*batch, {m}) "
+            f"for noise of size {m}, got {gain.shape} and {residual.shape}."
+        )
     whiten = inverse_lower(by_matrix(jnp.linalg.cholesky, noise.dense()))
     whitened = matmul(matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
     eigenvalues, eigenvectors = eigh(whitened)
@@ -208,7 +217,7 @@ def truncated_solve(
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
     # The gain of a masked value is zero up to rounding, which does not count as truncated.
     eps, largest = jnp.finfo(gains.dtype).eps, jnp.abs(eigenvalues).max(-1, keepdims=True)
-    rounding = noise.size * eps * largest
+    rounding = m * eps * largest
     return TruncatedSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 

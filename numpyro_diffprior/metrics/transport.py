@@ -200,11 +200,21 @@ def entropic_transport_cost(
 
     POT's ``sinkhorn2`` returns the same cost by default. It is not zero even between a cloud and
     itself: see `excess_transport_cost` and `sinkhorn_divergence`.
-    Warns if the iterations did not converge, except under ``jit``. The arguments are those of
-    `entropic_transport`.
+    Warns if the iterations did not converge, except under ``jit``.
+
+    Args:
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
+        tolerance: Largest total violation of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The cost, in squared units of the events, scalar.
+
+    Raises:
+        ImportError: If ott-jax is missing.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
     result = entropic_transport(
         x, y, regularization=regularization, tolerance=tolerance, max_steps=max_steps
@@ -279,11 +289,21 @@ def sinkhorn_divergence(
     \mathrm{OT}_\varepsilon(y, y)) / 2`, where :math:`\mathrm{OT}_\varepsilon` is the
     ``regularized_cost`` of `entropic_transport`. It is zero for identical clouds and positive
     otherwise; for a shifted copy of a cloud it is the squared length of the shift.
-    Warns if the iterations did not converge, except under ``jit``. The arguments are those of
-    `entropic_transport`.
+    Warns if the iterations did not converge, except under ``jit``.
+
+    Args:
+        x: Cloud with shape ``(n, *event_shape)``.
+        y: Cloud with shape ``(m, *event_shape)``.
+        regularization: :math:`\varepsilon`, in squared units; see `entropic_transport`.
+        tolerance: Largest total violation of the marginals.
+        max_steps: Largest number of iterations.
 
     Returns:
         The divergence, in squared units of the events, scalar.
+
+    Raises:
+        ImportError: If ott-jax is missing.
+        ValueError: If the events' shapes differ, a cloud is empty or an option is out of range.
     """
     options = _check_transport("sinkhorn_divergence", regularization, tolerance, max_steps)
     x, y = _clouds("sinkhorn_divergence", x, y)

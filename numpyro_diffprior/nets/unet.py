@@ -133,7 +133,20 @@ class UNet(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Evaluate the network, with the arguments and the result of `MLP.__call__`."""
+        """Evaluate the network.
+
+        Args:
+            x: Scaled noisy events, with shape ``(batch, *event_shape)``.
+            noise: Noise levels as ``log(sigma / s) / 4``, with shape ``(batch,)`` or ``(1,)``.
+            context: Contexts, with shape ``(batch, *context_shape)``, if the network takes them.
+            rngs: Random streams for dropout, in training (default: no dropout).
+
+        Returns:
+            An array with shape ``(batch, *event_shape)``, of the network's dtype.
+
+        Raises:
+            ValueError: If a shape is wrong.
+        """
         x, noise = check_inputs(x, noise, self.event_shape, self.param_dtype)
         embedded = self.embed(noise, context)
         height, width = self.event_shape[:2]

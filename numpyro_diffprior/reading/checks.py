@@ -11,7 +11,7 @@ import numpy as np
 
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest_sigma
-from numpyro_diffprior.linalg.batched import chirp
+from numpyro_diffprior.linalg.batched import probe
 from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
 
@@ -154,7 +154,7 @@ def _are_independent(block: Block) -> jax.Array:
     event_axes = tuple(range(-event_ndim, 0))
     # One direction with random lengths is cheaper than random numbers for all elements.
     length = jnp.asarray(rng.normal(size=batch_shape), template.dtype)
-    direction = chirp(prod(likelihood.event_shape), template.dtype)
+    direction = probe(prod(likelihood.event_shape), template.dtype)
     direction = direction.reshape(likelihood.event_shape)
     step = block.denoiser.scale * jnp.expand_dims(length, event_axes) * direction
     further = jnp.expand_dims(moves, event_axes) * step
