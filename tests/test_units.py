@@ -219,14 +219,17 @@ def test_answers_are_those_of_unit_one(name, unit):
     )
 
 
-def test_a_latent_site_may_have_any_name():
-    def of_y(prior, obs, scale):
-        with numpyro.plate("events", len(obs)):
-            obs = numpyro.subsample(obs, event_dim=1)
-            y = numpyro.sample("y", prior)
-            numpyro.sample("x", dist.Normal(y, scale).to_event(1), obs=obs)
+@pytest.mark.parametrize("name", ["y", "params", "prior", "observed"])
+def test_a_latent_site_may_have_any_name(name):
+    """Also those that the package uses for values of its own."""
 
-    em = ndp.EM(of_y, optax.adam(1e-3), start=ndp.GaussianStart(2))
+    def renamed(prior, y, scale):
+        with numpyro.plate("events", len(y)):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample(name, prior)
+            numpyro.sample("x", dist.Normal(x, scale).to_event(1), obs=y)
+
+    em = ndp.EM(renamed, optax.adam(1e-3), start=ndp.GaussianStart(2))
     unit = 2.0**-100
     prior = em.init(KEY, make_network(), *observations(unit)).prior
     assert 0.1 * unit < prior.denoiser.unit < 10 * unit
