@@ -328,6 +328,43 @@ def test_users_register_moments():
     np.testing.assert_array_equal(variance, 9)
 
 
+WRAPPERS = {
+    "independent": (dist.Independent, 1),
+    "expanded": (dist.ExpandedDistribution, (N, D)),
+    "masked": (dist.MaskedDistribution, True),
+}
+
+
+@pytest.mark.parametrize("by_moments", [True, False])
+@pytest.mark.parametrize("outer", ["none", "expanded", "masked"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_users_register_moments_of_wrappers(wrapper, outer, by_moments):
+    """They are used inside of other wrappers, and so is the user's log-density."""
+    base, option = WRAPPERS[wrapper]
+
+    class Precise(base):
+        def log_prob(self, value, intermediates=None):
+            return 4 * super().log_prob(value, intermediates)
+
+        def expand(self, batch_shape):  # `Independent` would expand what it wraps
+            return dist.Distribution.expand(self, batch_shape)
+
+    @gaussian_moments.register
+    def _(fn: Precise) -> Moments | None:
+        return Moments(fn.base_dist.loc, fn.base_dist.scale**2 / 4) if by_moments else None
+
+    def model(prior):
+        with numpyro.plate("n", N):
+            fn = Precise(dist.Normal(numpyro.sample("x", prior), 0.5), option)
+            fn = fn.to_event(1 - fn.event_dim)
+            inside = {"expanded": dist.ExpandedDistribution(fn, (N,)), "masked": fn.mask(True)}
+            numpyro.sample("y", inside.get(outer, fn), obs=Y)
+
+    likelihood = read(model, make_prior())
+    variances = likelihood.read(jnp.asarray(X))[1].diagonal()
+    np.testing.assert_allclose(variances, 0.25 / 4, rtol=tolerance(1e-4))
+
+
 def with_site(fn, **kwargs):
     def model(prior):
         with numpyro.plate("n", N):

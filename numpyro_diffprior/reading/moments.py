@@ -19,9 +19,8 @@ from jax.scipy.special import digamma, polygamma
 from numpyro.distributions.transforms import AffineTransform
 
 from numpyro_diffprior.linalg.batched import einsum, matmul
-from numpyro_diffprior.reading.unwrap import unwrap
 
-__all__ = ["Moments", "gaussian_moments", "handling"]
+__all__ = ["Moments", "gaussian_moments", "handling", "is_wrapper"]
 
 
 class Moments(NamedTuple):
@@ -68,19 +67,29 @@ def gaussian_moments(fn: dist.Distribution) -> Moments | None:
 @gaussian_moments.register(dist.Independent)
 @gaussian_moments.register(dist.MaskedDistribution)
 def _wrapped(fn: dist.Distribution) -> Moments | None:
-    own, batch_shape, mask = unwrap(fn)
-    moments = gaussian_moments(own)
+    base = fn.base_dist
+    moments = gaussian_moments(base)
     if moments is None:
         return None
-    rank = len(own.batch_shape)
+    rank = len(base.batch_shape)
+    batch_shape = fn.shape()[: len(fn.shape()) - base.event_dim]
     mean, cov = (
         jnp.broadcast_to(array, (*batch_shape, *array.shape[rank:]))
         for array in (moments.mean, moments.cov)
     )
-    if not isinstance(mask, bool):
+    if isinstance(fn, dist.MaskedDistribution):
+        mask = jnp.asarray(fn._mask)  # NumPyro has no public name for it
         mask = mask.reshape(*mask.shape, *(1,) * (mean.ndim - len(batch_shape)))
         moments = moments._replace(mask=jnp.logical_and(moments.mask, mask))
     return moments._replace(mean=mean, cov=cov)
+
+
+def is_wrapper(fn: dist.Distribution) -> bool:
+    """Whether a distribution is read as the one that it expands, masks or declares independent.
+
+    A subclass of such a wrapper whose own moments are registered is not one.
+    """
+    return gaussian_moments.dispatch(type(fn)) is _wrapped
 
 
 @gaussian_moments.register

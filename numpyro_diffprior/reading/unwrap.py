@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln, xlogy
 
+from numpyro_diffprior.reading.moments import is_wrapper
+
 __all__ = [
     "Unwrapped",
     "elementwise_transforms",
@@ -43,27 +45,24 @@ class Unwrapped(NamedTuple):
 
 def unwrap(fn: dist.Distribution) -> Unwrapped:
     """Remove the expanded, masked and independent wrappers of a distribution."""
+    if not is_wrapper(fn):
+        return Unwrapped(fn, tuple(fn.batch_shape), True)
+    base = unwrap(fn.base_dist)
+    joined = base.batch_shape[len(fn.base_dist.batch_shape) :]
     match fn:
-        case dist.Independent():
-            return unwrap(fn.base_dist)
         case dist.ExpandedDistribution():
-            base = unwrap(fn.base_dist)
-            joined = base.batch_shape[len(fn.base_dist.batch_shape) :]
-            return Unwrapped(base.fn, (*fn.batch_shape, *joined), base.mask)
+            return base._replace(batch_shape=(*fn.batch_shape, *joined))
         case dist.MaskedDistribution():
-            base = unwrap(fn.base_dist)
-            num_joined = len(base.batch_shape) - len(fn.batch_shape)
-            mask = fn._mask  # NumPyro has no public name for it
-            if not isinstance(mask, bool):
-                mask = jnp.asarray(mask).reshape(*jnp.shape(mask), *(1,) * num_joined)
+            mask = jnp.asarray(fn._mask)  # NumPyro has no public name for it
+            mask = mask.reshape(*mask.shape, *(1,) * len(joined))
             return base._replace(mask=jnp.logical_and(base.mask, mask))
         case _:
-            return Unwrapped(fn, tuple(fn.batch_shape), True)
+            return base
 
 
 def innermost(fn: dist.Distribution) -> dist.Distribution:
     """Return the distribution inside expanded, masked and independent wrappers."""
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+    while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
@@ -72,15 +71,16 @@ def map_innermost(
     f: Callable[[dist.Distribution], dist.Distribution], fn: dist.Distribution
 ) -> dist.Distribution:
     """Apply a function to the distribution inside the wrappers, and wrap the result."""
+    if not is_wrapper(fn):
+        return f(fn)
+    base = map_innermost(f, fn.base_dist)
     match fn:
-        case dist.Independent():
-            return map_innermost(f, fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
         case dist.ExpandedDistribution():
-            return map_innermost(f, fn.base_dist).expand(fn.batch_shape)
+            return base.expand(fn.batch_shape)
         case dist.MaskedDistribution():
-            return map_innermost(f, fn.base_dist).mask(fn._mask)
+            return base.mask(fn._mask)
         case _:
-            return f(fn)
+            return base.to_event(fn.reinterpreted_batch_ndims)
 
 
 def log_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
