@@ -39,15 +39,21 @@ class ObservationMoments(NamedTuple):
         y_hat: The expected values, with shape ``(*batch, m)``.
         noise: The covariance of the observed values given ``x``, of size ``m``.
         y: The observed values, or pseudo-observations at ``x``, with shape ``(*batch, m)``.
-        squares: The squared residuals, in units of their variance, of values for which
-            ``y - y_hat`` is not a residual, with shape ``(*batch, m)``. NaN for all other values;
-            None if ``y - y_hat`` is the residual of every value.
+        squares: The squared residuals in units of their variance, with shape ``(*batch, m)``;
+            None if they are those of ``y - y_hat``.
     """
 
     y_hat: jax.Array
     noise: Covariance
     y: jax.Array
     squares: jax.Array | None = None
+
+    def squared_residuals(self) -> jax.Array:
+        r"""Return ``squares`` or, by default, :math:`r_i (\Sigma_y^{-1} r)_i`."""
+        if self.squares is not None:
+            return self.squares
+        residual = self.y - self.y_hat
+        return residual * self.noise.solve(residual)
 
 
 class Linearization(NamedTuple):
@@ -147,11 +153,7 @@ class Likelihood:
             An array with shape ``(*extra, *batch)``; zero where nothing is observed, and NaN if
             no site has residuals, as for ``numpyro.factor``.
         """
-        y_hat, noise, y, given = self.read(x)
-        residual = y - y_hat
-        squares = residual * noise.solve(residual)
-        if given is not None:
-            squares = jnp.where(jnp.isnan(given), squares, given)
+        squares = self.read(x).squared_residuals()
         if self.visible is not None:
             squares = jnp.where(self.visible, squares, 0)
         mean = squares.sum(-1) / jnp.maximum(self.num_visible, 1)

@@ -38,24 +38,18 @@ Evaluate = Callable[[jax.Array], Sequence[Mapping[str, Any]]]
 """Maps a batch of events to the arrays of each observed site; see `observed.describe`."""
 
 
-class SiteReading(NamedTuple):
-    """Mean, noise and values of a site, for each event of the batch.
+class Reading(NamedTuple):
+    """The observations of one site, or of all, for each event of the batch.
 
     Attributes:
-        mean: The mean of the values, with shape ``(*batch, m)``; zero where masked.
-        noise: Their covariance; one where masked.
-        y: The values, with shape ``(*batch, m)``; zero where masked.
+        moments: Their moments; masked values have mean and value zero, and variance one.
         visible: Which values are not masked and have a residual, with shape ``(*batch, m)``.
         has_residual: Whether any value has a residual.
-        squares: See `ObservationMoments`.
     """
 
-    mean: jax.Array
-    noise: Covariance
-    y: jax.Array
+    moments: ObservationMoments
     visible: jax.Array
     has_residual: bool
-    squares: jax.Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +71,12 @@ class LikelihoodReader:
         """The names of the observed sites."""
         return [form.name for form in self.forms]
 
-    def read(self, evaluate: Evaluate, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
+    def read(self, evaluate: Evaluate, x: jax.Array) -> Reading:
         """Read all sites at one batch of events.
 
         Args:
             evaluate: Maps events, with shape ``(*batch, *event)``, to the arrays of the sites.
             x: The events.
-
-        Returns:
-            The moments; which values are not masked and have a residual; and whether any site has
-            values with residuals.
         """
         outputs = evaluate(x)
         parts = []
@@ -97,19 +87,19 @@ class LikelihoodReader:
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
             return self._unobserved(x)
-        means, noises, values, masks, flags, squares = zip(*parts, strict=True)
-        noise = noises[0] if len(noises) == 1 else Blocks(noises)
-        mean, value, visible = (jnp.concatenate(p, axis=-1) for p in (means, values, masks))
-        moments = ObservationMoments(mean, noise, value)
-        if any(values is not None for values in squares):
-            filled = [
-                jnp.full_like(mean, jnp.nan) if known is None else known
-                for known, mean in zip(squares, means, strict=True)
-            ]
+        by_site, masks, flags = zip(*parts, strict=True)
+        means, noises, values, squares = zip(*by_site, strict=True)
+        moments = ObservationMoments(
+            y_hat=jnp.concatenate(means, axis=-1),
+            noise=noises[0] if len(noises) == 1 else Blocks(noises),
+            y=jnp.concatenate(values, axis=-1),
+        )
+        if any(given is not None for given in squares):
+            filled = [moments.squared_residuals() for moments in by_site]
             moments = moments._replace(squares=jnp.concatenate(filled, axis=-1))
         # All in the events' floating type, whatever the type of the model's constants.
         moments = jax.tree.map(lambda a: a.astype(x.dtype), moments)
-        return moments, visible, any(flags)
+        return Reading(moments, jnp.concatenate(masks, axis=-1), any(flags))
 
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
@@ -142,11 +132,11 @@ class LikelihoodReader:
 
             return mapped
 
-        read_all = over_extra_axes(lambda x: self.read(evaluate, x)[0])
+        read_all = over_extra_axes(lambda x: self.read(evaluate, x).moments)
 
         def read(x: jax.Array) -> ObservationMoments:
             moments = read_all(x)
-            return ObservationMoments(moments.y_hat, noise, y) if linear else moments
+            return moments._replace(noise=noise, y=y) if linear else moments
 
         potentials = [
             i for i, site in enumerate(self.observed) if site.quantity == Quantity.POTENTIAL
@@ -163,16 +153,16 @@ class LikelihoodReader:
             potential=potential if potentials else None,
         )
 
-    def _unobserved(self, x: jax.Array) -> tuple[ObservationMoments, jax.Array, bool]:
+    def _unobserved(self, x: jax.Array) -> Reading:
         """Return one masked value, so that the posterior is the prior."""
         zero = jnp.zeros((*self.latents.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.latents.batch_shape, -1)[..., :1]
         moments = ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero)
-        return moments, zero.astype(bool), False
+        return Reading(moments, zero.astype(bool), has_residual=False)
 
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
-    ) -> SiteReading:
+    ) -> Reading:
         """Read a site; masked values have mean and value zero, and variance one."""
         read, outputs = form.forms[observed.form], arrays["forms"][observed.form]
         scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
@@ -221,7 +211,8 @@ class LikelihoodReader:
         noise: Covariance
         if directions is None:
             noise = Diagonal(flat(jnp.where(mask, scaled(cov), 1)))
-            return SiteReading(theta, noise, y, visible, has_residual, squares)
+            moments = ObservationMoments(theta, noise, y, squares)
+            return Reading(moments, visible, has_residual)
         size = mean.shape[-1]
         identity = jnp.eye(size, dtype=mean.dtype)
         if observed.quantity == Quantity.MOMENTS:
@@ -236,9 +227,9 @@ class LikelihoodReader:
                 directions.reshape(*self.latents.batch_shape, -1, size, size),
             )
         noise = Repeated(block, block.eigenvalues.shape[-2])
-        return SiteReading(theta, noise, y, visible, has_residual, squares)
+        return Reading(ObservationMoments(theta, noise, y, squares), visible, has_residual)
 
-    def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> SiteReading:
+    def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> Reading:
         """Read a log-density as an observation of the event itself."""
         theta = x.reshape(*self.latents.batch_shape, -1)
 
@@ -250,7 +241,7 @@ class LikelihoodReader:
         assert pseudo.directions is not None
         visible = jnp.zeros(theta.shape, bool)
         noise = Dense(pseudo.variances, pseudo.directions)
-        return SiteReading(theta, noise, pseudo.y, visible, has_residual=False)
+        return Reading(ObservationMoments(theta, noise, pseudo.y), visible, has_residual=False)
 
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
         scaled = self._local_scale(form, arrays) * arrays["log_prob"]

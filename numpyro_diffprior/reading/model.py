@@ -313,7 +313,7 @@ class GroupReading:
             evaluate = self._evaluate(denoiser, inputs)
 
             def read(x: jax.Array) -> Any:
-                moments = self.reader.read(evaluate, x)[0]
+                moments = self.reader.read(evaluate, x).moments
                 return moments.y_hat, (moments.noise, moments.y)
 
             _, tangent, rest = jax.jvp(read, (x,), (v,), has_aux=True)
