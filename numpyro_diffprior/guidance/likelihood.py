@@ -109,7 +109,6 @@ class Likelihood:
             the solves.
         visible: Which values are not masked and have a residual: booleans with shape
             ``(*batch, m)`` (default: all).
-        has_residuals: Whether any site has values with residuals.
         potential: Maps ``x`` to the terms of the log-likelihood that ``read`` leaves out, with
             shape ``(*extra, *batch)``, or None. Guidance uses its gradient and curvature.
     """
@@ -120,7 +119,6 @@ class Likelihood:
     event_shape: tuple[int, ...]
     linear: bool = False
     visible: jax.Array | None = None
-    has_residuals: bool = True
     potential: Callable[[jax.Array], jax.Array] | None = None
 
     @property
@@ -150,14 +148,13 @@ class Likelihood:
             x: Events, with shape ``(*extra, *batch, *event)``.
 
         Returns:
-            An array with shape ``(*extra, *batch)``; zero where nothing is observed, and NaN if
-            no site has residuals, as for ``numpyro.factor``.
+            An array with shape ``(*extra, *batch)``; NaN where no value has a residual, as for
+            masked values and ``numpyro.factor``.
         """
         squares = self.read(x).squared_residuals()
         if self.visible is not None:
             squares = jnp.where(self.visible, squares, 0)
-        mean = squares.sum(-1) / jnp.maximum(self.num_visible, 1)
-        return mean if self.has_residuals else jnp.full_like(mean, jnp.nan)
+        return squares.sum(-1) / self.num_visible
 
     def linearize(self, x: jax.Array) -> Linearization:
         """Linearize the mean at ``x``, and expand the potential to second order."""

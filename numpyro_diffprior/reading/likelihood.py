@@ -44,12 +44,10 @@ class Reading(NamedTuple):
     Attributes:
         moments: Their moments; masked values have mean and value zero, and variance one.
         visible: Which values are not masked and have a residual, with shape ``(*batch, m)``.
-        has_residual: Whether any value has a residual.
     """
 
     moments: ObservationMoments
     visible: jax.Array
-    has_residual: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +85,7 @@ class LikelihoodReader:
                 parts.append(self._read_site(site, form, outputs[i]))
         if not parts:
             return self._unobserved(x)
-        by_site, masks, flags = zip(*parts, strict=True)
+        by_site, masks = zip(*parts, strict=True)
         means, noises, values, squares = zip(*by_site, strict=True)
         moments = ObservationMoments(
             y_hat=jnp.concatenate(means, axis=-1),
@@ -99,7 +97,7 @@ class LikelihoodReader:
             moments = moments._replace(squares=jnp.concatenate(filled, axis=-1))
         # All in the events' floating type, whatever the type of the model's constants.
         moments = jax.tree.map(lambda a: a.astype(x.dtype), moments)
-        return Reading(moments, jnp.concatenate(masks, axis=-1), any(flags))
+        return Reading(moments, jnp.concatenate(masks, axis=-1))
 
     def log_prob(
         self, evaluate: Evaluate, x: jax.Array, sites: Sequence[int] | None = None
@@ -117,7 +115,7 @@ class LikelihoodReader:
         Observed values and noise are evaluated at the template, a batch of events. If ``linear``,
         means are affine in the events, and noise and values constant.
         """
-        moments, visible, has_residuals = self.read(evaluate, template)
+        moments, visible = self.read(evaluate, template)
         noise, y = moments.noise, moments.y
 
         def over_extra_axes(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -149,7 +147,6 @@ class LikelihoodReader:
             event_shape=template.shape[len(self.latents.batch_shape) :],
             linear=linear,
             visible=visible,
-            has_residuals=has_residuals,
             potential=potential if potentials else None,
         )
 
@@ -158,7 +155,7 @@ class LikelihoodReader:
         zero = jnp.zeros((*self.latents.batch_shape, 1), x.dtype)
         mean = zero * x.reshape(*self.latents.batch_shape, -1)[..., :1]
         moments = ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero)
-        return Reading(moments, zero.astype(bool), has_residual=False)
+        return Reading(moments, zero.astype(bool))
 
     def _read_site(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
@@ -212,7 +209,7 @@ class LikelihoodReader:
         if directions is None:
             noise = Diagonal(flat(jnp.where(mask, scaled(cov), 1)))
             moments = ObservationMoments(theta, noise, y, squares)
-            return Reading(moments, visible, has_residual)
+            return Reading(moments, visible)
         size = mean.shape[-1]
         identity = jnp.eye(size, dtype=mean.dtype)
         if observed.quantity == Quantity.MOMENTS:
@@ -227,7 +224,7 @@ class LikelihoodReader:
                 directions.reshape(*self.latents.batch_shape, -1, size, size),
             )
         noise = Repeated(block, block.eigenvalues.shape[-2])
-        return Reading(ObservationMoments(theta, noise, y, squares), visible, has_residual)
+        return Reading(ObservationMoments(theta, noise, y, squares), visible)
 
     def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> Reading:
         """Read a log-density as an observation of the event itself."""
@@ -241,7 +238,7 @@ class LikelihoodReader:
         assert pseudo.directions is not None
         visible = jnp.zeros(theta.shape, bool)
         noise = Dense(pseudo.variances, pseudo.directions)
-        return Reading(ObservationMoments(theta, noise, pseudo.y), visible, has_residual=False)
+        return Reading(ObservationMoments(theta, noise, pseudo.y), visible)
 
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
         scaled = self._local_scale(form, arrays) * arrays["log_prob"]
