@@ -134,7 +134,7 @@ def test_complex_sites_are_read_as_pairs(name):
     np.testing.assert_allclose(local.score(), other.score(), rtol=tol, atol=tol)
     v = x.reshape(N, -1)
     np.testing.assert_allclose(local.precision(v), other.precision(v), rtol=tol, atol=tol)
-    np.testing.assert_array_equal(found.num_visible, expected.num_visible)
+    np.testing.assert_array_equal(found.num_residuals, expected.num_residuals)
     assert found.linear == expected.linear
 
 

@@ -107,8 +107,8 @@ class Likelihood:
         linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
             there is no potential. Draws and particles of an event then share the operator and
             the solves.
-        visible: Which values are not masked and have a residual: booleans with shape
-            ``(*batch, m)`` (default: all).
+        has_residual: Which values have a residual, which masked values do not: booleans with
+            shape ``(*batch, m)`` (default: all).
         potential: Maps ``x`` to the terms of the log-likelihood that ``read`` leaves out, with
             shape ``(*extra, *batch)``, or None. Guidance uses its gradient and curvature.
     """
@@ -118,7 +118,7 @@ class Likelihood:
     log_prob: Callable[[jax.Array], jax.Array]
     event_shape: tuple[int, ...]
     linear: bool = False
-    visible: jax.Array | None = None
+    has_residual: jax.Array | None = None
     potential: Callable[[jax.Array], jax.Array] | None = None
 
     @property
@@ -132,11 +132,11 @@ class Likelihood:
         return self.y.shape[-1]
 
     @property
-    def num_visible(self) -> jax.Array:
-        """The number of visible values of each event, with shape ``(*batch,)``."""
-        if self.visible is None:
+    def num_residuals(self) -> jax.Array:
+        """The number of residuals of each event, with shape ``(*batch,)``."""
+        if self.has_residual is None:
             return jnp.full(self.batch_shape, self.num_observed)
-        return self.visible.sum(-1)
+        return self.has_residual.sum(-1)
 
     def reduced_chi_square(self, x: jax.Array) -> jax.Array:
         r"""Return the reduced chi-square of the residuals, :math:`r^T \Sigma_y^{-1} r / m`.
@@ -152,9 +152,9 @@ class Likelihood:
             masked values and ``numpyro.factor``.
         """
         squares = self.read(x).squared_residuals()
-        if self.visible is not None:
-            squares = jnp.where(self.visible, squares, 0)
-        return squares.sum(-1) / self.num_visible
+        if self.has_residual is not None:
+            squares = jnp.where(self.has_residual, squares, 0)
+        return squares.sum(-1) / self.num_residuals
 
     def linearize(self, x: jax.Array) -> Linearization:
         """Linearize the mean at ``x``, and expand the potential to second order."""

@@ -131,11 +131,11 @@ def sample_posterior(
         mesh=mesh,
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
-    num_visible = check_data(bound, options.sampler)
+    num_residuals = check_data(bound, options.sampler)
     samples, stats = sample_blocks(
         rng_key, bound, options, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
     )
-    _warn_of_misfit(stats["reduced_chi_square"], num_visible)
+    _warn_of_misfit(stats["reduced_chi_square"], num_residuals)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)
         warn_of_bias(key, model, ((prior, *args), kwargs), bound, options, samples, mesh)
@@ -148,8 +148,8 @@ def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) 
     """Warn if residuals of draws are large and significantly so."""
     if isinstance(reduced_chi_square, jax.core.Tracer):
         return
-    num_visible = merge_stats([{"num_visible": count} for count in counts])["num_visible"]
-    pvalue = gammaincc(num_visible / 2, num_visible * reduced_chi_square / 2)
+    num_residuals = merge_stats([{"num_residuals": count} for count in counts])["num_residuals"]
+    pvalue = gammaincc(num_residuals / 2, num_residuals * reduced_chi_square / 2)
     fits = (
         jnp.isnan(reduced_chi_square)
         | (reduced_chi_square < _LARGE_CHI_SQUARE)

@@ -27,7 +27,7 @@ class _Checks(NamedTuple):
         independent: Whether the likelihood of every event depends on that event alone.
         levels: Whether the sampler's noise levels are positive and decrease.
         resolved: Whether the noise of the observations exceeds the rounding error of events.
-        num_visible: The number of visible values of every event, with the batch's shape.
+        num_residuals: The number of residuals of every event, with the batch's shape.
     """
 
     finite: jax.Array
@@ -35,14 +35,14 @@ class _Checks(NamedTuple):
     independent: jax.Array
     levels: jax.Array
     resolved: jax.Array
-    num_visible: jax.Array
+    num_residuals: jax.Array
 
 
 def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
     """Check the observed values and the noise of a model, where they are concrete.
 
     Returns:
-        For each group of latent sites the number of visible values of every event, with the shape
+        For each group of latent sites the number of residuals of every event, with the shape
         of the whole batch.
 
     Raises:
@@ -52,7 +52,7 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
     counts = []
     for position, group in enumerate(model.reading.groups):
         result = _inspect(model, position, sampler)
-        counts.append(result.num_visible)
+        counts.append(result.num_residuals)
         names = group.reader.names
         if _is_false(result.finite):
             raise ValueError(
@@ -107,7 +107,7 @@ def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Checks:
 def _conclude(checks: _Checks) -> _Checks:
     """Reduce every flag to whether it is true for all events."""
     flags = jax.tree.map(jnp.all, checks)
-    return flags._replace(num_visible=checks.num_visible)
+    return flags._replace(num_residuals=checks.num_residuals)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -130,7 +130,7 @@ def _inspect_part(part: Part, position: int, sampler: Sampler) -> _Checks:
             independent=every(_are_independent(block)),
             levels=every(sampler.are_levels_valid(block.denoiser)),
             resolved=every(~(precision * (4 * finest_sigma(block.denoiser)) ** 2 > 1)),
-            num_visible=likelihood.num_visible,
+            num_residuals=likelihood.num_residuals,
         )
 
     return group.over_blocks(inspect, part.indices)

@@ -43,11 +43,12 @@ class Reading(NamedTuple):
 
     Attributes:
         moments: Their moments; masked values have mean and value zero, and variance one.
-        visible: Which values are not masked and have a residual, with shape ``(*batch, m)``.
+        has_residual: Which values have a residual, which masked values do not, with shape
+            ``(*batch, m)``.
     """
 
     moments: ObservationMoments
-    visible: jax.Array
+    has_residual: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class LikelihoodReader:
         Observed values and noise are evaluated at the template, a batch of events. If ``linear``,
         means are affine in the events, and noise and values constant.
         """
-        moments, visible = self.read(evaluate, template)
+        moments, has_residual = self.read(evaluate, template)
         noise, y = moments.noise, moments.y
 
         def over_extra_axes(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -146,7 +147,7 @@ class LikelihoodReader:
             log_prob=over_extra_axes(partial(self.log_prob, evaluate)),
             event_shape=template.shape[len(self.latents.batch_shape) :],
             linear=linear,
-            visible=visible,
+            has_residual=has_residual,
             potential=potential if potentials else None,
         )
 
