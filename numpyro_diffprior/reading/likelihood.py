@@ -82,8 +82,10 @@ class LikelihoodReader:
         for i, (site, form) in enumerate(zip(self.observed, self.forms, strict=True)):
             if site.quantity == Quantity.EVENT:
                 parts.append(self._read_event(i, evaluate, x))
-            elif site.quantity != Quantity.POTENTIAL:
-                parts.append(self._read_site(site, form, outputs[i]))
+            elif site.quantity == Quantity.MOMENTS:
+                parts.append(self._read_moments(site, form, outputs[i]))
+            elif site.quantity == Quantity.PARAMETERS:
+                parts.append(self._read_parameters(site, form, outputs[i]))
         if not parts:
             return self._unobserved(x)
         by_site, masks = zip(*parts, strict=True)
@@ -158,74 +160,59 @@ class LikelihoodReader:
         moments = ObservationMoments(mean, Diagonal(jnp.ones_like(zero)), zero)
         return Reading(moments, zero.astype(bool))
 
-    def _read_site(
+    def _read_moments(
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> Reading:
-        """Read a site; masked values have mean and value zero, and variance one."""
-        read, outputs = form.forms[observed.form], arrays["forms"][observed.form]
-        scale, batch_shape = self._local_scale(form, arrays), form.batch_shape
-        directions, has_residual, squares = None, True, None
-        if observed.quantity == Quantity.MOMENTS:
-            moments = outputs["moments"]
-            mean, cov, mask, value = (moments[name] for name in ("mean", "cov", "mask", "value"))
-            directions = cov if read.is_full else None
-            if observed.is_residual:
-                mean, value = mean - value, jnp.zeros_like(value)
+        """Read a site by the moments of its distribution."""
+        moments = arrays["forms"][observed.form]["moments"]
+        mean, cov, value = moments["mean"], moments["cov"], moments["value"]
+        mask = jnp.broadcast_to(moments["mask"], mean.shape)
+        if observed.is_residual:
+            mean, value = mean - value, jnp.zeros_like(value)
+        by_event = partial(self._by_event, form.batch_shape)
+        cov = cov / self._local_scale(form, arrays, cov.ndim)
+        noise: Covariance
+        if form.forms[observed.form].is_full:
+            size = mean.shape[-1]
+            pairs = mask[..., :, None] & mask[..., None, :]
+            matrix = jnp.where(pairs, cov, jnp.eye(size, dtype=mean.dtype))
+            block = Dense.from_matrix(by_event(matrix, size, size))
+            noise = Repeated(block, block.eigenvalues.shape[-2])
         else:
-            fn, value = merge_arguments(outputs["fn"], read.fn), outputs["quotient"]
-            own = unwrap(fn)
-            mean, value, cov, directions, has_residual = pseudo_observe(
-                own.fn, own.batch_shape, value, observed.depends
-            )
-            mask = own.mask if isinstance(own.mask, bool) else own.mask[..., None]
-            if mean.shape[-1] == 1:
-                directions = None
-            if not has_residual:
-                squares = pearson_residuals(own.fn, outputs["quotient"])
-                has_residual = squares is not None
-        mask = jnp.broadcast_to(mask, mean.shape)
+            noise = Diagonal(by_event(jnp.where(mask, cov, 1)))
+        y_hat, y = (by_event(jnp.where(mask, v, 0)) for v in (mean, value))
+        return Reading(ObservationMoments(y_hat, noise, y), by_event(mask))
 
-        def by_event(array: jax.Array) -> jax.Array:
-            return self._by_event(array, batch_shape)
-
-        def flat(array: jax.Array) -> jax.Array:
-            return by_event(array).reshape(*self.latents.batch_shape, -1)
-
-        def factor(array: jax.Array) -> jax.Array:
-            own = jnp.broadcast_to(scale, batch_shape)
-            return own.reshape(*batch_shape, *(1,) * (array.ndim - len(batch_shape)))
-
-        def scaled(array: jax.Array) -> jax.Array:
-            return array / factor(array)
-
-        theta, y = flat(jnp.where(mask, mean, 0)), flat(jnp.where(mask, value, 0))
-        visible = flat(mask & has_residual)
+    def _read_parameters(
+        self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
+    ) -> Reading:
+        """Read a site by pseudo-observations of its distribution's parameters."""
+        outputs = arrays["forms"][observed.form]
+        own = unwrap(merge_arguments(outputs["fn"], form.forms[observed.form].fn))
+        value = outputs["quotient"]
+        pseudo = pseudo_observe(own.fn, own.batch_shape, value, observed.depends)
+        size = pseudo.theta.shape[-1]
+        mask = jnp.broadcast_to(jnp.asarray(own.mask)[..., None], pseudo.theta.shape)
+        by_event = partial(self._by_event, form.batch_shape)
+        scale = self._local_scale(form, arrays, mask.ndim)
+        variances = jnp.where(mask, pseudo.variances / scale, 1)
+        noise: Covariance
+        if pseudo.directions is None or size == 1:
+            noise = Diagonal(by_event(variances))
+        else:
+            identity = jnp.eye(size, dtype=pseudo.theta.dtype)
+            directions = jnp.where(mask[..., None], pseudo.directions, identity)
+            block = Dense(by_event(variances, size), by_event(directions, size, size))
+            noise = Repeated(block, block.eigenvalues.shape[-2])
+        y_hat, y = (by_event(jnp.where(mask, v, 0)) for v in (pseudo.theta, pseudo.y))
+        moments, has_residual = ObservationMoments(y_hat, noise, y), mask & pseudo.has_residual
+        squares = None if pseudo.has_residual else pearson_residuals(own.fn, value)
         if squares is not None:
             # A value with several parameters has one residual: its first entry stands for it.
-            first = jnp.arange(mean.shape[-1]) == 0
-            visible = flat(mask & first)
-            squares = jnp.where(mask & first, squares[..., None], 0)
-            squares = flat(factor(squares) * squares)
-        noise: Covariance
-        if directions is None:
-            noise = Diagonal(flat(jnp.where(mask, scaled(cov), 1)))
-            moments = ObservationMoments(theta, noise, y, squares)
-            return Reading(moments, visible)
-        size = mean.shape[-1]
-        identity = jnp.eye(size, dtype=mean.dtype)
-        if observed.quantity == Quantity.MOMENTS:
-            pairs = mask[..., :, None] & mask[..., None, :]
-            matrix = by_event(jnp.where(pairs, scaled(cov), identity))
-            block = Dense.from_matrix(matrix.reshape(*self.latents.batch_shape, -1, size, size))
-        else:
-            variances = by_event(jnp.where(mask, scaled(cov), 1))
-            directions = by_event(jnp.where(mask[..., None], directions, identity))
-            block = Dense(
-                variances.reshape(*self.latents.batch_shape, -1, size),
-                directions.reshape(*self.latents.batch_shape, -1, size, size),
-            )
-        noise = Repeated(block, block.eigenvalues.shape[-2])
-        return Reading(ObservationMoments(theta, noise, y, squares), visible)
+            has_residual = mask & (jnp.arange(size) == 0)
+            squares = jnp.where(has_residual, scale * squares[..., None], 0)
+            moments = moments._replace(squares=by_event(squares))
+        return Reading(moments, by_event(has_residual))
 
     def _read_event(self, position: int, evaluate: Evaluate, x: jax.Array) -> Reading:
         """Read a log-density as an observation of the event itself."""
@@ -237,23 +224,29 @@ class LikelihoodReader:
 
         pseudo = from_log_prob(log_prob, theta)
         assert pseudo.directions is not None
-        visible = jnp.zeros(theta.shape, bool)
         noise = Dense(pseudo.variances, pseudo.directions)
-        return Reading(ObservationMoments(theta, noise, pseudo.y), visible)
+        moments = ObservationMoments(theta, noise, pseudo.y)
+        return Reading(moments, has_residual=jnp.zeros(theta.shape, bool))
 
     def _log_prob_of(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
-        scaled = self._local_scale(form, arrays) * arrays["log_prob"]
-        by_event = self._by_event(scaled, form.batch_shape)
-        return by_event.reshape(*self.latents.batch_shape, -1).sum(-1)
+        log_prob = arrays["log_prob"]
+        scaled = self._local_scale(form, arrays, log_prob.ndim) * log_prob
+        return self._by_event(form.batch_shape, scaled).sum(-1)
 
-    def _local_scale(self, form: SiteForm, arrays: Mapping[str, Any]) -> jax.Array:
-        """Return a site's scale without the factors of the latent's own divided plates."""
+    def _local_scale(self, form: SiteForm, arrays: Mapping[str, Any], ndim: int) -> jax.Array:
+        """Return a site's scale without the factors of the latent's own divided plates.
+
+        It has the site's batch shape, followed by axes of one up to ``ndim``.
+        """
         sizes = {plate.name: plate.size for plate in self.latents.plates}
         factor = prod(taken / sizes[name] for name, taken in form.plates if name in sizes)
-        return factor * arrays["scale"]
+        scale = jnp.broadcast_to(factor * arrays["scale"], form.batch_shape)
+        return scale.reshape(*scale.shape, *(1,) * (ndim - scale.ndim))
 
-    def _by_event(self, array: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
-        """Move an observed site's own axes behind those of the latent's batch.
+    def _by_event(
+        self, batch_shape: tuple[int, ...], array: jax.Array, *own_shape: int
+    ) -> jax.Array:
+        """Return an observed site's array by event, with shape ``(*batch, -1, *own_shape)``.
 
         Batch axes align from the right. Where the latent has an axis of one, the site's own axis
         there (a further plate) belongs to the event as well.
@@ -266,4 +259,4 @@ class LikelihoodReader:
         for axis, size in enumerate(latent):
             if size == 1 and array.shape[axis] != 1:
                 array = jnp.expand_dims(jnp.moveaxis(array, axis, rank - 1), axis)
-        return array
+        return array.reshape(*latent, -1, *own_shape)
