@@ -164,7 +164,7 @@ class LikelihoodReader:
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> Reading:
         """Read a site by the moments of its distribution."""
-        moments = arrays["forms"][observed.form]["moments"]
+        moments = arrays["forms"][observed.form_position]["moments"]
         mean, cov, value = moments["mean"], moments["cov"], moments["value"]
         mask = jnp.broadcast_to(moments["mask"], mean.shape)
         if observed.is_residual:
@@ -172,7 +172,7 @@ class LikelihoodReader:
         by_event = partial(self._by_event, form.batch_shape)
         cov = cov / self._local_scale(form, arrays, cov.ndim)
         noise: Covariance
-        if form.forms[observed.form].is_full:
+        if form.forms[observed.form_position].is_full:
             size = mean.shape[-1]
             pairs = mask[..., :, None] & mask[..., None, :]
             matrix = jnp.where(pairs, cov, jnp.eye(size, dtype=mean.dtype))
@@ -187,8 +187,8 @@ class LikelihoodReader:
         self, observed: ObservedSite, form: SiteForm, arrays: Mapping[str, Any]
     ) -> Reading:
         """Read a site by pseudo-observations of its distribution's parameters."""
-        outputs = arrays["forms"][observed.form]
-        own = unwrap(merge_arguments(outputs["fn"], form.forms[observed.form].fn))
+        outputs = arrays["forms"][observed.form_position]
+        own = unwrap(merge_arguments(outputs["fn"], form.forms[observed.form_position].fn))
         value = outputs["quotient"]
         pseudo = pseudo_observe(own.fn, own.batch_shape, value, observed.depends)
         size = pseudo.theta.shape[-1]

@@ -110,7 +110,7 @@ class ObservedSite(NamedTuple):
 
     Attributes:
         position: Its position among the observed sites of the model.
-        form: The position of the form that is read.
+        form_position: The position of the form that is read among those of the site.
         quantity: The quantity that is read.
         depends: Which leaves of its distribution, unwrapped, depend on the latent.
         is_residual: Whether the difference of value and mean is read, since both depend on the
@@ -118,7 +118,7 @@ class ObservedSite(NamedTuple):
     """
 
     position: int
-    form: int
+    form_position: int
     quantity: Quantity
     depends: tuple[bool, ...]
     is_residual: bool
