@@ -61,7 +61,7 @@ class _State(NamedTuple):
         shift: :math:`V b`.
         residual: The recursive residual.
         direction: The last direction.
-        covered: :math:`V` times the last direction.
+        direction_shift: :math:`V` times the last direction.
         square: The squared :math:`V`-norm of the last residual.
         active: Whether the event takes further steps.
         num_steps: The number of steps that the event took.
@@ -72,7 +72,7 @@ class _State(NamedTuple):
     shift: jax.Array
     residual: jax.Array
     direction: jax.Array
-    covered: jax.Array
+    direction_shift: jax.Array
     square: jax.Array
     active: jax.Array
     num_steps: jax.Array
@@ -151,7 +151,7 @@ def preconditioned_conjugate_gradient(
         shift=zeros,
         residual=s,
         direction=s,
-        covered=zeros,
+        direction_shift=zeros,
         square=jnp.zeros_like(norm),
         active=_dot(s, s) > rtol**2,
         num_steps=count,
