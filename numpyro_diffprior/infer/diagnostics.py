@@ -29,7 +29,6 @@ __all__ = ["warn_of_bias"]
 
 _NUM_PARTICLES, _NUM_DRAWS, _MAX_EVENTS = 8, 16, 4
 _LARGE_RATIO, _LARGE_Z = 1.2, 4.0
-_MAX_SEEN = 256
 
 
 class _Comparison(NamedTuple):
@@ -45,7 +44,8 @@ class _Comparison(NamedTuple):
 
 
 # The pairs of model and options whose draws were compared already.
-_seen: dict[Any, None] = {}
+_COMPARED: dict[Any, None] = {}
+_MAX_COMPARED = 256
 
 
 def warn_of_bias(
@@ -73,7 +73,7 @@ def warn_of_bias(
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((samples, bound))):
         return
-    if (bound.reading, options) in _seen or _is_exact(bound):
+    if (bound.reading, options) in _COMPARED or _is_exact(bound):
         return
     num_samples = len(next(iter(samples.values())))
     num_events = max(group.latents.num_events for group in bound.reading.groups)
@@ -81,9 +81,9 @@ def warn_of_bias(
     num_compared = min(_MAX_EVENTS, num_events, affordable)
     if num_compared < 1:
         return
-    _seen[bound.reading, options] = None
-    while len(_seen) > _MAX_SEEN:
-        _seen.pop(next(iter(_seen)))
+    _COMPARED[bound.reading, options] = None
+    while len(_COMPARED) > _MAX_COMPARED:
+        _COMPARED.pop(next(iter(_COMPARED)))
     args, kwargs = arguments
     reduced = read(
         model, args, kwargs, block_size=lambda _: num_compared, mesh=mesh, purpose="diagnostics"
