@@ -31,7 +31,7 @@ from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.probability_flow import flow_log_prob
 from numpyro_diffprior.diffusion.samplers import MultistepSDE, Sampler
 
-__all__ = ["DiffusionPrior"]
+__all__ = ["DiffusionPrior", "check_sampler"]
 
 _MAX_EXACT = 64  # elements of an event up to which the exact divergence is cheap
 _NUM_PROBES = 16
@@ -100,7 +100,7 @@ class DiffusionPrior(Distribution):
         # JAX rebuilds pytrees without __init__, so that these checks never see placeholders.
         _check_denoiser(denoiser)
         denoiser = _near_one(denoiser)
-        _check_sampler(sampler)
+        check_sampler(sampler)
         if num_probes is not None:
             num_probes = check_count("DiffusionPrior", "num_probes", num_probes)
         self.denoiser = denoiser
@@ -392,16 +392,17 @@ def _near_one(denoiser: Denoiser) -> Denoiser:
     return denoiser.in_unit(choose_unit(denoiser.to_data(scale), denoiser.unit))
 
 
-def _check_sampler(sampler: Sampler) -> None:
+def check_sampler(sampler: Sampler) -> None:
+    """Raise a `ValueError` unless it is a hashable `Sampler`."""
     if not isinstance(sampler, Sampler):
         raise ValueError(
-            f"DiffusionPrior: expected an instance of Sampler, got {sampler!r}; pass an object "
-            "such as MultistepSDE(num_steps=64)."
+            f"expected an instance of Sampler, got {sampler!r}; pass an object such as "
+            "MultistepSDE(num_steps=64)."
         )
     try:
         hash(sampler)
     except TypeError as error:
         raise ValueError(
-            f"DiffusionPrior: expected a hashable sampler, since it is static under jit, "
-            f"got {sampler}; give it Python numbers instead of arrays."
+            f"expected a hashable sampler, since it is static under jit, got {sampler}; give it "
+            "Python numbers instead of arrays."
         ) from error

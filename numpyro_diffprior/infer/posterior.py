@@ -26,7 +26,7 @@ from numpyro_diffprior.infer.blocks import (
 )
 from numpyro_diffprior.infer.diagnostics import warn_of_bias
 from numpyro_diffprior.particles.system import SamplingOptions
-from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.prior import DiffusionPrior, check_sampler
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, check_names
@@ -47,19 +47,15 @@ def resolve_options(
     proposals for more.
 
     Raises:
-        ValueError: If ``sampler`` is not a `Sampler` or ``guidance`` not a `Guidance`, or if there
-            are several particles and the sampler is deterministic or evaluates the denoiser more
-            than once per step.
+        ValueError: If ``sampler`` is not a hashable `Sampler` or ``guidance`` not a `Guidance`, or
+            if there are several particles and the sampler is deterministic or evaluates the
+            denoiser more than once per step.
     """
     if sampler is None:
         sampler = default
     if guidance is None:
         guidance = MMPS() if num_particles == 1 else MMPS(GaussianCovariance(), look_ahead=True)
-    if not isinstance(sampler, Sampler):
-        raise ValueError(
-            f"expected an instance of Sampler, got {sampler!r}; pass an object such as "
-            "MultistepSDE(num_steps=64)."
-        )
+    check_sampler(sampler)
     if not isinstance(guidance, Guidance):
         raise ValueError(
             f"expected an instance of Guidance, got {guidance!r}; pass an object such as MMPS()."
