@@ -33,6 +33,7 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser, align, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
+from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.linalg.empirical import empirical_gaussian
 from numpyro_diffprior.nets.adapters import split_network
 
@@ -309,8 +310,8 @@ def fit_denoiser(
 
 def _deviation(x: jax.Array) -> jax.Array:
     """Return the largest standard deviation of an element, without overflow or underflow."""
-    size = jnp.abs(x).max()
-    return size * jnp.std(x / size, axis=0).max()
+    unit = magnitude(x)
+    return (unit * jnp.std(x / unit, axis=0)).max()
 
 
 def _warn_of_divergence(losses: jax.Array) -> None:

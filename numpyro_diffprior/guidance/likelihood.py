@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers.denoiser import flatten_events
-from numpyro_diffprior.linalg.batched import apply, probe
+from numpyro_diffprior.linalg.batched import apply, magnitude, probe
 from numpyro_diffprior.linalg.covariances import Covariance
 
 __all__ = ["Likelihood", "Linearization", "ObservationMoments", "linear_gaussian"]
@@ -195,18 +195,14 @@ class Likelihood:
         """
         local = self.linearize(x)
 
-        def largest(v: jax.Array) -> jax.Array:
-            return jnp.abs(v).max(-1, keepdims=True)  # no squares, which may overflow
-
         def step(_: int, v: jax.Array) -> jax.Array:
             w = local.precision(v)
-            size = largest(w)
-            return w / jnp.where(size > 0, size, 1)
+            return w / magnitude(w, axis=-1)
 
         start = probe(prod(self.event_shape), x.dtype)
-        v = jnp.broadcast_to(start / largest(start), (*self.batch_shape, *start.shape))
+        v = jnp.broadcast_to(start / magnitude(start), (*self.batch_shape, *start.shape))
         v = jax.lax.fori_loop(0, 4, step, v)
-        return jnp.nanmax(largest(local.precision(v)))
+        return jnp.nanmax(jnp.abs(local.precision(v)).max(-1))
 
     def operator(self, x: jax.Array) -> jax.Array:
         """Return :math:`A` at ``x`` as matrices, with shape ``(*batch, m, d)``."""

@@ -35,6 +35,7 @@ from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
+from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.metrics.ranks import sbc_ranks, sbc_uniformity_pvalue
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
@@ -327,7 +328,6 @@ def _distance_ranks(samples: jax.Array, truth: jax.Array, event_dim: int) -> jax
     """Count the draws that are closer than the truth to the next simulation's truth."""
     point = jnp.roll(truth, 1, axis=0)
     axes = tuple(range(-event_dim, 0))
-    size = jnp.abs(truth).max()
-    unit = jnp.where(size > 0, size, 1)  # squares of small numbers underflow
+    unit = magnitude(truth)
     distances = jnp.square((samples - point[:, None]) / unit).sum(axes)
     return sbc_ranks(distances, jnp.square((truth - point) / unit).sum(axes))

@@ -20,6 +20,7 @@ from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import sample_first_block
+from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.reading.model import BoundModel, ModelData
 from numpyro_diffprior.reading.reader import read
@@ -126,8 +127,8 @@ def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
     sizes = particles.shape[1:]
     samples = samples[(slice(None), *(slice(size) for size in sizes))]
     x, reference = (draws.reshape(len(draws), -1) for draws in (samples, particles))
-    unit = jnp.abs(reference).max(0)  # squares of small numbers underflow
-    x, reference = (draws / jnp.where(unit > 0, unit, 1) for draws in (x, reference))
+    unit = magnitude(reference, axis=0)
+    x, reference = x / unit, reference / unit
 
     def distance(x: jax.Array, mean: jax.Array, variance: jax.Array, count: int) -> jax.Array:
         known = variance > 0

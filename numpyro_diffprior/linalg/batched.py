@@ -25,6 +25,7 @@ __all__ = [
     "eigh",
     "einsum",
     "inverse_lower",
+    "magnitude",
     "matmul",
     "probe",
 ]
@@ -74,6 +75,15 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def append_axis(c: ArrayLike) -> jax.Array:
     """Append an axis of length one to scalars ``(*batch,)``, so that they multiply vectors."""
     return jnp.asarray(c)[..., None]
+
+
+def magnitude(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Return the largest absolute value, or one where all are zero, and keep the axes.
+
+    Squares of numbers divided by it do not overflow, nor do all of them underflow.
+    """
+    size = jnp.abs(x).max(axis, keepdims=True)
+    return jnp.where(size == 0, 1, size)
 
 
 def probe(size: int, dtype: DTypeLike) -> jax.Array:

@@ -20,6 +20,7 @@ from numpyro_diffprior.linalg.batched import (
     by_matrix,
     eigh,
     inverse_lower,
+    magnitude,
     matmul,
 )
 from numpyro_diffprior.linalg.covariances import Covariance
@@ -216,8 +217,7 @@ def truncated_solve(
     solution = apply_transpose(whiten, apply(eigenvectors, coefficients))
     logdet = noise.logdet() + jnp.log1p(gains).sum(-1)
     # The gain of a masked value is zero up to rounding, which does not count as truncated.
-    eps, largest = jnp.finfo(gains.dtype).eps, jnp.abs(eigenvalues).max(-1, keepdims=True)
-    rounding = m * eps * largest
+    rounding = m * jnp.finfo(gains.dtype).eps * jnp.abs(eigenvalues).max(-1, keepdims=True)
     return TruncatedSolveResult(solution, logdet, (eigenvalues < -rounding).sum(-1))
 
 
@@ -325,6 +325,5 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _norm(v: jax.Array) -> jax.Array:
     """Return the norm, without overflow or underflow of its square."""
-    largest = jnp.abs(v).max(-1)
-    scaled = v / jnp.where(largest == 0, 1, largest)[..., None]
-    return largest * jnp.sqrt(_dot(scaled, scaled))
+    unit = magnitude(v, axis=-1)
+    return unit[..., 0] * jnp.sqrt(_dot(v / unit, v / unit))
