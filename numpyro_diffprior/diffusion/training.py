@@ -97,7 +97,7 @@ def denoising_loss(
         x: Clean events, with shape ``(*batch, *event_shape)``, in the denoiser's unit.
         sigma: Noise levels, broadcastable to ``(*batch,)``, in the denoiser's unit.
         rng_key: Random key for the noise.
-        rngs: Random streams for the dropout of a network (default: no dropout).
+        rngs: Random streams for dropout, for a denoiser that takes them (default: no dropout).
 
     Returns:
         The loss, a scalar.
@@ -105,10 +105,8 @@ def denoising_loss(
     sigma = jnp.asarray(sigma, x.dtype)
     level = align(sigma, denoiser.event_shape)
     x_t = x + level * jax.random.normal(rng_key, x.shape, x.dtype)
-    if isinstance(denoiser, NetworkDenoiser | ConditionedDenoiser):
-        x_hat = denoiser(x_t, sigma, rngs=rngs)
-    else:
-        x_hat = denoiser(x_t, sigma)
+    options: dict[str, Any] = {} if rngs is None else {"rngs": rngs}
+    x_hat = denoiser(x_t, sigma, **options)
     # The square of 1 / c_out in `NetworkDenoiser`, if its base has the data's scale. In EM, the
     # base is fixed while the scale follows the draws.
     weight = 1 / level**2 + 1 / denoiser.scale**2
