@@ -232,6 +232,19 @@ def test_fitting_uses_the_contexts(net):
         np.testing.assert_allclose(guess[context[:64] == value].mean(), value, atol=0.15)
 
 
+def test_the_shape_of_contexts_may_be_a_list():
+    class Listed(nnx.Module):
+        event_shape, context_shape = [2], [2]
+
+        def __call__(self, x, noise, context, *, rngs=None):
+            return Shifted()(x, noise, context)
+
+    prior = DiffusionPrior(NetworkDenoiser(Listed())).condition(CONTEXTS)
+    expected = conditional_prior().condition(CONTEXTS)
+    x_t = jnp.ones((3, 2))
+    np.testing.assert_array_equal(prior.denoiser(x_t, 1.0), expected.denoiser(x_t, 1.0))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="give its network a `context_shape`"):
         DiffusionPrior(GaussianDenoiser(jnp.zeros(2), jnp.eye(2))).condition(CONTEXTS)

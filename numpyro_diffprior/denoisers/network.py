@@ -18,7 +18,7 @@ from numpyro_diffprior._compile.checks import set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser, align, as_gaussian, register
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
-from numpyro_diffprior.nets.adapters import as_network
+from numpyro_diffprior.nets.adapters import as_network, context_shape
 
 __all__ = ["Network", "NetworkDenoiser"]
 
@@ -114,7 +114,7 @@ class NetworkDenoiser(Denoiser):
     @property
     def context_shape(self) -> tuple[int, ...] | None:
         """The shape of the network's contexts, if it has any."""
-        return getattr(self.net, "context_shape", None)
+        return context_shape(self.net)
 
     def __call__(
         self,

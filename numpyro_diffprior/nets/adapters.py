@@ -15,7 +15,14 @@ from flax import nnx
 from numpyro_diffprior._compile.arguments import StaticArguments, merge_arguments, split_arguments
 from numpyro_diffprior._compile.checks import set_fields
 
-__all__ = ["FunctionNetwork", "as_network", "named_arrays", "replace_arrays", "split_network"]
+__all__ = [
+    "FunctionNetwork",
+    "as_network",
+    "context_shape",
+    "named_arrays",
+    "replace_arrays",
+    "split_network",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -98,9 +105,13 @@ def as_network(net: Any) -> Any:
     arrays, static = split_arguments(net)
     if len(arrays) == len(leaves):
         return net
-    # The attribute is optional.
+    return _Partitioned(arrays, static, event_shape, context_shape(net))
+
+
+def context_shape(net: Any) -> tuple[int, ...] | None:
+    """Return the shape of one context; None if a network lacks the optional attribute."""
     shape = getattr(net, "context_shape", None)
-    return _Partitioned(arrays, static, event_shape, None if shape is None else tuple(shape))
+    return None if shape is None else tuple(shape)
 
 
 Arrays = dict[str, jax.Array]
