@@ -118,15 +118,16 @@ def sample_first_block(
 def merge_stats(groups: Sequence[dict[str, jax.Array]], num_axes: int = 0) -> dict[str, jax.Array]:
     """Concatenate the statistics of groups, which have shapes ``(*leading, *batch)``.
 
-    With several groups, one axis of all events takes the place of ``batch``. The ``num_axes``
-    leading axes are those that all groups share.
+    With several groups, one axis of all events takes the place of ``batch``; ``ess_path`` keeps
+    its last axis, that of the noise levels. The ``num_axes`` leading axes are those that all
+    groups share.
     """
     if len(groups) == 1:
         return dict(groups[0])
 
     def flat(name: str, x: jax.Array) -> jax.Array:
-        own = x.shape[-1:] if name == "ess_path" else ()
-        return x.reshape(*x.shape[:num_axes], -1, *own)
+        levels = x.shape[-1:] if name == "ess_path" else ()
+        return x.reshape(*x.shape[:num_axes], -1, *levels)
 
     return {
         name: jnp.concatenate([flat(name, stats[name]) for stats in groups], axis=num_axes)
