@@ -18,6 +18,10 @@ ARGS ?=
 JOBS ?= auto
 BY_FILE := --dist loadfile
 
+# XLA's flags for tests that compute much: a level above that in tests/conftest.py.
+SOME_PASSES := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_use_fusion_emitters=false
+
 PY := $(VENV)/bin/python
 
 # Tests of the numeric modules, which also run in float64.
@@ -44,7 +48,7 @@ test: $(VENV)/stamp-test
 
 # pytest's exit status 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/stamp-test
-	$(PY) -m pytest -n $(JOBS) -m slow --durations=10 $(ARGS) || test $$? -eq 5
+	XLA_FLAGS="$(SOME_PASSES)" $(PY) -m pytest -n $(JOBS) -m slow --durations=10 $(ARGS) || test $$? -eq 5
 
 test-x64: $(VENV)/stamp-test
 	JAX_ENABLE_X64=1 $(PY) -m pytest -n $(JOBS) $(BY_FILE) $(X64_TESTS) $(ARGS)
