@@ -157,7 +157,7 @@ def test_allowed_import_passes(module, source):
 
 # Networks may be as rough as the accelerator likes; all else uses `linalg.batched`, or says how
 # precise a product is.
-ROUGH = frozenset({"linalg.batched", "nets.layers"})
+ROUGH = frozenset({"linalg.batched", "nets.convolutions", "nets.layers"})
 PRODUCTS = frozenset({"dot", "einsum", "inner", "matmul", "tensordot", "vdot", "dot_general"})
 
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_diffprior.nets import NETWORKS
-from numpyro_diffprior.nets import layers as net_layers
+from numpyro_diffprior.nets import NETWORKS, convolutions
 from numpyro_diffprior.nets.mlp import MLP
+from numpyro_diffprior.nets.options import PADDINGS, check_event
 from numpyro_diffprior.nets.unet import UNet
 
 CASES = {
@@ -30,7 +30,25 @@ CASES = {
         },
     ),
     "UNet odd": (UNet, {"event_shape": (10, 6), "channels": (4, 4, 8, 8), "num_blocks": 1}),
-    "UNet colors": (UNet, {"event_shape": (16, 16, 3), "channels": (4, 8), "num_blocks": 1}),
+    "UNet colors": (
+        UNet,
+        {"event_shape": (16, 16, 3), "spatial_dims": 2, "channels": (4, 8), "num_blocks": 1},
+    ),
+    "UNet series": (
+        UNet,
+        {"event_shape": (13,), "channels": (4, 8), "num_blocks": 1, "strides": (3,)},
+    ),
+    "UNet volume": (
+        UNet,
+        {
+            "event_shape": (3, 6, 5, 2),
+            "channels": (4, 8),
+            "num_blocks": 1,
+            "strides": (1, 2, 2),
+            "padding": ("zeros", "periodic", "reflect"),
+            "attention": (1,),
+        },
+    ),
     "UNet digits": (
         UNet,
         {"event_shape": (28, 28), "channels": (4, 4, 8), "num_blocks": 1, "attention": (2,)},
@@ -217,12 +235,21 @@ def test_weights_keep_the_variance():
     np.testing.assert_allclose(kernel.var() * 9 * 24, 1, atol=4 * np.sqrt(2 / kernel.size))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (7, 5), (1, 2)])
+DIMENSIONS = {
+    1: ("NLC", "LIO", "NLC"),
+    2: ("NHWC", "HWIO", "NHWC"),
+    3: ("NDHWC", "DHWIO", "NDHWC"),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5), (1, 2), (9,), (3, 4, 5)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_by_matrix_products_is_xlas(shape, stride, monkeypatch):
+    num_dims = len(shape)
     x = jax.random.normal(jax.random.key(0), (2, *shape, 4))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": None}
+    kernel = jax.random.normal(jax.random.key(1), (*(3,) * num_dims, 4, 5))
+    options = {"dimension_numbers": DIMENSIONS[num_dims], "precision": None}
+    convolve = convolutions._Convolve(("zeros",) * num_dims)
 
     results = []
     for platform in ("cpu", "gpu"):
@@ -230,7 +257,7 @@ def test_convolution_by_matrix_products_is_xlas(shape, stride, monkeypatch):
 
         # Functions of their own, for a trace is cached by the function.
         def evaluate(x, kernel):
-            return net_layers._convolve(x, kernel, (stride, stride), "SAME", **options)
+            return convolve(x, kernel, (stride,) * num_dims, "SAME", **options)
 
         def loss(x, kernel, evaluate=evaluate):
             return jnp.sum(jnp.sin(evaluate(x, kernel)))
@@ -272,16 +299,201 @@ def test_invalid_mlp(kwargs, match):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"event_shape": (8,)}, r"must be \(height, width\) or .* got \(8,\)"),
+        ({"event_shape": (8,), "spatial_dims": 2}, r"must be \(height, width\) or .* got \(8,\)"),
+        ({"strides": 0}, "strides must hold positive integers"),
+        ({"strides": (2, 2, 2)}, r"one for each of the 2, got \(2, 2, 2\)"),
+        ({"padding": "circular"}, "padding must be one of 'zeros', .* got 'circular'"),
+        ({"padding": ("zeros",)}, r"padding must be .* one for each of the 2, got \('zeros',\)"),
         ({"channels": ()}, "channels must hold positive integers"),
         ({"num_blocks": 0}, "num_blocks must hold positive integers"),
         ({"attention": (2,)}, "attention must name levels from 0 to 1, got 2"),
-        ({"attention": (0,), "num_heads": 3}, "num_heads must divide .* num_heads=3 for 32"),
+        (
+            {"attention": (0,), "num_heads": 3},
+            "num_heads must divide .* num_heads=3 for a width of 32",
+        ),
     ],
 )
 def test_invalid_unet(kwargs, match):
     with pytest.raises(ValueError, match=match):
         UNet(**{"event_shape": (8, 8), **kwargs}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spatial_dims", "expected"),
+    [
+        ((128,), None, (1, 1)),
+        ((128, 4), 1, (1, 4)),
+        ((28, 28), None, (2, 1)),
+        ((40, 10), None, (2, 1)),
+        ((28, 28), 1, (1, 28)),
+        ((32, 32, 3), 2, (2, 3)),
+        ((32, 32, 32), 3, (3, 1)),
+        ((32, 32, 32, 1), None, (3, 1)),
+        ((8, 16, 16, 2), 3, (3, 2)),
+    ],
+)
+def test_readings_of_an_event_shape(shape, spatial_dims, expected):
+    assert check_event("UNet", shape, spatial_dims) == (shape, *expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spatial_dims", "match"),
+    [
+        (
+            (3, 8, 8),
+            None,
+            r"pass spatial_dims=2 for \(height, width, channels\), or spatial_dims=3",
+        ),
+        ((128, 4), None, r"pass spatial_dims=1 for \(length, channels\), or spatial_dims=2 for"),
+        ((8, 8), 3, r"must be \(depth, height, width\) or .* got \(8, 8\)"),
+        ((8, 8, 8), 1, r"must be \(length\) or \(length, channels\), got \(8, 8, 8\)"),
+        ((2, 2, 2, 2, 2), None, r"got \(2, 2, 2, 2, 2\); .* or use MLP"),
+        ((8, 8), 0, "spatial_dims must be 1, 2 or 3, got 0"),
+        ((8,), True, "spatial_dims must be 1, 2 or 3, got True"),
+        ((), None, r"event_shape must hold positive integers, got \(\)"),
+    ],
+)
+def test_event_shapes_that_are_refused(shape, spatial_dims, match):
+    with pytest.raises(ValueError, match=match):
+        UNet(shape, spatial_dims=spatial_dims, rngs=nnx.Rngs(0))
+
+
+PAD_CASES = [
+    ((6,), (1,), ("periodic",)),
+    ((5, 4), (1, 2), ("reflect", "periodic")),
+    ((5, 6), (4, 2), ("periodic", "zeros")),
+    ((3, 4, 2), (2, 1, 1), ("zeros", "periodic", "reflect")),
+]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("shape", "strides", "padding"), PAD_CASES)
+def test_convolution_with_a_padding_for_each_axis(shape, strides, padding, platform, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype("float32")
+    layer = convolutions.conv(3, 4, padding, strides=strides, rngs=nnx.Rngs(0))
+    padded = x
+    for axis, (size, stride, mode) in enumerate(zip(shape, strides, padding, strict=True), 1):
+        out = -(-size // stride)
+        total = max((out - 1) * stride + max(3, stride) - size, 0)
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (total // 2, total - total // 2)
+        padded = np.pad(padded, widths, mode=PADDINGS[mode])
+    expected = jax.lax.conv_general_dilated(
+        padded,
+        layer.kernel[...],
+        strides,
+        "VALID",
+        dimension_numbers=DIMENSIONS[len(shape)],
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    np.testing.assert_allclose(layer(x), expected + layer.bias[...], rtol=1e-4, atol=1e-5)
+
+
+EQUIVARIANT = {
+    "trajectory": ((12, 2), {"spatial_dims": 1, "strides": 3}, {1: 3}),
+    "image": ((8, 6), {"channels": (4, 4, 4), "num_blocks": 1, "attention": (2,)}, {1: 4}),
+    "volume": ((3, 4, 6), {"spatial_dims": 3, "strides": (1, 4, 2)}, {1: 1, 2: 4, 3: 2}),
+}
+
+
+@pytest.mark.parametrize("name", EQUIVARIANT)
+def test_periodic_unet_commutes_with_shifts(name):
+    """Along periodic axes, by the product of the strides; along others, not."""
+    shape, kwargs, shifts = EQUIVARIANT[name]
+    kwargs = {"channels": (4, 4), "num_blocks": 1, **kwargs}
+    padding = "periodic" if name != "image" else ("periodic", "zeros")
+    net = perturbed(UNet(shape, padding=padding, **kwargs, rngs=nnx.Rngs(0)))
+    x, noise = inputs(net, batch=2)
+    out = np.asarray(apply(net, x, noise))
+    tolerance = 1e-4 * np.abs(out).max()
+    for axis, shift in shifts.items():
+        shifted = apply(net, jnp.roll(x, shift, axis), noise)
+        np.testing.assert_allclose(shifted, np.roll(out, shift, axis), atol=tolerance)
+    if name == "image":
+        for axis, shift in ((2, 2), (1, 1)):  # the axis is not periodic; the shift is too small
+            shifted = apply(net, jnp.roll(x, shift, axis), noise)
+            assert np.abs(shifted - np.roll(out, shift, axis)).max() > 100 * tolerance
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_boundary_is_seen_only_with_zeros(padding):
+    """Of a constant field, as of a field without boundaries, the output is constant."""
+    kwargs = {"channels": (4, 4), "num_blocks": 1, "padding": padding}
+    net = perturbed(UNet((7, 6), **kwargs, rngs=nnx.Rngs(0)))
+    out = np.asarray(apply(net, jnp.ones((1, 7, 6)), jnp.zeros(1)))
+    spread = np.ptp(out) / np.abs(out).max()
+    assert spread > 0.1 if padding == "zeros" else spread < 1e-4
+
+
+def test_strides_of_each_axis():
+    net = UNet((5, 9), channels=(4, 4), num_blocks=1, strides=(1, 4), rngs=nnx.Rngs(0))
+    shrink = perturbed(net.shrink[0])
+    assert shrink(jnp.ones((1, 5, 9, 4))).shape == (1, 5, 3, 4)
+    # No element is skipped, also with strides above the usual width of a kernel.
+    gradient = jax.grad(lambda x: jnp.sum(shrink(x)))(jnp.ones((1, 5, 9, 4)))
+    assert np.all(np.asarray(gradient) != 0)
+    up = convolutions.upsample(jnp.arange(6.0).reshape(1, 2, 3, 1), (1, 4), (2, 9))
+    expected = np.repeat(np.arange(6.0).reshape(2, 3), 4, axis=1)[:, :9]
+    np.testing.assert_array_equal(up[0, :, :, 0], expected)
+
+
+@few_cases
+def test_context_is_seen_and_required(make, kwargs):
+    net = perturbed(make(**kwargs, context_shape=(2,), rngs=nnx.Rngs(0)))
+    x, noise = inputs(net)
+    with_context = jax.jit(lambda net, context: net(x, noise, context))
+    out = with_context(net, jnp.ones((3, 2)))
+    other = with_context(net, jnp.ones((3, 2)).at[1].set(0.0))
+    np.testing.assert_allclose(other[::2], out[::2], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(other[1], out[1], rtol=1e-2)
+    with pytest.raises(ValueError, match=r"context_shape \(2,\), got None"):
+        net(x, noise)
+
+
+REMAT_CASES = {
+    "UNet": (UNet, {"event_shape": (64,), "channels": (4,), "num_blocks": 3}),
+}
+
+
+@pytest.mark.parametrize(("make", "kwargs"), REMAT_CASES.values(), ids=REMAT_CASES)
+def test_rematerialization(make, kwargs):
+    """The same gradients, dropout included, from less memory."""
+    kwargs = {**kwargs, "embedding": 8, "dropout": 0.2}
+    nets = [perturbed(make(**kwargs, remat=r, rngs=nnx.Rngs(0))) for r in (False, True)]
+    assert [net.config["remat"] for net in nets] == [False, True]
+    x, noise = inputs(nets[0], batch=8)
+
+    @jax.jit
+    def gradient(net, key):
+        def loss(net):
+            return jnp.mean((net(x, noise, rngs=nnx.Rngs(dropout=key)) - x) ** 2)
+
+        return jax.grad(loss)(net)
+
+    compiled = [gradient.lower(net, jax.random.key(0)).compile() for net in nets]
+    plain, remat = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+    assert remat < 0.7 * plain
+    gradients = [c(net, jax.random.key(0)) for c, net in zip(compiled, nets, strict=True)]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(("make", "kwargs"), REMAT_CASES.values(), ids=REMAT_CASES)
+def test_rematerialized_network_that_is_closed_over(make, kwargs):
+    """Also in forward mode, and under `vmap`."""
+    if make is UNet:  # whose first block on the way up differs from the second
+        kwargs = {**kwargs, "channels": (4, 4), "num_blocks": 2}
+    nets = [
+        perturbed(make(**kwargs, embedding=8, remat=r, rngs=nnx.Rngs(0))) for r in (False, True)
+    ]
+    x, noise = inputs(nets[0], batch=2)
+
+    def pushforwards(net):
+        # Networks of an outer trace, in the traces of `jvp` and `vmap`.
+        return jax.vmap(lambda v: jax.jvp(lambda x: net(x, noise), (x,), (v,)))(jnp.stack([x]))
+
+    for a, b in zip(*map(jax.jit(pushforwards), nets), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
 def test_invalid_inputs():

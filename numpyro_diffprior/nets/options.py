@@ -1,6 +1,7 @@
 """Validation of the options and inputs of networks; each check may raise a `ValueError`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,24 @@ from jax.typing import DTypeLike
 from numpyro_diffprior._compile.checks import check_count, check_number
 
 __all__ = [
+    "PADDINGS",
+    "check_axes",
     "check_context_shape",
     "check_dtype",
     "check_embedding",
+    "check_event",
+    "check_heads",
     "check_inputs",
+    "check_padding",
     "check_rate",
     "check_rngs",
     "check_sizes",
 ]
+
+PADDINGS = {"zeros": "constant", "periodic": "wrap", "reflect": "reflect"}
+"""Boundary conditions of convolutions, as modes of `jax.numpy.pad`."""
+
+_LAYOUTS = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 
 def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -27,6 +38,77 @@ def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if not (integers and all(integers) and min(values) >= 1):
         raise ValueError(f"{name} must hold positive integers, got {tuple(values)}.")
     return tuple(int(value) for value in values)
+
+
+def check_event(
+    name: str, event_shape: Sequence[int], spatial_dims: int | None
+) -> tuple[tuple[int, ...], int, int]:
+    """Return the shape of one event, its number of spatial axes, and its number of channels.
+
+    Args:
+        name: The network's name, for messages.
+        event_shape: The sizes of the spatial axes, and of a last axis of channels if there is one.
+        spatial_dims: The number of spatial axes, or None where the shape has only one reading.
+    """
+    shape = check_sizes("event_shape", event_shape)
+    if spatial_dims is None:
+        if len(shape) == 3 or (len(shape) == 2 and max(shape) > 4 * min(shape)):
+            fewer, all_axes = _LAYOUTS[len(shape) - 1], _LAYOUTS[len(shape)]
+            raise ValueError(
+                f"{name}: the event_shape {shape} has two readings; pass "
+                f"spatial_dims={len(shape) - 1} for ({fewer}, channels), or "
+                f"spatial_dims={len(shape)} for ({all_axes})."
+            )
+        spatial_dims = min(len(shape), 3)
+    if isinstance(spatial_dims, bool) or spatial_dims not in _LAYOUTS:
+        raise ValueError(f"{name}: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}.")
+    spatial_dims = int(spatial_dims)
+    if len(shape) not in (spatial_dims, spatial_dims + 1):
+        layout = _LAYOUTS[spatial_dims]
+        raise ValueError(
+            f"{name}: with spatial_dims={spatial_dims}, the event_shape must be ({layout}) or "
+            f"({layout}, channels), got {shape}; change spatial_dims (1, 2 or 3), or use MLP or "
+            "a network of your own."
+        )
+    return shape, spatial_dims, shape[-1] if len(shape) > spatial_dims else 1
+
+
+def check_axes(name: str, values: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """Return one positive integer per spatial axis, from one for all or one for each."""
+    sizes = values if isinstance(values, Sequence) else (values,) * spatial_dims
+    _check_length(name, sizes, spatial_dims)
+    return check_sizes(name, sizes)
+
+
+def check_padding(padding: str | Sequence[str], spatial_dims: int) -> tuple[str, ...]:
+    """Return the boundary condition of every spatial axis, from one for all or one for each."""
+    names = (padding,) * spatial_dims if isinstance(padding, str) else tuple(padding)
+    _check_length("padding", names, spatial_dims)
+    for found in names:
+        if found not in PADDINGS:
+            known = ", ".join(map(repr, PADDINGS))
+            raise ValueError(f"padding must be one of {known}, got {found!r}.")
+    return names
+
+
+def _check_length(name: str, values: Sequence[Any], spatial_dims: int) -> None:
+    if len(values) != spatial_dims:
+        raise ValueError(
+            f"{name} must be one value for all spatial axes, or hold one for each of the "
+            f"{spatial_dims}, got {tuple(values)}."
+        )
+
+
+def check_heads(num_heads: int, widths: Sequence[int]) -> int:
+    """Return a number of heads that divides the width of every layer with attention."""
+    (num_heads,) = check_sizes("num_heads", (num_heads,))
+    for width in widths:
+        if width % num_heads:
+            raise ValueError(
+                f"num_heads must divide the width of every layer with attention, got "
+                f"num_heads={num_heads} for a width of {width}."
+            )
+    return num_heads
 
 
 def check_embedding(embedding: int) -> int:
