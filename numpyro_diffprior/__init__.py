@@ -28,6 +28,7 @@ from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.infer.reparam import DiffusionReparam
 from numpyro_diffprior.nets.adapters import FunctionNetwork
+from numpyro_diffprior.nets.dit import DiT
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 from numpyro_diffprior.prior import DiffusionPrior
@@ -46,6 +47,7 @@ __all__ = [
     "MMPS",
     "Calibration",
     "Denoiser",
+    "DiT",
     "DiffusionPrior",
     "DiffusionReparam",
     "EMMetrics",

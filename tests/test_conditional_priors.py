@@ -25,6 +25,7 @@ from numpyro_diffprior.infer.evidence import log_evidence
 from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.infer.reparam import DiffusionReparam
+from numpyro_diffprior.nets.dit import DiT
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 from numpyro_diffprior.prior import DiffusionPrior
@@ -209,13 +210,19 @@ def test_em_knows_the_contexts_of_one_of_several_priors():
     np.testing.assert_allclose(x.mean(0), [[2.0, 0.0], [-2.0, 1.0]], atol=0.3)
 
 
-@pytest.mark.parametrize("net", [MLP, UNet])
+SIZES = {
+    MLP: {"features": (32,)},
+    UNet: {"channels": (8,), "num_blocks": 1},
+    DiT: {"patch_size": 2, "width": 16, "depth": 1},
+}
+
+
+@pytest.mark.parametrize("net", SIZES)
 def test_fitting_uses_the_contexts(net):
     shape = (4, 4)
     context = jnp.where(jax.random.bernoulli(jax.random.key(9), shape=(512,)), 1.0, -1.0)
     x = context[:, None, None] + 0.1 * jax.random.normal(jax.random.key(10), (512, *shape))
-    sizes = {"features": (32,)} if net is MLP else {"channels": (8,), "num_blocks": 1}
-    denoiser = NetworkDenoiser(net(shape, context_shape=(), rngs=nnx.Rngs(0), **sizes))
+    denoiser = NetworkDenoiser(net(shape, context_shape=(), rngs=nnx.Rngs(0), **SIZES[net]))
     fit = fit_denoiser(
         jax.random.key(11),
         denoiser,

@@ -9,7 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_diffprior.nets import NETWORKS, convolutions
+from numpyro_diffprior.nets import NETWORKS, convolutions, dit
+from numpyro_diffprior.nets.dit import DiT
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.options import PADDINGS, check_event
 from numpyro_diffprior.nets.unet import UNet
@@ -53,11 +54,28 @@ CASES = {
         UNet,
         {"event_shape": (28, 28), "channels": (4, 4, 8), "num_blocks": 1, "attention": (2,)},
     ),
+    "DiT": (DiT, {"event_shape": (8, 8), "width": 16, "depth": 2, "num_heads": 2}),
+    "DiT trajectory": (
+        DiT,
+        {"event_shape": (7, 3), "spatial_dims": 1, "patch_size": (2,), "width": 8, "depth": 1},
+    ),
+    "DiT volume": (
+        DiT,
+        {
+            "event_shape": (3, 4, 5),
+            "spatial_dims": 3,
+            "patch_size": (1, 2, 2),
+            "width": 8,
+            "depth": 1,
+        },
+    ),
 }
 
 cases = pytest.mark.parametrize(("make", "kwargs"), CASES.values(), ids=CASES)
 few_cases = pytest.mark.parametrize(
-    ("make", "kwargs"), [CASES["MLP"], CASES["UNet attention"]], ids=["MLP", "UNet"]
+    ("make", "kwargs"),
+    [CASES["MLP"], CASES["UNet attention"], CASES["DiT"]],
+    ids=["MLP", "UNet", "DiT"],
 )
 
 
@@ -319,6 +337,21 @@ def test_invalid_unet(kwargs, match):
 
 
 @pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"patch_size": 0}, "patch_size must hold positive integers"),
+        ({"patch_size": (2,)}, r"patch_size must be .* one for each of the 2, got \(2,\)"),
+        ({"width": 3, "num_heads": 1}, "width must be at least two per spatial axis"),
+        ({"width": 10}, "num_heads must divide .* num_heads=4 for a width of 10"),
+        ({"depth": 0}, "depth must hold positive integers"),
+    ],
+)
+def test_invalid_dit(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        DiT(**{"event_shape": (8, 8), **kwargs}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
     ("shape", "spatial_dims", "expected"),
     [
         ((128,), None, (1, 1)),
@@ -336,6 +369,7 @@ def test_readings_of_an_event_shape(shape, spatial_dims, expected):
     assert check_event("UNet", shape, spatial_dims) == (shape, *expected)
 
 
+@pytest.mark.parametrize("make", [UNet, DiT])
 @pytest.mark.parametrize(
     ("shape", "spatial_dims", "match"),
     [
@@ -353,9 +387,9 @@ def test_readings_of_an_event_shape(shape, spatial_dims, expected):
         ((), None, r"event_shape must hold positive integers, got \(\)"),
     ],
 )
-def test_event_shapes_that_are_refused(shape, spatial_dims, match):
+def test_event_shapes_that_are_refused(make, shape, spatial_dims, match):
     with pytest.raises(ValueError, match=match):
-        UNet(shape, spatial_dims=spatial_dims, rngs=nnx.Rngs(0))
+        make(shape, spatial_dims=spatial_dims, rngs=nnx.Rngs(0))
 
 
 PAD_CASES = [
@@ -437,6 +471,36 @@ def test_strides_of_each_axis():
     np.testing.assert_array_equal(up[0, :, :, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "patch"), [((5,), (2,)), ((4, 6), (2, 3)), ((3, 4, 5), (2, 1, 2))]
+)
+def test_patches(sizes, patch):
+    x = np.random.default_rng(0).normal(size=(2, *sizes, 3)).astype("float32")
+    grid = tuple(-(-n // p) for n, p in zip(sizes, patch, strict=True))
+    h = dit._to_patches(jnp.asarray(x), grid, patch)
+    ends = [(0, n * p - size) for n, p, size in zip(grid, patch, sizes, strict=True)]
+    padded = np.pad(x, ((0, 0), *ends, (0, 0)))
+    for number, index in enumerate(np.ndindex(*grid)):
+        window = [slice(i * p, (i + 1) * p) for i, p in zip(index, patch, strict=True)]
+        np.testing.assert_array_equal(h[:, number], padded[:, *window].reshape(2, -1))
+    np.testing.assert_array_equal(dit._from_patches(h, grid, patch, sizes), x)
+
+
+def test_patches_are_told_apart_by_their_positions():
+    positions = np.asarray(dit._positions((3, 4, 5), 21, np.dtype("float32")))
+    assert positions.shape == (60, 21)
+    distances = np.linalg.norm(positions[:, None] - positions, axis=-1)
+    assert np.min(distances + 10 * np.eye(60)) > 0.5
+    # The first axis varies slowest, as in the order of the patches.
+    np.testing.assert_array_equal(positions[:20, :6], np.tile(positions[:1, :6], (20, 1)))
+
+
+def test_new_block_of_a_transformer_is_the_identity():
+    net = DiT(**CASES["DiT"][1], rngs=nnx.Rngs(0))
+    h = jax.random.normal(jax.random.key(0), (2, 4, 16))
+    np.testing.assert_array_equal(net.blocks[0](h, jnp.ones((2, 64)), None), h)
+
+
 @few_cases
 def test_context_is_seen_and_required(make, kwargs):
     net = perturbed(make(**kwargs, context_shape=(2,), rngs=nnx.Rngs(0)))
@@ -452,6 +516,7 @@ def test_context_is_seen_and_required(make, kwargs):
 
 REMAT_CASES = {
     "UNet": (UNet, {"event_shape": (64,), "channels": (4,), "num_blocks": 3}),
+    "DiT": (DiT, {"event_shape": (64,), "width": 8, "depth": 4, "num_heads": 2}),
 }
 
 

@@ -17,6 +17,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PUBLIC = [
     "Calibration",
     "Denoiser",
+    "DiT",
     "DiffusionPrior",
     "DiffusionReparam",
     "EM",

@@ -21,6 +21,7 @@ from numpyro_diffprior.denoisers.serialization import load_denoiser, read_metada
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 from numpyro_diffprior.nets.adapters import FunctionNetwork
+from numpyro_diffprior.nets.dit import DiT
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 
@@ -89,6 +90,11 @@ def unet():
     return NetworkDenoiser(perturb(net))
 
 
+def dit():
+    net = DiT((6, 5), patch_size=2, width=8, depth=1, num_heads=2, embedding=4, rngs=nnx.Rngs(5))
+    return NetworkDenoiser(perturb(net))
+
+
 def half():
     net = MLP((2,), features=(4,), embedding=4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(6))
     return NetworkDenoiser(net)
@@ -103,7 +109,7 @@ def own():
 
 
 CASES = {name: lambda name=name: gaussian(name) for name in COVARIANCES}
-CASES |= {"mixture": mixture, "mlp": mlp, "unet": unet, "half": half, "own": own}
+CASES |= {"mixture": mixture, "mlp": mlp, "unet": unet, "dit": dit, "half": half, "own": own}
 CASES |= {"conditioned": lambda: ConditionedDenoiser(NetworkDenoiser(conditional()), jnp.ones(3))}
 CASES |= {"scalar": lambda: GaussianDenoiser(1.5, Isotropic(2.0, 1))}
 
@@ -326,7 +332,7 @@ def test_other_version_is_refused(path):
         ('{"type": "os.system", "fields": {}}', "expected one of the types"),
         (
             '{"network": "eval", "config": {}}',
-            "expected one of the networks MLP, UNet, got 'eval'",
+            "expected one of the networks DiT, MLP, UNet, got 'eval'",
         ),
         ('{"network": "MLP", "config": {"net_layers": 3}}', "does not take the stored config"),
         ('{"type": "Diagonal", "fields": {"a": {"value": 1}}}', "expected the fields"),

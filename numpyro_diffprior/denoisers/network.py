@@ -24,7 +24,7 @@ __all__ = ["Network", "NetworkDenoiser"]
 
 
 class Network(Protocol):
-    """The interface of a network of `NetworkDenoiser`, such as `MLP` or `UNet`.
+    """The interface of a network of `NetworkDenoiser`, such as `MLP`, `UNet` or `DiT`.
 
     A network with an attribute ``context_shape`` that is not None gets contexts as third argument,
     with shape ``(batch, *context_shape)``.

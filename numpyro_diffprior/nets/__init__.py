@@ -21,10 +21,11 @@ References:
     (normalization modulated by the noise level).
 """
 
+from numpyro_diffprior.nets.dit import DiT
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 
-__all__ = ["MLP", "NETWORKS", "UNet"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet"]
 
-NETWORKS: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
+NETWORKS: dict[str, type[MLP] | type[UNet] | type[DiT]] = {"DiT": DiT, "MLP": MLP, "UNet": UNet}
 """Networks that `load_denoiser` can build, as ``NETWORKS[name](**config, rngs=rngs)``."""
