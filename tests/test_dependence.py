@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from numpyro_diffprior._compile.dependence import depends
+from numpyro_diffprior._compile.dependence import depends, picks_elements
 
 X = jnp.arange(3.0)
 
@@ -36,3 +36,29 @@ def test_depends(f, expected):
 
 def test_on_some_arguments():
     assert depends(lambda x, y: {"x": x, "y": y}, X, X, on=[1]) == {"x": False, "y": True}
+
+
+def swap(x):
+    return x.reshape(3, 2).T.reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x, y: jnp.where(y > 0, jnp.exp(3 * x + y), 0), True),
+        (lambda x, y: x * x + jnp.tanh(x), True),
+        (lambda x, y: jnp.concatenate([x[::2], jnp.roll(x, 1), y]), True),
+        (lambda x, y: swap(x) + y * swap(x), True),
+        (lambda x, y: jax.jit(lambda x: x[jnp.array([0, 0, 2])])(x), True),
+        (lambda x, y: (x, x.sum()), (True, False)),
+        (lambda x, y: x + jnp.roll(x, 1), False),
+        (lambda x, y: x + swap(x), False),
+        (lambda x, y: x - x.mean(), False),
+        (lambda x, y: jnp.outer(y, y) @ x, False),
+        (lambda x, y: jnp.cumsum(x), False),
+        (lambda x, y: jnp.fft.rfft(x).real, False),
+    ],
+)
+def test_picks_elements(f, expected):
+    x = jnp.arange(6.0)
+    assert picks_elements(f, x, x) == expected

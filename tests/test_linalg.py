@@ -252,3 +252,33 @@ class TestEmpiricalGaussian:
             empirical_gaussian(jnp.ones((1, 3)))
         with pytest.raises(ValueError, match="expected rank >= 1, got 0"):
             empirical_gaussian(jnp.ones((4, 3)), rank=0)
+
+
+@over_cases
+@over_batches
+def test_update(make: Make, batch: tuple[int, ...]):
+    """By a diagonal precision, of which some is zero, for draws that share it."""
+    cov, matrix = make(*batch)
+    precision = positive(7, *batch, SIZE) * (normal(8, *batch, SIZE) > -0.5)
+    score = normal(9, 2, *batch, SIZE) * (precision > 0)
+    update = cov.update(jnp.asarray(precision), jnp.asarray(score))
+    system = np.eye(SIZE) + precision[..., :, None] * matrix
+    b = np.linalg.solve(system, np.asarray(score, float)[..., None])[..., 0]
+    assert_close(update.b, b)
+    assert_close(update.shift, (matrix @ b[..., None])[..., 0])
+    assert_close(update.logdet, np.linalg.slogdet(system)[1])
+
+
+@pytest.mark.parametrize("diag", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("precision", [1.0, 1e4, 1e8])
+def test_update_of_precise_values(diag: float, precision: float):
+    """The posterior's mean, where the prior is smooth and observations are precise."""
+    factor = normal(0, 40, 3)
+    cov = DiagonalPlusLowRank(jnp.full(40, diag, DTYPE), jnp.asarray(factor))
+    seen = np.asarray(normal(1, 40) > 0, float)
+    matrix = diag * np.eye(40) + gram(factor)
+    x = np.asarray(factor, float) @ normal(2, 3) + diag**0.5 * normal(3, 40)
+    score = precision * seen * x
+    exact = np.linalg.solve(np.eye(40) + precision * seen[:, None] * matrix, score)
+    update = cov.update(jnp.asarray(precision * seen, DTYPE), jnp.asarray(score, DTYPE))
+    np.testing.assert_allclose(update.shift, matrix @ exact, atol=1e-3)

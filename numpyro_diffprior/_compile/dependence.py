@@ -81,3 +81,100 @@ def _propagate_scan(body: Jaxpr, inputs: list[bool], carry: slice) -> list[bool]
         if grown == inputs[carry]:
             return outs
         inputs = [*inputs[: carry.start], *grown, *inputs[carry.stop :]]
+
+
+def picks_elements(f: Callable[..., Any], x: Any, *args: Any) -> Any:
+    """Return a pytree of bools: whether each element of an output depends on one of ``x`` at most.
+
+    This holds for masks, gains, subsampling and functions applied elementwise, and for what moves
+    elements: slices, concatenations, changes of shape. It does not hold for sums and products of
+    different elements. The analysis enters calls; False may be wrong, True is not.
+
+    Args:
+        f: A function of pytrees of arrays.
+        x: Its first argument, an array.
+        *args: Its other arguments, which do not depend on ``x``.
+    """
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(x, *args)
+    sources = [_X, *[None] * (len(jaxpr.jaxpr.invars) - 1)]
+    outs = _trace_sources(jaxpr.jaxpr, sources)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [out is not _MIXED for out in outs])
+
+
+_X, _MIXED = object(), object()
+
+# Primitives whose outputs have the elements of their operands, elsewhere.
+_MOVES = {
+    "broadcast_in_dim",
+    "concatenate",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "expand_dims",
+    "gather",
+    "pad",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+}
+# Primitives whose elements depend on those at the same place of their operands.
+_ELEMENTWISE = {
+    *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type"),
+    *("copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp"),
+    *("exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log"),
+    *("log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem"),
+    *("round", "rsqrt", "scale_by_power", "select_n", "sign", "sin", "sinh", "sqrt", "square"),
+    *("stop_gradient", "sub", "tan", "tanh", "xor"),
+}
+
+
+def _trace_sources(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
+    """Return the sources of a jaxpr's outputs.
+
+    A source says which element of ``x`` each element depends on: None for no one, `_X` for that
+    at the same place, `_MIXED` for several; else a hashable object, equal for equal maps.
+    """
+    sources: dict[Var, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(atom: Any) -> Any:
+        return sources.get(atom) if isinstance(atom, Var) else None
+
+    for eqn in jaxpr.eqns:
+        given = [of(atom) for atom in eqn.invars]
+        known = [source for source in given if source is not None]
+        name = eqn.primitive.name
+        if not known:
+            continue
+        outs = [_MIXED] * len(eqn.outvars)
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if isinstance(inner, ClosedJaxpr):
+            inner = inner.jaxpr
+        if any(source is _MIXED for source in known):
+            pass
+        elif name in _CALLS and inner is not None:
+            outs = _trace_sources(inner, given)
+        elif name in _ELEMENTWISE and all(source == known[0] for source in known):
+            outs = [known[0]] * len(eqn.outvars)
+        elif name in _MOVES:
+            operands = [
+                atom if source is None and isinstance(atom, Var) else source
+                for atom, source in zip(eqn.invars, given, strict=True)
+            ]
+            same = _is_same_shape(eqn)
+            outs = [
+                known[0] if same else (name, str(eqn.params), tuple(operands), i)
+                for i in range(len(eqn.outvars))
+            ]
+        sources.update(zip(eqn.outvars, outs, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _is_same_shape(eqn: Any) -> bool:
+    """Whether a change of shape changes nothing."""
+    if eqn.primitive.name == "broadcast_in_dim":
+        trivial = eqn.params["broadcast_dimensions"] == tuple(range(eqn.outvars[0].aval.ndim))
+    else:
+        trivial = eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is None
+    return trivial and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape

@@ -96,7 +96,7 @@ class Linearization(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """The likelihood of a batch of independent events.
+    r"""The likelihood of a batch of independent events.
 
     Args:
         y: Observed values, with shape ``(*batch, m)``; zero where masked. Pseudo-observations
@@ -104,6 +104,8 @@ class Likelihood:
         read: Maps ``x`` to the moments of the observations and the values observed there.
         log_prob: Maps ``x`` to its exact log-likelihood, with shape ``(*extra, *batch)``.
         event_shape: The shape of one event.
+        elementwise: Whether each mean depends on one element of the event at most, and the noise
+            of different values is independent, so that :math:`A^T \Sigma_y^{-1} A` is diagonal.
         linear: Whether the mean is affine in ``x``, covariance and ``y`` do not depend on it, and
             there is no potential. Draws and particles of an event then share the operator and
             the solves.
@@ -117,6 +119,7 @@ class Likelihood:
     read: Callable[[jax.Array], ObservationMoments]
     log_prob: Callable[[jax.Array], jax.Array]
     event_shape: tuple[int, ...]
+    elementwise: bool = False
     linear: bool = False
     has_residual: jax.Array | None = None
     potential: Callable[[jax.Array], jax.Array] | None = None

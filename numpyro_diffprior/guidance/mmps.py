@@ -37,7 +37,13 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import PosteriorCovariance, TweedieCovariance
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, LookAhead
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.guidance.solves import ConjugateGradients, EigenSolve, FactoredSolve, Solve
+from numpyro_diffprior.guidance.solves import (
+    ConjugateGradients,
+    EigenSolve,
+    ElementwiseSolve,
+    FactoredSolve,
+    Solve,
+)
 from numpyro_diffprior.linalg.solvers import sandwich, sandwich_square
 
 __all__ = ["MMPS"]
@@ -96,9 +102,16 @@ class MMPS(Guidance):
         solve: Solve = ConjugateGradients(self.rtol, self.max_steps)
         if is_dense:
             solve = FactoredSolve() if has_closed_form else EigenSolve()
-        matrix = None
-        if likelihood.linear and is_dense and has_closed_form:
-            zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
+        zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
+        cov = self.covariance.closed_form(denoiser, jnp.ones((), denoiser.dtype))
+        matrix, needs_matrix = None, has_closed_form and is_dense
+        if likelihood.elementwise and cov is not None and not cov.is_dense:
+            precision = None
+            if likelihood.linear:
+                local = likelihood.linearize(zeros)
+                precision = local.precision(jnp.ones_like(local.score()))
+            solve, needs_matrix = ElementwiseSolve(precision), needs_matrix and self.look_ahead
+        if likelihood.linear and needs_matrix:
             matrix = likelihood.operator(zeros)
         return _Posterior(denoiser, likelihood, self, solve, matrix)
 

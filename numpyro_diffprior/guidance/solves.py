@@ -29,7 +29,14 @@ from numpyro_diffprior.linalg.solvers import (
     truncated_solve,
 )
 
-__all__ = ["ConjugateGradients", "EigenSolve", "FactoredSolve", "Solution", "Solve"]
+__all__ = [
+    "ConjugateGradients",
+    "EigenSolve",
+    "ElementwiseSolve",
+    "FactoredSolve",
+    "Solution",
+    "Solve",
+]
 
 
 class Solution(NamedTuple):
@@ -84,6 +91,37 @@ class FactoredSolve(Solve):
             logdet=logdet - local.noise.logdet(),
             residual=residual,
             num_truncated=jnp.zeros(residual.shape, int),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ElementwiseSolve(Solve):
+    r"""Solve with a diagonal :math:`\Lambda`, for likelihoods that are elementwise.
+
+    Diagonal and low-rank covariances take no matrix of the event's size.
+
+    Args:
+        precision: The diagonal of :math:`\Lambda`, with shape ``(*batch, d)``, if it is constant.
+    """
+
+    precision: jax.Array | None = None
+
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+    ) -> Solution:
+        assert cov.closed_form is not None
+        score, precision = local.score(), self.precision
+        if precision is None:
+            precision = local.precision(jnp.ones_like(score))
+        update = cov.closed_form.update(precision, score)
+        left = jnp.abs(score - update.b - precision * update.shift).max(-1)
+        largest = jnp.abs(score).max(-1)
+        return Solution(
+            b=update.b,
+            shift=update.shift,
+            logdet=jnp.broadcast_to(update.logdet, left.shape),
+            residual=left / jnp.where(largest > 0, largest, 1),
+            num_truncated=jnp.zeros(left.shape, int),
         )
 
 

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,22 @@ __all__ = [
     "DiagonalPlusLowRank",
     "Isotropic",
     "Repeated",
+    "Update",
 ]
+
+
+class Update(NamedTuple):
+    r"""The Gaussian update of a covariance by a diagonal precision, see `Covariance.update`.
+
+    Attributes:
+        b: The solution of :math:`(I + \Lambda \Sigma) b = s`, with shape ``(*batch, size)``.
+        shift: :math:`\Sigma b`, with the same shape.
+        logdet: :math:`\log \det (I + \Lambda \Sigma)`, with shape ``(*batch,)``.
+    """
+
+    b: jax.Array
+    shift: jax.Array
+    logdet: jax.Array
 
 
 class Covariance(ABC):
@@ -52,6 +67,11 @@ class Covariance(ABC):
         @property
         def size(self) -> int:
             """Dimension of the vectors."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether operations take products with matrices of the covariance's size."""
+        return False
 
     @abstractmethod
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -88,6 +108,19 @@ class Covariance(ABC):
     @abstractmethod
     def conditional(self, variance: ArrayLike) -> Self:
         r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, the covariance of x given :math:`x_t`."""
+
+    @abstractmethod
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        r"""Solve :math:`(I + \Lambda \Sigma) b = s` for a diagonal :math:`\Lambda`.
+
+        The posterior of :math:`x \sim \mathcal{N}(0, \Sigma)` given a likelihood with score
+        :math:`s` and precision :math:`\Lambda` at zero has mean :math:`\Sigma b`.
+
+        Args:
+            precision: The diagonal of :math:`\Lambda`, not negative, with shape
+                ``(*batch, size)``.
+            score: :math:`s`, zero where the precision is, with shape ``(*extra, *batch, size)``.
+        """
 
     def trace(self) -> jax.Array:
         """Return the total variance, with shape ``(*batch,)``."""
@@ -151,6 +184,9 @@ class Isotropic(Covariance):
     def conditional(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(_parallel(self.variance, variance), self.size)
 
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        return _update_elementwise(append_axis(self.variance), precision, score)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -190,6 +226,9 @@ class Diagonal(Covariance):
 
     def conditional(self, variance: ArrayLike) -> "Diagonal":
         return Diagonal(_parallel(self.variances, append_axis(variance)))
+
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        return _update_elementwise(self.variances, precision, score)
 
 
 @jax.tree_util.register_dataclass
@@ -255,6 +294,18 @@ class DiagonalPlusLowRank(Covariance):
         factor = matmul(append_axis(v * weights) * self.factor, inverse.mT)
         return DiagonalPlusLowRank(_parallel(self.diag, v), factor)
 
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        # With E = I + L D: b = (s - L F w) / E, where w = F^T b solves a system of size rank.
+        gains = 1 + precision * self.diag
+        chol = _capacitance(self.factor, precision / gains, raised=True)
+        inverse = inverse_lower(chol)
+        inner = apply(inverse, apply_transpose(self.factor, score / gains))
+        inner = apply_transpose(inverse, inner)
+        low_rank = apply(self.factor, inner)
+        b = (score - precision * low_rank) / gains
+        small = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
+        return Update(b, self.diag * b + low_rank, jnp.log(gains).sum(-1) + small)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -284,6 +335,10 @@ class Dense(Covariance):
     def size(self) -> int:
         """Dimension of the vectors."""
         return self.eigenvalues.shape[-1]
+
+    @property
+    def is_dense(self) -> bool:
+        return True
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return apply(self.eigenvectors, self.eigenvalues * apply_transpose(self.eigenvectors, v))
@@ -317,6 +372,17 @@ class Dense(Covariance):
     def conditional(self, variance: ArrayLike) -> "Dense":
         return Dense(_parallel(self.eigenvalues, append_axis(variance)), self.eigenvectors)
 
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        # Symmetric: b = R (I + R S R)^{-1} R^{-1} s, with R the square root of the precision.
+        root = jnp.sqrt(precision)
+        matrix = root[..., :, None] * self.dense() * root[..., None, :]
+        chol = _cholesky_plus_one(matrix, raised=True)
+        inverse = inverse_lower(chol)
+        white = apply(inverse, jnp.where(root > 0, score / jnp.where(root > 0, root, 1), 0))
+        b = root * apply_transpose(inverse, white)
+        logdet = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
+        return Update(b, self.matvec(b), logdet)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -329,6 +395,10 @@ class Blocks(Covariance):
     def size(self) -> int:
         """Dimension of the vectors."""
         return sum(block.size for block in self.blocks)
+
+    @property
+    def is_dense(self) -> bool:
+        return any(block.is_dense for block in self.blocks)
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return _join([block.matvec(part) for block, part in self._parts(v)])
@@ -357,6 +427,15 @@ class Blocks(Covariance):
     def conditional(self, variance: ArrayLike) -> "Blocks":
         return Blocks(tuple(block.conditional(variance) for block in self.blocks))
 
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        parts = zip(self._parts(precision), self._parts(score), strict=True)
+        updates = [block.update(own, value) for (block, own), (_, value) in parts]
+        return Update(
+            b=_join([update.b for update in updates]),
+            shift=_join([update.shift for update in updates]),
+            logdet=reduce(jnp.add, [update.logdet for update in updates]),
+        )
+
     def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
         ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
         return list(zip(self.blocks, jnp.split(v, ends, axis=-1), strict=True))
@@ -378,6 +457,10 @@ class Repeated(Covariance):
     def size(self) -> int:
         """Dimension of the vectors."""
         return self.num * self.block.size
+
+    @property
+    def is_dense(self) -> bool:
+        return self.block.is_dense
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self._merge(self.block.matvec(self._split(v)))
@@ -405,6 +488,10 @@ class Repeated(Covariance):
 
     def conditional(self, variance: ArrayLike) -> "Repeated":
         return Repeated(self.block.conditional(append_axis(variance)), self.num)
+
+    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+        update = self.block.update(self._split(precision), self._split(score))
+        return Update(self._merge(update.b), self._merge(update.shift), update.logdet.sum(-1))
 
     def _split(self, v: jax.Array) -> jax.Array:
         return v.reshape(*v.shape[:-1], self.num, self.block.size)
@@ -449,6 +536,12 @@ def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
     return low / (1 + low / high)
 
 
+def _update_elementwise(variances: ArrayLike, precision: jax.Array, score: jax.Array) -> Update:
+    gains = 1 + precision * variances
+    b = score / gains
+    return Update(b, variances * b, jnp.log(gains).sum(-1))
+
+
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
     # Parts may have different leading axes: those of their parameters.
     batch = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -456,7 +549,20 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
+def _capacitance(factor: jax.Array, weights: jax.Array, raised: bool = False) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    gram = matmul(factor.mT, append_axis(weights) * factor)
-    return by_matrix(jnp.linalg.cholesky, gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    return _cholesky_plus_one(matmul(factor.mT, append_axis(weights) * factor), raised)
+
+
+def _cholesky_plus_one(matrix: jax.Array, raised: bool = False) -> jax.Array:
+    """Return the Cholesky factor of the identity plus a positive semi-definite matrix.
+
+    If ``raised``, the diagonal is raised by the rounding error of the largest eigenvalues, beside
+    which the identity may be lost.
+    """
+    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    diagonal = jnp.ones((), matrix.dtype)
+    if raised:
+        trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+        diagonal = jnp.maximum(diagonal, jnp.finfo(matrix.dtype).eps * trace)
+    return by_matrix(jnp.linalg.cholesky, matrix + diagonal * identity)

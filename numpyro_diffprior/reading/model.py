@@ -18,7 +18,7 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.dependence import depends
+from numpyro_diffprior._compile.dependence import depends, picks_elements
 from numpyro_diffprior._compile.program import Program, freeze
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Sampler
@@ -322,12 +322,29 @@ class GroupReading:
         x = jax.eval_shape(lambda inputs: self._template(inputs)[1], specs)
         return not any(jax.tree.leaves(depends(derivative, x, x, specs, on=[0])))
 
+    @cached_property
+    def elementwise(self) -> bool:
+        """Whether each observed mean depends on one element of its event at most."""
+        if any(site.quantity in (Quantity.EVENT, Quantity.POTENTIAL) for site in self.observed):
+            return False
+        avals: list[Any] = [var.aval for var in self.reading.program.jaxpr.invars]
+        specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+
+        def mean(x: jax.Array, inputs: list[Any]) -> jax.Array:
+            denoiser = self.latents.denoiser(self._prior_denoisers(inputs))
+            return self.reader.read(self._evaluate(denoiser, inputs), x).moments.y_hat
+
+        x = jax.eval_shape(lambda inputs: self._template(inputs)[1], specs)
+        return bool(picks_elements(mean, x, specs))
+
     def bind(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> Block:
         """Return denoiser and likelihood on elements of the plates (default: the first ones)."""
         inputs = self.reading.inputs(data, indices)
         denoiser, template = self._template(inputs)
         evaluate = self._evaluate(denoiser, inputs)
-        likelihood = self.reader.likelihood(evaluate, template, linear=self.linear)
+        likelihood = self.reader.likelihood(
+            evaluate, template, linear=self.linear, elementwise=self.elementwise
+        )
         return Block(denoiser, likelihood)
 
     def prior_denoisers(
