@@ -256,29 +256,50 @@ class TestEmpiricalGaussian:
 
 @over_cases
 @over_batches
-def test_update(make: Make, batch: tuple[int, ...]):
+@pytest.mark.parametrize("square", [None, 0.7])
+def test_update(make: Make, batch: tuple[int, ...], square: float | None):
     """By a diagonal precision, of which some is zero, for draws that share it."""
     cov, matrix = make(*batch)
     precision = positive(7, *batch, SIZE) * (normal(8, *batch, SIZE) > -0.5)
     score = normal(9, 2, *batch, SIZE) * (precision > 0)
-    update = cov.update(jnp.asarray(precision), jnp.asarray(score))
+    update = cov.update(jnp.asarray(precision), square)
+    b, shift = update.solve(jnp.asarray(score))
+    matrix = matrix + (square or 0) * matrix @ matrix
     system = np.eye(SIZE) + precision[..., :, None] * matrix
-    b = np.linalg.solve(system, np.asarray(score, float)[..., None])[..., 0]
-    assert_close(update.b, b)
-    assert_close(update.shift, (matrix @ b[..., None])[..., 0])
+    exact = np.linalg.solve(system, np.asarray(score, float)[..., None])
+    assert_close(b, exact[..., 0])
+    assert_close(shift, (matrix @ exact)[..., 0])
     assert_close(update.logdet, np.linalg.slogdet(system)[1])
 
 
+@pytest.mark.parametrize("square", [None, 1.0])
 @pytest.mark.parametrize("diag", [0.0, 1e-6, 1.0])
 @pytest.mark.parametrize("precision", [1.0, 1e4, 1e8])
-def test_update_of_precise_values(diag: float, precision: float):
+def test_update_of_precise_values(diag: float, precision: float, square: float | None):
     """The posterior's mean, where the prior is smooth and observations are precise."""
-    factor = normal(0, 40, 3)
+    factor = normal(0, 40, 3) / 4
     cov = DiagonalPlusLowRank(jnp.full(40, diag, DTYPE), jnp.asarray(factor))
     seen = np.asarray(normal(1, 40) > 0, float)
     matrix = diag * np.eye(40) + gram(factor)
     x = np.asarray(factor, float) @ normal(2, 3) + diag**0.5 * normal(3, 40)
     score = precision * seen * x
-    exact = np.linalg.solve(np.eye(40) + precision * seen[:, None] * matrix, score)
-    update = cov.update(jnp.asarray(precision * seen, DTYPE), jnp.asarray(score, DTYPE))
-    np.testing.assert_allclose(update.shift, matrix @ exact, atol=1e-3)
+    matrix = matrix + (square or 0) * matrix @ matrix
+    system = np.eye(40) + precision * seen[:, None] * matrix
+    update = cov.update(jnp.asarray(precision * seen, DTYPE), square)
+    _, shift = update.solve(jnp.asarray(score, DTYPE))
+    np.testing.assert_allclose(shift, matrix @ np.linalg.solve(system, score), atol=1e-3)
+    np.testing.assert_allclose(update.logdet, np.linalg.slogdet(system)[1], rtol=1e-4)
+
+
+def test_update_of_large_events():
+    """Events that share a covariance, with more elements than one product of pairs takes."""
+    size, rank = 10_000, 3
+    diag, factor = positive(0, size), normal(1, size, rank) / 50
+    precision = positive(2, 2, size)
+    update = DiagonalPlusLowRank(jnp.asarray(diag), jnp.asarray(factor)).update(
+        jnp.asarray(precision)
+    )
+    gains = 1 + np.asarray(precision, float) * diag
+    small = [np.eye(rank) + factor.T @ (p / g * factor.T).T for p, g in zip(precision, gains)]
+    exact = np.log(gains).sum(-1) + np.linalg.slogdet(np.array(small))[1]
+    np.testing.assert_allclose(update.logdet, exact, rtol=1e-5)

@@ -1,5 +1,7 @@
 """Proposals against the dense Gaussians that they stand for."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from numpyro_diffprior.diffusion.samplers import DDPM, MultistepSDE
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import linear_gaussian
 from numpyro_diffprior.guidance.mmps import MMPS
-from numpyro_diffprior.linalg.covariances import Diagonal
+from numpyro_diffprior.linalg.covariances import Diagonal, DiagonalPlusLowRank
 from numpyro_diffprior.particles.proposals import Particles, propose
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import SamplingOptions
@@ -24,6 +26,10 @@ MEAN, COV = RNG.normal(size=D), spd(RNG, D)
 NOISE = np.array([0.04, 0.3])
 Y = RNG.normal(size=(NUM_EVENTS, M))
 DENOISER = GaussianDenoiser(jnp.asarray(MEAN), jnp.asarray(COV))
+FACTOR = RNG.normal(size=(D, 1))
+LOW_RANK = GaussianDenoiser(
+    jnp.asarray(MEAN), DiagonalPlusLowRank(jnp.asarray([0.5, 0.1, 0.3]), jnp.asarray(FACTOR))
+)
 X_T, X_HAT = (RNG.normal(size=(NUM_PARTICLES, NUM_EVENTS, D)) for _ in range(2))
 X_HAT_Y = X_HAT + 0.1 * RNG.normal(size=X_HAT.shape)
 OPERATORS = {
@@ -33,7 +39,8 @@ OPERATORS = {
 }
 
 
-def evaluate(guidance, operator, sampler=MultistepSDE(12), index=5):
+def evaluate(guidance, operator, sampler=MultistepSDE(12), index=5, denoiser=DENOISER):
+    """Propose from one level; a mask and a structured covariance are solved elementwise."""
     matrix = OPERATORS[operator]
     num_observed = matrix.shape[-2]
     y = np.pad(Y, ((0, 0), (0, num_observed - M)))
@@ -41,19 +48,22 @@ def evaluate(guidance, operator, sampler=MultistepSDE(12), index=5):
     likelihood = linear_gaussian(
         jnp.asarray(y), jnp.asarray(matrix), Diagonal(jnp.asarray(noise)), (D,)
     )
-    posterior = guidance.condition(DENOISER, likelihood)
-    levels = jax.tree.map(lambda leaf: leaf[index], sampler.levels(DENOISER))
+    likelihood = replace(likelihood, elementwise=operator == "mask")
+    posterior = guidance.condition(denoiser, likelihood)
+    levels = jax.tree.map(lambda leaf: leaf[index], sampler.levels(denoiser))
     previous = Particles(*(jnp.asarray(x) for x in (X_T, X_HAT, X_HAT_Y)))
     matrices = np.broadcast_to(matrix, (NUM_EVENTS, *matrix.shape[-2:]))
     return propose(posterior, sampler, previous, levels), levels, matrices, y, np.diag(noise)
 
 
+@pytest.mark.parametrize("denoiser", [DENOISER, LOW_RANK], ids=["full", "low rank"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_looking_ahead_is_the_product_of_two_gaussians(operator):
-    evaluation, levels, matrices, y, cov_y = evaluate(LOOKING, operator)
+def test_looking_ahead_is_the_product_of_two_gaussians(operator, denoiser):
+    evaluation, levels, matrices, y, cov_y = evaluate(LOOKING, operator, denoiser=denoiser)
     proposal = evaluation.proposal
     variance, tau = float(levels.following) ** 2, float(proposal.tau)
-    cov = np.linalg.inv(np.linalg.inv(COV) + np.eye(D) / variance)
+    prior_cov = np.asarray(denoiser.cov.dense(), float)
+    cov = np.linalg.inv(np.linalg.inv(prior_cov) + np.eye(D) / variance)
     x_s = jnp.asarray(RNG.normal(size=X_T.shape))
     ratio = proposal.log_ratio(x_s)
     draws = jax.vmap(proposal.draw)(jax.random.split(jax.random.key(0), 4000))
@@ -100,9 +110,14 @@ def test_ratio_turns_the_chain_into_the_proposal(sampler, guidance):
         assert np.all(np.abs(found - expected)[near] < 5 * np.sqrt(variance)[near] + 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("operator", "denoiser"),
+    [("dense", DENOISER), ("mask", LOW_RANK)],
+    ids=["dense", "elementwise"],
+)
 @pytest.mark.parametrize("guidance", [MMPS(), MMPS(GaussianCovariance()), LOOKING])
-def test_take_follows_the_particles(guidance):
-    proposal = evaluate(guidance, "dense")[0].proposal
+def test_take_follows_the_particles(guidance, operator, denoiser):
+    proposal = evaluate(guidance, operator, denoiser=denoiser)[0].proposal
     index = jnp.asarray([[1, 0], [1, 3], [2, 2], [0, 1]])
     taken = proposal.take(index)
     x_s = jnp.asarray(RNG.normal(size=X_T.shape))

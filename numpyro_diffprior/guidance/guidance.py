@@ -11,7 +11,6 @@ A `Guidance` approximates it from :math:`\hat x` and the likelihood of the obser
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,8 +20,9 @@ import jax.numpy as jnp
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.wrappers import DenoiserWrapper
 from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.guidance.look_ahead import LookAhead
 
-__all__ = ["Guidance", "Guided", "GuidedDenoiser", "LookAhead", "finest_sigma"]
+__all__ = ["Guidance", "Guided", "GuidedDenoiser", "finest_sigma"]
 
 
 class Guided(NamedTuple):
@@ -44,27 +44,6 @@ class Guided(NamedTuple):
     log_twist: jax.Array
     residual: jax.Array
     num_truncated: jax.Array
-
-
-class LookAhead(NamedTuple):
-    r"""The predictive distribution of :math:`y` given :math:`x_s`, under a Gaussian prior.
-
-    .. math:: y \sim \mathcal{N}\bigl(h(x) + G (x_s - x), S\bigr), \quad
-        G = A V / \sigma_s^2, \quad S = \Sigma_y + A V A^T
-
-    Attributes:
-        residual: :math:`y - h(x)`, with shape ``(*extra, *batch, m)``.
-        matvec: The product with :math:`G`, from ``d`` to ``m`` elements.
-        transpose: The product with :math:`G^T`, from ``m`` to ``d`` elements.
-        cov: :math:`S`, with shape ``(*batch, m, m)``.
-        spread: :math:`G G^T`, with the same shape.
-    """
-
-    residual: jax.Array
-    matvec: Callable[[jax.Array], jax.Array]
-    transpose: Callable[[jax.Array], jax.Array]
-    cov: jax.Array
-    spread: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +102,14 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
         """Whether particle proposals use `look_ahead` instead of `guide`."""
         return False
 
-    def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        """Return the prediction of the observations, linearized at ``x``; see `LookAhead`."""
+    def look_ahead(self, x: jax.Array, sigma: jax.Array, tau: jax.Array) -> LookAhead:
+        r"""Return the distribution of the observations given a step of the prior's chain.
+
+        Args:
+            x: The denoised events :math:`\hat x`, with shape ``(*extra, *batch, *event)``.
+            sigma: The level :math:`\sigma_s` at which the step ends, a scalar.
+            tau: The standard deviation :math:`\tau` of the step, a scalar.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
 
 

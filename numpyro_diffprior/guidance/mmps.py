@@ -35,8 +35,9 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import PosteriorCovariance, TweedieCovariance
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, LookAhead
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.guidance.look_ahead import LookAhead
 from numpyro_diffprior.guidance.solves import (
     ConjugateGradients,
     EigenSolve,
@@ -44,7 +45,6 @@ from numpyro_diffprior.guidance.solves import (
     FactoredSolve,
     Solve,
 )
-from numpyro_diffprior.linalg.solvers import sandwich, sandwich_square
 
 __all__ = ["MMPS"]
 
@@ -59,12 +59,13 @@ class MMPS(Guidance):
             network per observed value or step of the solver; the closed forms take none.
         max_dense: The number of observed values per event up to which :math:`S` is built and
             solved as a matrix (default: 16 with Tweedie's covariance, else 1,024); beyond, it is
-            solved by conjugate gradients without being built.
+            solved by conjugate gradients without being built. Diagonal and low-rank covariances
+            need no matrix for likelihoods that are elementwise, at any number of values.
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The maximum number of steps of conjugate gradients; see `ConjugateGradients`.
         look_ahead: Whether particle proposals look ahead instead of being guided; see
             `numpyro_diffprior.particles.proposals`. Proposals only look ahead with a closed form
-            for :math:`V`, a linear mean and dense solves; they are guided otherwise.
+            for :math:`V`, a linear mean and direct solves; they are guided otherwise.
         num_iterations: The number of damped Gauss-Newton steps at each noise level for a
             nonlinear likelihood; one is the linearization of the paper.
     """
@@ -93,27 +94,26 @@ class MMPS(Guidance):
             set_fields(self, max_steps=check_count("MMPS", "max_steps", self.max_steps))
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-        """Return the denoiser of the posterior; the operator of a linear mean is built once."""
-        has_closed_form = self.covariance.has_closed_form
-        limit = self.max_dense
-        if limit is None:
-            limit = 1024 if has_closed_form else 16
-        is_dense = likelihood.num_observed <= limit and likelihood.potential is None
-        solve: Solve = ConjugateGradients(self.rtol, self.max_steps)
-        if is_dense:
-            solve = FactoredSolve() if has_closed_form else EigenSolve()
+        """Return the denoiser of the posterior; what a linear mean has constant is built once."""
+        return _Posterior(denoiser, likelihood, self, self._choose(denoiser, likelihood))
+
+    def _choose(self, denoiser: Denoiser, likelihood: Likelihood) -> Solve:
+        """Return how to solve, from the structure of covariance and likelihood."""
         zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
         cov = self.covariance.closed_form(denoiser, jnp.ones((), denoiser.dtype))
-        matrix, needs_matrix = None, has_closed_form and is_dense
         if likelihood.elementwise and cov is not None and not cov.is_dense:
-            precision = None
-            if likelihood.linear:
-                local = likelihood.linearize(zeros)
-                precision = local.precision(jnp.ones_like(local.score()))
-            solve, needs_matrix = ElementwiseSolve(precision), needs_matrix and self.look_ahead
-        if likelihood.linear and needs_matrix:
-            matrix = likelihood.operator(zeros)
-        return _Posterior(denoiser, likelihood, self, solve, matrix)
+            if not likelihood.linear:
+                return ElementwiseSolve()
+            local = likelihood.linearize(zeros)
+            return ElementwiseSolve(local.precision(jnp.ones_like(local.score())))
+        limit = self.max_dense
+        if limit is None:
+            limit = 16 if cov is None else 1024
+        if likelihood.num_observed > limit or likelihood.potential is not None:
+            return ConjugateGradients(self.rtol, self.max_steps)
+        if cov is None:
+            return EigenSolve()
+        return FactoredSolve(likelihood.operator(zeros) if likelihood.linear else None)
 
 
 class _Mode(NamedTuple):
@@ -130,7 +130,6 @@ class _Posterior(GuidedDenoiser):
 
     guidance: MMPS
     solve: Solve
-    matrix: jax.Array | None  # the operator, (*batch, m, d), if it is constant and needed
 
     def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
         cov = self.guidance.covariance.at(self.prior, x_t, sigma)
@@ -142,7 +141,7 @@ class _Posterior(GuidedDenoiser):
         def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, jax.Array, jax.Array]]:
             x = x_hat + mode.shift.reshape(x_hat.shape)
             local = self.likelihood.linearize(x).recenter(mode.shift)
-            solution = self.solve(local, cov, partial(self._operator, x))
+            solution = self.solve(local, cov, partial(self.likelihood.operator, x))
             if self.likelihood.linear:
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
@@ -167,24 +166,12 @@ class _Posterior(GuidedDenoiser):
 
     @property
     def looks_ahead(self) -> bool:
-        return self.guidance.look_ahead and self.matrix is not None
+        return self.guidance.look_ahead and self.solve.looks_ahead
 
-    def look_ahead(self, x: jax.Array, sigma: jax.Array) -> LookAhead:
-        assert self.matrix is not None
-        local = self.likelihood.linearize(x)
+    def look_ahead(self, x: jax.Array, sigma: jax.Array, tau: jax.Array) -> LookAhead:
         cov = self.guidance.covariance.closed_form(self.prior, sigma)
         assert cov is not None
-        variance = sigma**2
-        return LookAhead(
-            residual=local.residual,
-            matvec=lambda v: local.matvec(cov.matvec(v)) / variance,
-            transpose=lambda u: cov.matvec(local.transpose(u)) / variance,
-            cov=sandwich(cov, self.matrix) + local.noise.dense(),
-            spread=sandwich_square(cov, self.matrix) / variance**2,
-        )
-
-    def _operator(self, x: jax.Array) -> jax.Array:
-        return self.likelihood.operator(x) if self.matrix is None else self.matrix
+        return self.solve.look_ahead(self.likelihood.linearize(x), cov, sigma, tau)
 
     def _at(self, x_hat: jax.Array, shift: jax.Array, b: jax.Array) -> _Mode:
         log_likelihood = self.likelihood.log_prob(x_hat + shift.reshape(x_hat.shape))

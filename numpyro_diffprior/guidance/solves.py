@@ -8,7 +8,8 @@ For :math:`x \sim \mathcal{N}(\hat x, V)` and a likelihood with score :math:`s` 
     b = A^T (\Sigma_y + A V A^T)^{-1} r.
 
 A `Solve` computes :math:`b` from the matrix :math:`\Sigma_y + A V A^T`, by a Cholesky factor or,
-for a learned Jacobian, its eigenvectors; or without the matrix, by conjugate gradients.
+for a learned Jacobian, its eigenvectors; or without the matrix: from the diagonal of
+:math:`\Lambda`, if the likelihood is elementwise, or by conjugate gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +22,13 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
 from numpyro_diffprior.guidance.likelihood import Linearization
+from numpyro_diffprior.guidance.look_ahead import (
+    DenseLookAhead,
+    ElementwiseLookAhead,
+    LookAhead,
+)
 from numpyro_diffprior.linalg.batched import einsum
+from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.solvers import (
     factored_solve,
     preconditioned_conjugate_gradient,
@@ -73,16 +80,40 @@ class Solve(ABC):
             operator: A function that returns :math:`A`, with shape ``(*batch, m, d)``.
         """
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `look_ahead` is implemented."""
+        return False
 
-@dataclass(frozen=True)
+    def look_ahead(
+        self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
+    ) -> LookAhead:
+        """Return the distribution of the observations given a step; see `LookAhead`.
+
+        Args:
+            local: The likelihood, linear in the events.
+            cov: The covariance :math:`V` at the next level.
+            sigma: The next level, a scalar.
+            tau: The standard deviation of the step, a scalar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead.")
+
+
+@dataclass(frozen=True, eq=False)
 class FactoredSolve(Solve):
-    r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form."""
+    r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form.
+
+    Args:
+        matrix: The operator :math:`A`, with shape ``(*batch, m, d)``, if it is constant.
+    """
+
+    matrix: jax.Array | None = None
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         assert cov.closed_form is not None
-        gain = sandwich(cov.closed_form, operator())
+        gain = sandwich(cov.closed_form, operator() if self.matrix is None else self.matrix)
         w, logdet, residual = factored_solve(gain, local.noise, local.residual)
         b = local.transpose(w)
         return Solution(
@@ -92,6 +123,16 @@ class FactoredSolve(Solve):
             residual=residual,
             num_truncated=jnp.zeros(residual.shape, int),
         )
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.matrix is not None
+
+    def look_ahead(
+        self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
+    ) -> LookAhead:
+        assert self.matrix is not None
+        return DenseLookAhead.of(local, cov, self.matrix, sigma, tau)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +154,27 @@ class ElementwiseSolve(Solve):
         score, precision = local.score(), self.precision
         if precision is None:
             precision = local.precision(jnp.ones_like(score))
-        update = cov.closed_form.update(precision, score)
-        left = jnp.abs(score - update.b - precision * update.shift).max(-1)
+        update = cov.closed_form.update(precision)
+        b, shift = update.solve(score)
+        left = jnp.abs(score - b - precision * shift).max(-1)
         largest = jnp.abs(score).max(-1)
         return Solution(
-            b=update.b,
-            shift=update.shift,
+            b=b,
+            shift=shift,
             logdet=jnp.broadcast_to(update.logdet, left.shape),
             residual=left / jnp.where(largest > 0, largest, 1),
             num_truncated=jnp.zeros(left.shape, int),
         )
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.precision is not None
+
+    def look_ahead(
+        self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
+    ) -> LookAhead:
+        assert self.precision is not None
+        return ElementwiseLookAhead.of(local, cov, self.precision, sigma, tau)
 
 
 @dataclass(frozen=True)

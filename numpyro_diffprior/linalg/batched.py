@@ -24,6 +24,7 @@ __all__ = [
     "by_matrix",
     "eigh",
     "einsum",
+    "gather",
     "inverse_lower",
     "magnitude",
     "matmul",
@@ -92,6 +93,12 @@ def probe(size: int, dtype: DTypeLike) -> jax.Array:
     It is a constant of the program, which compiles faster than with a random number generator.
     """
     return jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
+
+
+def gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Gather along the first axis, with an index of shape ``(n, *batch)``."""
+    index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
+    return jnp.take_along_axis(leaf, index, axis=0)
 
 
 def apply(matrix: jax.Array, v: jax.Array) -> jax.Array:

@@ -15,16 +15,18 @@ For a singular covariance, ``solve`` and ``logdet`` return infinities or NaN; ``
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.batched import (
+    Factor,
     append_axis,
     apply,
     apply_transpose,
@@ -49,13 +51,12 @@ class Update(NamedTuple):
     r"""The Gaussian update of a covariance by a diagonal precision, see `Covariance.update`.
 
     Attributes:
-        b: The solution of :math:`(I + \Lambda \Sigma) b = s`, with shape ``(*batch, size)``.
-        shift: :math:`\Sigma b`, with the same shape.
+        solve: Maps :math:`s`, zero where the precision is, with shape ``(*extra, *batch, size)``,
+            to the solution of :math:`(I + \Lambda \Sigma) b = s` and to :math:`\Sigma b`.
         logdet: :math:`\log \det (I + \Lambda \Sigma)`, with shape ``(*batch,)``.
     """
 
-    b: jax.Array
-    shift: jax.Array
+    solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     logdet: jax.Array
 
 
@@ -110,16 +111,18 @@ class Covariance(ABC):
         r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, the covariance of x given :math:`x_t`."""
 
     @abstractmethod
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        r"""Solve :math:`(I + \Lambda \Sigma) b = s` for a diagonal :math:`\Lambda`.
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        r"""Factor :math:`I + \Lambda \Sigma` for a diagonal :math:`\Lambda`.
 
         The posterior of :math:`x \sim \mathcal{N}(0, \Sigma)` given a likelihood with score
-        :math:`s` and precision :math:`\Lambda` at zero has mean :math:`\Sigma b`.
+        :math:`s` and precision :math:`\Lambda` at zero has mean :math:`\Sigma b`, where
+        :math:`(I + \Lambda \Sigma) b = s`.
 
         Args:
             precision: The diagonal of :math:`\Lambda`, not negative, with shape
                 ``(*batch, size)``.
-            score: :math:`s`, zero where the precision is, with shape ``(*extra, *batch, size)``.
+            square: :math:`c \ge 0`, if :math:`\Sigma + c \Sigma^2` takes the place of
+                :math:`\Sigma`, with shape ``()`` or ``(*batch,)``.
         """
 
     def trace(self) -> jax.Array:
@@ -184,8 +187,8 @@ class Isotropic(Covariance):
     def conditional(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(_parallel(self.variance, variance), self.size)
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        return _update_elementwise(append_axis(self.variance), precision, score)
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        return _update_elementwise(append_axis(self.variance), precision, square)
 
 
 @jax.tree_util.register_dataclass
@@ -227,8 +230,8 @@ class Diagonal(Covariance):
     def conditional(self, variance: ArrayLike) -> "Diagonal":
         return Diagonal(_parallel(self.variances, append_axis(variance)))
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        return _update_elementwise(self.variances, precision, score)
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        return _update_elementwise(self.variances, precision, square)
 
 
 @jax.tree_util.register_dataclass
@@ -294,17 +297,43 @@ class DiagonalPlusLowRank(Covariance):
         factor = matmul(append_axis(v * weights) * self.factor, inverse.mT)
         return DiagonalPlusLowRank(_parallel(self.diag, v), factor)
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        # With E = I + L D: b = (s - L F w) / E, where w = F^T b solves a system of size rank.
-        gains = 1 + precision * self.diag
-        chol = _capacitance(self.factor, precision / gains, raised=True)
-        inverse = inverse_lower(chol)
-        inner = apply(inverse, apply_transpose(self.factor, score / gains))
-        inner = apply_transpose(inverse, inner)
-        low_rank = apply(self.factor, inner)
-        b = (score - precision * low_rank) / gains
-        small = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
-        return Update(b, self.diag * b + low_rank, jnp.log(gains).sum(-1) + small)
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        # The matrix is D + F F^T, or D + c D^2 + H B H^T with H = (F, c D F), K = I + c F^T F and
+        # B = (K, I; I, 0). With E = 1 + L (D + c D^2), Woodbury's formula gives
+        # b = (s - L H y) / E, where y = B H^T b solves (T11, I + T12; I + T12, T22 - K) y =
+        # H^T (s / E), T = H^T (L / E) H. K - T22 = I + c F^T ((1 + L D) / E) F and its Schur
+        # complement are positive definite, without differences of large numbers.
+        diag, factor = self.diag, self.factor
+        if square is not None:
+            weights = append_axis(square) * diag  # c D
+            diag = diag + weights * diag
+        gains = 1 + precision * diag
+        matrix = _weighted_gram(factor, precision / gains)
+        logdet = jnp.log(gains).sum(-1)
+        if square is not None:
+            identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
+            cross = identity + _weighted_gram(factor, weights * precision / gains)
+            spread = append_axis(square) * (1 + precision * self.diag) / gains
+            second = Factor.of(identity + _weighted_gram(factor, spread))
+            half = matmul(second.inverse, cross)
+            matrix = matrix + matmul(half.mT, half) - identity
+            logdet = logdet + second.logdet()
+        first = Factor.of(_plus_one(matrix, raised=True))
+
+        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+            white = score / gains
+            image = apply_transpose(factor, white)
+            if square is None:
+                low_rank = apply(factor, first.solve(image))
+            else:
+                shared = second.solve(apply_transpose(factor, weights * white))
+                y = first.solve(image + apply(cross, shared))
+                rest = second.solve(apply(cross, y)) - shared
+                low_rank = apply(factor, y) + weights * apply(factor, rest)
+            b = (score - precision * low_rank) / gains
+            return b, diag * b + low_rank
+
+        return Update(solve, logdet + first.logdet())
 
 
 @jax.tree_util.register_dataclass
@@ -372,16 +401,22 @@ class Dense(Covariance):
     def conditional(self, variance: ArrayLike) -> "Dense":
         return Dense(_parallel(self.eigenvalues, append_axis(variance)), self.eigenvectors)
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         # Symmetric: b = R (I + R S R)^{-1} R^{-1} s, with R the square root of the precision.
         root = jnp.sqrt(precision)
-        matrix = root[..., :, None] * self.dense() * root[..., None, :]
-        chol = _cholesky_plus_one(matrix, raised=True)
-        inverse = inverse_lower(chol)
-        white = apply(inverse, jnp.where(root > 0, score / jnp.where(root > 0, root, 1), 0))
-        b = root * apply_transpose(inverse, white)
-        logdet = 2 * jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)).sum(-1)
-        return Update(b, self.matvec(b), logdet)
+        inverse_root = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+        values = self.eigenvalues
+        if square is not None:
+            values = values + append_axis(square) * jnp.square(values)
+        cov = Dense(values, self.eigenvectors)
+        matrix = root[..., :, None] * cov.dense() * root[..., None, :]
+        factor = Factor.of(_plus_one(matrix, raised=True))
+
+        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b = root * factor.solve(inverse_root * score)
+            return b, cov.matvec(b)
+
+        return Update(solve, factor.logdet())
 
 
 @jax.tree_util.register_dataclass
@@ -427,14 +462,15 @@ class Blocks(Covariance):
     def conditional(self, variance: ArrayLike) -> "Blocks":
         return Blocks(tuple(block.conditional(variance) for block in self.blocks))
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        parts = zip(self._parts(precision), self._parts(score), strict=True)
-        updates = [block.update(own, value) for (block, own), (_, value) in parts]
-        return Update(
-            b=_join([update.b for update in updates]),
-            shift=_join([update.shift for update in updates]),
-            logdet=reduce(jnp.add, [update.logdet for update in updates]),
-        )
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        updates = [block.update(part, square) for block, part in self._parts(precision)]
+
+        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+            parts = zip(updates, self._parts(score), strict=True)
+            b, shift = zip(*[update.solve(part) for update, (_, part) in parts], strict=True)
+            return _join(b), _join(shift)
+
+        return Update(solve, reduce(jnp.add, [update.logdet for update in updates]))
 
     def _parts(self, v: jax.Array) -> list[tuple[Covariance, jax.Array]]:
         ends = [sum(block.size for block in self.blocks[:i]) for i in range(1, len(self.blocks))]
@@ -489,9 +525,15 @@ class Repeated(Covariance):
     def conditional(self, variance: ArrayLike) -> "Repeated":
         return Repeated(self.block.conditional(append_axis(variance)), self.num)
 
-    def update(self, precision: jax.Array, score: jax.Array) -> Update:
-        update = self.block.update(self._split(precision), self._split(score))
-        return Update(self._merge(update.b), self._merge(update.shift), update.logdet.sum(-1))
+    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
+        square = None if square is None else append_axis(square)
+        update = self.block.update(self._split(precision), square)
+
+        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b, shift = update.solve(self._split(score))
+            return self._merge(b), self._merge(shift)
+
+        return Update(solve, update.logdet.sum(-1))
 
     def _split(self, v: jax.Array) -> jax.Array:
         return v.reshape(*v.shape[:-1], self.num, self.block.size)
@@ -536,10 +578,18 @@ def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
     return low / (1 + low / high)
 
 
-def _update_elementwise(variances: ArrayLike, precision: jax.Array, score: jax.Array) -> Update:
+def _update_elementwise(
+    variances: jax.Array, precision: jax.Array, square: ArrayLike | None
+) -> Update:
+    if square is not None:
+        variances = variances + append_axis(square) * jnp.square(variances)
     gains = 1 + precision * variances
-    b = score / gains
-    return Update(b, variances * b, jnp.log(gains).sum(-1))
+
+    def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+        b = score / gains
+        return b, variances * b
+
+    return Update(solve, jnp.log(gains).sum(-1))
 
 
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
@@ -549,13 +599,43 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _capacitance(factor: jax.Array, weights: jax.Array, raised: bool = False) -> jax.Array:
+def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    return _cholesky_plus_one(matmul(factor.mT, append_axis(weights) * factor), raised)
+    return by_matrix(jnp.linalg.cholesky, _plus_one(_weighted_gram(factor, weights)))
 
 
-def _cholesky_plus_one(matrix: jax.Array, raised: bool = False) -> jax.Array:
-    """Return the Cholesky factor of the identity plus a positive semi-definite matrix.
+def _weighted_gram(factor: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return F^T W F, with shape ``(*batch, rank, rank)``.
+
+    A factor that all events share is multiplied with all weights at once, by products of pairs of
+    its columns: no array has the axes of events, elements and factors.
+    """
+    if factor.ndim > 2 or weights.ndim == 1:
+        return matmul(factor.mT, append_axis(weights) * factor)
+    size, rank = factor.shape
+    rows, columns = np.tril_indices(rank)
+    position = np.zeros((rank, rank), int)
+    position[rows, columns] = position[columns, rows] = np.arange(len(rows))
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        factor, weights = part
+        return total + matmul(weights, factor[:, rows] * factor[:, columns]), None
+
+    total = jnp.zeros((*weights.shape[:-1], len(rows)), jnp.result_type(factor, weights))
+    num = size // _GRAM_SIZE  # in parts, which bounds the array of products
+    if num > 1:
+        end = num * _GRAM_SIZE
+        parts = jnp.moveaxis(weights[..., :end].reshape(*weights.shape[:-1], num, -1), -2, 0)
+        total, _ = jax.lax.scan(add, total, (factor[:end].reshape(num, -1, rank), parts))
+        factor, weights = factor[end:], weights[..., end:]
+    return add(total, (factor, weights))[0][..., position]
+
+
+_GRAM_SIZE = 4096
+
+
+def _plus_one(matrix: jax.Array, raised: bool = False) -> jax.Array:
+    """Return the identity plus a positive semi-definite matrix.
 
     If ``raised``, the diagonal is raised by the rounding error of the largest eigenvalues, beside
     which the identity may be lost.
@@ -565,4 +645,4 @@ def _cholesky_plus_one(matrix: jax.Array, raised: bool = False) -> jax.Array:
     if raised:
         trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
         diagonal = jnp.maximum(diagonal, jnp.finfo(matrix.dtype).eps * trace)
-    return by_matrix(jnp.linalg.cholesky, matrix + diagonal * identity)
+    return matrix + diagonal * identity

@@ -29,8 +29,8 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.linalg.batched import einsum
-from numpyro_diffprior.particles.proposals import Evaluation, gather
+from numpyro_diffprior.linalg.batched import einsum, gather
+from numpyro_diffprior.particles.proposals import Evaluation
 from numpyro_diffprior.particles.system import (
     Draws,
     Policy,

@@ -9,8 +9,8 @@ in closed form. There are two kinds:
 
 - *Guided* (TDS): a Gaussian with the guided mean :math:`\mu_y` and the standard deviation
   :math:`\tau` of the prior's chain.
-- *Looking ahead*: for a mean linear in :math:`x`, a closed form for :math:`V` and a matrix small
-  enough to be factored, :math:`p(y \mid x_s)` is approximated by the Gaussian
+- *Looking ahead* (`numpyro_diffprior.guidance.look_ahead`): for a mean linear in :math:`x` and a
+  closed form for :math:`V`, :math:`p(y \mid x_s)` is approximated by the Gaussian
   :math:`\mathcal{N}(r; G (x_s - \mu), S)` with
 
   .. math:: r = y - h(\hat x), \quad G = A V_s / \sigma_s^2, \quad
@@ -42,11 +42,11 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
-from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, LookAhead
-from numpyro_diffprior.guidance.likelihood import gaussian_log_density
-from numpyro_diffprior.linalg.batched import Factor
+from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.look_ahead import LookAhead
+from numpyro_diffprior.linalg.batched import gather
 
-__all__ = ["Evaluation", "Particles", "Proposal", "gather", "propose"]
+__all__ = ["Evaluation", "Particles", "Proposal", "propose"]
 
 
 class Particles(NamedTuple):
@@ -113,45 +113,19 @@ class _GuidedProposal(Proposal):
 
 @dataclass(frozen=True, eq=False)
 class _LookAheadProposal(Proposal):
-    """The product of the chain's Gaussian and that of a `LookAhead`, the ``predictive``."""
+    """The product of the chain's Gaussian and that of a `LookAhead`."""
 
-    residual: jax.Array  # (num_particles, *batch, m)
-    predictive: LookAhead
-    ahead: Factor  # of S
-    before: Factor  # of M
-
-    @classmethod
-    def make(cls, mean: jax.Array, tau: jax.Array, predictive: LookAhead) -> "_LookAheadProposal":
-        ahead, spread = predictive.cov, tau**2 * predictive.spread
-        # A jitter against rounding, added to S and so to M, which stays the marginal covariance.
-        trace = jnp.trace(ahead + spread, axis1=-2, axis2=-1)[..., None, None]
-        identity = jnp.eye(ahead.shape[-1], dtype=ahead.dtype)
-        ahead = ahead + jnp.finfo(ahead.dtype).eps * trace * identity
-        before = Factor.of(ahead + spread)
-        residual = predictive.residual
-        log_twist = gaussian_log_density(residual, before.solve(residual), before.logdet())
-        return cls(mean, tau, log_twist, residual, predictive, Factor.of(ahead), before)
+    observed: LookAhead
 
     def take(self, index: jax.Array) -> Self:
-        return replace(super().take(index), residual=gather(self.residual, index))
+        return replace(super().take(index), observed=self.observed.take(index))
 
     def draw(self, rng_key: jax.Array) -> jax.Array:
-        """Draw from chain and predictive jointly, then condition on ``y`` (Matheron's rule)."""
-        key_chain, key_predictive = jax.random.split(rng_key)
-        shape, dtype = self.residual.shape, self.residual.dtype
-        flat = self.mean.reshape(*shape[:-1], -1)
-        noise = self.tau * jax.random.normal(key_chain, flat.shape, dtype)
-        simulated = self.predictive.matvec(noise)
-        simulated += self.ahead.sqrt_matvec(jax.random.normal(key_predictive, shape, dtype))
-        solution = self.before.solve(self.residual - simulated)
-        step = noise + self.tau**2 * self.predictive.transpose(solution)
-        return (flat + step).reshape(self.mean.shape)
+        return self.mean + self.observed.draw(rng_key).reshape(self.mean.shape)
 
     def log_ratio(self, x_s: jax.Array) -> jax.Array:
-        step = (x_s - self.mean).reshape(*self.residual.shape[:-1], -1)
-        error = self.residual - self.predictive.matvec(step)
-        log_ahead = gaussian_log_density(error, self.ahead.solve(error), self.ahead.logdet())
-        return self.log_twist - log_ahead
+        step = (x_s - self.mean).reshape(*self.log_twist.shape, -1)
+        return self.log_twist - self.observed.log_prob(step)
 
 
 class Evaluation(NamedTuple):
@@ -180,8 +154,8 @@ def propose(
         x_hat = posterior.prior(previous.x_t, levels.current)
         x_tilde = sampler.extrapolate(x_hat, previous.x_hat, levels)
         mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
-        predictive = posterior.look_ahead(x_hat, levels.following)
-        proposal = _LookAheadProposal.make(mean, tau, predictive)
+        observed = posterior.look_ahead(x_hat, levels.following, tau)
+        proposal = _LookAheadProposal(mean, tau, observed.log_twist, observed)
         zeros = jnp.zeros_like(proposal.log_twist)
         return Evaluation(
             proposal=proposal,
@@ -224,9 +198,3 @@ def _replace_non_finite(guided: Guided) -> Guided:
 
 
 _HANDICAP = 2.0  # a factor of about seven below the largest twist
-
-
-def gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """Gather along the first axis, with an index of shape ``(n, *batch)``."""
-    index = index.reshape(*index.shape, *(1,) * (leaf.ndim - index.ndim))
-    return jnp.take_along_axis(leaf, index, axis=0)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
 from numpyro_diffprior.guidance.guidance import Guidance, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.particles.proposals import Evaluation, Particles, Proposal, gather, propose
+from numpyro_diffprior.linalg.batched import gather
+from numpyro_diffprior.particles.proposals import Evaluation, Particles, Proposal, propose
 
 __all__ = [
     "Draws",
