@@ -22,7 +22,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.infer.blocks import block_size, sample_blocks
+from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.reading.reader import read
 
@@ -73,10 +73,10 @@ def our_functions(rng_key, args):
     plain = resolve_options(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
 
     def draw(options, mask, y):
-        sizes = {"num_draws": 1, "batch_size": args.batch_size * options.num_particles}
-        size = block_size(options.num_particles, **sizes)
+        limit = BatchLimit(args.batch_size * options.num_particles)
+        size = block_size(options.num_particles, 1, limit)
         bound = read(digits.model, (prior, mask, y), {}, block_size=size)
-        return sample_blocks(key_draw, bound, options, **sizes).samples["x"]
+        return sample_blocks(key_draw, bound, options, num_draws=1, limit=limit).samples["x"]
 
     x = jnp.zeros((args.num_particles * args.batch_size, 8, 8))
     jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)

@@ -11,7 +11,8 @@ import numpyro.distributions as dist
 import pytest
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer.blocks import block_size
+from numpyro_diffprior.infer.blocks import BatchLimit, block_size
+from numpyro_diffprior.reading.latent import LatentGroup, LatentSite
 from numpyro_diffprior.reading.parts import split_into_parts
 from numpyro_diffprior.reading.reader import read
 
@@ -107,7 +108,7 @@ def test_invalid_values_are_found_in_any_part(prior, data, mapped):
 
 
 def test_parts_hold_a_few_blocks(prior, data, mapped):
-    bound = read(model, (prior, *mapped), {}, block_size=block_size(1, 1, BATCH_SIZE))
+    bound = read(model, (prior, *mapped), {}, block_size=block_size(1, 1, BatchLimit(BATCH_SIZE)))
     parts = list(split_into_parts(bound, 0))
     assert len(parts) == 5
     shapes = {tuple(array.shape for array in part.model.data.arrays) for part in parts}
@@ -140,3 +141,16 @@ def test_particles_count_in_the_batch(prior, data):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert used(64) < 1.5 * used(2)
+
+
+def test_large_events_make_small_batches():
+    """By default; a user's own number is kept."""
+
+    def num_systems(max_batch_size, event_size):
+        site = LatentSite("x", (event_size,), (), (), ndp.samplers.MultistepSDE())
+        limit = BatchLimit.of("EStep", max_batch_size, default=1024)
+        return limit.num_systems(LatentGroup((site,)), num_particles=4)
+
+    sizes = (64, 28 * 28, 64 * 64 * 2, 320 * 320 * 2)
+    assert [num_systems(None, size) for size in sizes] == [256, 83, 8, 1]
+    assert [num_systems(512, size) for size in sizes] == [128] * 4

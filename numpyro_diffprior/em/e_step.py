@@ -14,7 +14,7 @@ from numpyro_diffprior.em.sites import Priors, Sites
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
-from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
+from numpyro_diffprior.infer.blocks import BatchLimit, PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.particles.system import SamplingOptions
@@ -34,18 +34,25 @@ class EStep:
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
             with the Gaussian covariance of the current draws, without look-ahead, for more).
-        max_batch_size: The number of particles in memory at once on one device.
+        max_batch_size: The number of particles in memory at once on one device (default: 1,024,
+            or fewer with 2^18 elements in all).
     """
 
     num_particles: int = 4
     num_draws: int = 1
     sampler: Sampler | None = None
     guidance: Guidance | None = None
-    max_batch_size: int = 1024
+    max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        names = ("num_particles", "num_draws", "max_batch_size")
+        names = ("num_particles", "num_draws")
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
+        BatchLimit.of("EStep", self.max_batch_size, default=1)  # checked
+
+    @property
+    def limit(self) -> BatchLimit:
+        """The number of particles in memory at once."""
+        return BatchLimit.of("EStep", self.max_batch_size, default=1024)
 
     def options(self, default: Sampler) -> SamplingOptions:
         """Return the options of sampling, given the prior's sampler.
@@ -70,7 +77,7 @@ def draw_events(
         model,
         e_step.options(model.reading.sampler),
         num_draws=e_step.num_draws,
-        batch_size=e_step.max_batch_size,
+        limit=e_step.limit,
         mesh=mesh,
     )
 

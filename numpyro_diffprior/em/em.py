@@ -419,7 +419,7 @@ class EM:
         """Read the model, in blocks of the E-step or of a batch size."""
         args, kwargs = arguments
         size = block_size(
-            self.e_step.num_particles, self.e_step.num_draws, self.e_step.max_batch_size, self.mesh
+            self.e_step.num_particles, self.e_step.num_draws, self.e_step.limit, self.mesh
         )
         return read(
             self.model,

@@ -171,7 +171,7 @@ def fit_by_sampling(
         for key, prior in with_network(priors).items()
     }
     args, kwargs = arguments
-    size = block_size(e_step.num_particles, 1, e_step.max_batch_size, mesh)
+    size = block_size(e_step.num_particles, 1, e_step.limit, mesh)
     bound: BoundModel | None = None
     structure = None
     for key in jax.random.split(rng_key, start.num_iterations):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
@@ -21,6 +22,7 @@ from numpyro_diffprior.reading.model import (
 from numpyro_diffprior.reading.parts import join_parts, split_into_parts
 
 __all__ = [
+    "BatchLimit",
     "PosteriorSamples",
     "block_size",
     "merge_stats",
@@ -45,17 +47,50 @@ class PosteriorSamples(NamedTuple):
     stats: dict[str, jax.Array]
 
 
+class BatchLimit(NamedTuple):
+    """How many particles are in memory at once on one device; static.
+
+    Attributes:
+        num_particles: Their number.
+        num_elements: The number of elements of all of them together, if it is limited, too.
+    """
+
+    num_particles: int
+    num_elements: int | None = None
+
+    @classmethod
+    def of(cls, owner: str, max_batch_size: int | None, default: int) -> "BatchLimit":
+        """Return the limit that a user gave, or the default.
+
+        Raises:
+            ValueError: If the limit is not a positive integer.
+        """
+        if max_batch_size is None:
+            return cls(default, _MAX_ELEMENTS)
+        return cls(check_count(owner, "max_batch_size", max_batch_size))
+
+    def num_systems(self, group: LatentGroup, num_particles: int) -> int:
+        """Return the number of particle systems of a group in memory at once."""
+        limit = self.num_particles
+        if self.num_elements is not None:
+            limit = min(limit, self.num_elements // group.event_size)
+        return max(1, limit // num_particles)
+
+
+# A U-Net of the default widths takes about 5 kB per element, with its vector-Jacobian product.
+_MAX_ELEMENTS = 2**18
+
+
 def block_size(
-    num_particles: int, num_draws: int, batch_size: int, mesh: Mesh | None = None
+    num_particles: int, num_draws: int, limit: BatchLimit, mesh: Mesh | None = None
 ) -> Callable[[LatentGroup], int]:
     """Return a function from a group to the number of elements of its largest plate in a block.
 
-    All particles of a block are in memory at once: ``batch_size`` bounds their number per device.
+    All particles of a block are in memory at once.
     """
-    num_systems = max(1, batch_size // num_particles)
 
     def size(group: LatentGroup) -> int:
-        plate = group.largest_plate
+        plate, num_systems = group.largest_plate, limit.num_systems(group, num_particles)
         # A plate stays whole, unless its elements are to be spread over several devices.
         if plate is None or (
             plate.size <= num_systems and not 1 < num_devices(mesh) <= plate.size
@@ -73,7 +108,7 @@ def sample_blocks(
     options: SamplingOptions,
     *,
     num_draws: int,
-    batch_size: int,
+    limit: BatchLimit,
     mesh: Mesh | None = None,
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
@@ -87,7 +122,7 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     drawn = [
-        _sample_group(key, model, _Plan(i, options, num_draws, batch_size, mesh))
+        _sample_group(key, model, _Plan.of(model, i, options, num_draws, limit, mesh))
         for i, key in enumerate(keys)
     ]
     samples = {name: x for group in drawn for name, x in group.samples.items()}
@@ -105,8 +140,7 @@ def sample_first_block(
     samples: dict[str, jax.Array] = {}
     keys = jax.random.split(rng_key, len(model.reading.groups))
     for i, (key, group) in enumerate(zip(keys, model.reading.groups, strict=True)):
-        batch_size = num_draws * options.num_particles * group.latents.num_events
-        plan = _Plan(i, options, num_draws, batch_size, None)
+        plan = _Plan(i, options, num_draws, num_draws * group.latents.num_events, None)
         part = next(split_into_parts(model, i))
         if part.indices is None:
             samples |= _draw_whole(key, part.model, plan).samples
@@ -142,20 +176,30 @@ class _Plan(NamedTuple):
         position: The position of the group among those of the reading.
         options: The options of sampling.
         num_draws: The number of draws per event.
-        batch_size: The number of particles in memory at once on one device.
+        num_systems: The number of particle systems in memory at once on one device.
         mesh: The devices, or None.
     """
 
     position: int
     options: SamplingOptions
     num_draws: int
-    batch_size: int
+    num_systems: int
     mesh: Mesh | None
 
-    @property
-    def num_systems(self) -> int:
-        """The number of particle systems in memory at once on one device."""
-        return max(1, self.batch_size // self.options.num_particles)
+    @classmethod
+    def of(
+        cls,
+        model: BoundModel,
+        position: int,
+        options: SamplingOptions,
+        num_draws: int,
+        limit: BatchLimit,
+        mesh: Mesh | None,
+    ) -> "_Plan":
+        """Return the plan of a group, within a limit."""
+        group = model.reading.groups[position].latents
+        num_systems = limit.num_systems(group, options.num_particles)
+        return cls(position, options, num_draws, num_systems, mesh)
 
 
 def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:

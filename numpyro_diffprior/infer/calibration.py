@@ -33,7 +33,7 @@ from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.infer.blocks import sample_blocks
+from numpyro_diffprior.infer.blocks import BatchLimit, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.metrics.ranks import sbc_ranks, sbc_uniformity_pvalue
@@ -138,7 +138,7 @@ def calibrate(
     num_warmup: int = 0,
     num_chains: int = 1,
     thinning: int = 1,
-    max_batch_size: int = 256,
+    max_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Calibration:
     """Calibrate a sampler on simulations of the model itself.
@@ -178,10 +178,10 @@ def calibrate(
         "num_warmup": (num_warmup, 0),
         "num_chains": (num_chains, 1),
         "thinning": (thinning, 1),
-        "max_batch_size": (max_batch_size, 1),
     }
     for name, (value, least) in counts.items():
         check_count("calibrate", name, value, least)
+    limit = BatchLimit.of("calibrate", max_batch_size, default=256)
     if num_samples % num_chains:
         raise ValueError(
             f"calibrate: expected num_samples to be a multiple of num_chains = {num_chains}, got "
@@ -215,9 +215,7 @@ def calibrate(
 
         def draw(key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = read(conditioned, args, kwargs)  # whole plates
-            draws = sample_blocks(
-                key, bound, options, num_draws=num_samples, batch_size=max_batch_size
-            )
+            draws = sample_blocks(key, bound, options, num_draws=num_samples, limit=limit)
             return draws.samples
     else:
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.infer.blocks import block_size, sample_blocks
+from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
@@ -87,7 +87,7 @@ def log_evidence(
     num_particles: int = 16,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
-    max_batch_size: int = 1024,
+    max_batch_size: int | None = None,
     mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> LogEvidence:
@@ -104,7 +104,8 @@ def log_evidence(
             faster than more estimates do.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
-        max_batch_size: The number of particles in memory at once on one device.
+        max_batch_size: The number of particles in memory at once on one device (default: 1,024,
+            or fewer with 2^18 elements in all).
         mesh: Devices to spread the work over, see `sample_posterior`.
         **kwargs: The model's keyword arguments.
 
@@ -141,27 +142,25 @@ def estimate_evidence(
     num_particles: int,
     sampler: Sampler | None,
     guidance: Guidance | None,
-    max_batch_size: int,
+    max_batch_size: int | None,
     mesh: Mesh | None,
     params: Mapping[str, jax.Array] | None = None,
 ) -> LogEvidence:
     """Estimate log-evidences, with values of the model's parameters; see `log_evidence`."""
     num_estimates = check_count("log_evidence", "num_estimates", num_estimates, 2)
     num_particles = check_count("log_evidence", "num_particles", num_particles, 2)
-    max_batch_size = check_count("log_evidence", "max_batch_size", max_batch_size)
+    limit = BatchLimit.of("log_evidence", max_batch_size, default=1024)
     bound = read(
         model,
         args,
         kwargs,
-        block_size=block_size(num_particles, num_estimates, max_batch_size, mesh),
+        block_size=block_size(num_particles, num_estimates, limit, mesh),
         mesh=mesh,
         params=params,
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance)
     check_data(bound, options.sampler)
-    draws = sample_blocks(
-        rng_key, bound, options, num_draws=num_estimates, batch_size=max_batch_size, mesh=mesh
-    )
+    draws = sample_blocks(rng_key, bound, options, num_draws=num_estimates, limit=limit, mesh=mesh)
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)
     relative = jnp.exp(estimates - value)

@@ -19,6 +19,7 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import (
+    BatchLimit,
     PosteriorSamples,
     block_size,
     merge_stats,
@@ -78,7 +79,7 @@ def sample_posterior(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     independent: bool = True,
-    max_batch_size: int = 256,
+    max_batch_size: int | None = None,
     mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> PosteriorSamples:
@@ -100,7 +101,8 @@ def sample_posterior(
             draws from one system of a thousand particles, say. They are exact in the limit of
             many particles, but not independent: an event may be drawn more than once.
         max_batch_size: The number of particles (with one particle: draws) in memory at once on
-            one device. Only the largest of several plates is divided.
+            one device (default: 256, or fewer with 2^18 elements in all). Only the largest of
+            several plates is divided.
         mesh: Devices to spread the work over (`jax.make_mesh`): by elements of the largest plate,
             or by draws if these elements are fewer than the devices. Data and prior are copied to
             every device. Draws depend on the mesh.
@@ -118,18 +120,18 @@ def sample_posterior(
     check_names(sample_posterior, model, 1 + len(args), locals())
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
     num_particles = check_count("sample_posterior", "num_particles", num_particles)
-    max_batch_size = check_count("sample_posterior", "max_batch_size", max_batch_size)
+    limit = BatchLimit.of("sample_posterior", max_batch_size, default=256)
     bound = read(
         model,
         (prior, *args),
         kwargs,
-        block_size=block_size(num_particles, num_samples, max_batch_size, mesh),
+        block_size=block_size(num_particles, num_samples, limit, mesh),
         mesh=mesh,
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
     num_residuals = check_data(bound, options.sampler)
     samples, stats = sample_blocks(
-        rng_key, bound, options, num_draws=num_samples, batch_size=max_batch_size, mesh=mesh
+        rng_key, bound, options, num_draws=num_samples, limit=limit, mesh=mesh
     )
     _warn_of_misfit(stats["reduced_chi_square"], num_residuals)
     if num_particles == 1:
