@@ -80,6 +80,29 @@ def test_a_model_that_bends_starts_from_a_gaussian_by_sampling(monkeypatch):
     assert np.all(np.isfinite(prior.variance))
 
 
+def test_large_events_that_are_mixed_start_by_sampling():
+    """The closed form would take a matrix of observed values by elements for every event."""
+
+    def fourier(prior, mask, y):
+        with numpyro.plate("n", len(mask)):
+            mask, y = (numpyro.subsample(v, event_dim=3) for v in (mask, y))
+            k = jnp.fft.fft2(numpyro.sample("x", prior), norm="ortho")
+            values = jnp.stack([k.real, k.imag], axis=-1)
+            numpyro.sample("y", dist.Normal(values, NOISE).mask(mask).to_event(3), obs=y)
+
+    rng, shape = np.random.default_rng(0), (24, 24)
+    x = 1 + 2 * rng.normal(size=(100, *shape))
+    k = np.fft.fft2(x, norm="ortho")
+    y = np.stack([k.real, k.imag], axis=-1) + NOISE * rng.normal(size=(*k.shape, 2))
+    mask = rng.random(k.shape)[..., None] < np.array([0.7, 0.7])
+    net = MLP(shape, features=(4,), embedding=4, rngs=nnx.Rngs(0))
+    prior = DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(8))
+    em = make_em(fourier, start=GaussianStart(num_iterations=6, rank=2))
+    prior = em.init(jax.random.key(0), prior, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
+    assert 0.8 < prior.mean.mean() < 1.1
+    np.testing.assert_allclose(prior.variance.mean(), 4, rtol=0.1)
+
+
 def test_events_in_nested_plates():
     """Of a linear model too, which in a single plate has a closed form."""
 

@@ -53,7 +53,10 @@ class Problem(NamedTuple):
                 jnp.einsum("...md,...d->...m", matrix, flat) + offset, noise, y
             )
 
-        return Likelihood(y, read, lambda x: x, self.event_shape, linear=True)
+        elementwise = isinstance(self.cov, Diagonal) and np.all((self.matrix != 0).sum(-1) <= 1)
+        return Likelihood(
+            y, read, lambda x: x, self.event_shape, elementwise=bool(elementwise), linear=True
+        )
 
     def fit(self, **options):
         options = {"batch_size": 8, "num_iterations": 3} | options
@@ -110,6 +113,18 @@ def masked():
     return Problem(matrix, offset, diag(variances), y, seen, cov, (2, 3))
 
 
+def subsampled():
+    """See some pixels, in any order, and one of them twice."""
+    rng = np.random.default_rng(1)
+    pixels = np.stack([rng.permutation(6)[:4] for _ in range(NUM)])
+    pixels = np.concatenate([pixels, pixels[:, :1]], axis=1)
+    matrix = rng.uniform(0.5, 2.0, (NUM, 5, 1)) * np.eye(6)[pixels]
+    offset, variances = rng.normal(size=(NUM, 5)), rng.uniform(0.01, 0.1, (NUM, 5))
+    y = draw(rng, matrix, offset, diag(variances))
+    cov = Diagonal(jnp.asarray(variances))
+    return Problem(matrix, offset, diag(variances), y, np.ones(y.shape, bool), cov, (2, 3))
+
+
 def masked_general():
     """Hide entries of mixtures: the operator is not diagonal."""
     problem, seen = general(5), np.random.default_rng(1).uniform(size=(NUM, 5)) < 0.7
@@ -141,6 +156,7 @@ PROBLEMS = {
     "more": general(8),
     "two sites": two_sites(),
     "masked": masked(),
+    "subsampled": subsampled(),
     "masked mixtures": masked_general(),
     "manifold": manifold(),
 }

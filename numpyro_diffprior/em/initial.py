@@ -58,15 +58,22 @@ Gaussian = tuple[jax.Array, Covariance]
 
 
 def has_closed_form(model: BoundModel) -> bool:
-    """Whether the iterations of the Gaussian fit have a closed form.
+    """Whether the iterations of the Gaussian fit have a closed form that takes no large matrices.
 
-    They do for one site in one plate with linear Gaussian observations.
+    They do for one site in one plate with linear Gaussian observations, if events are small or
+    the likelihood is elementwise.
     """
     groups = model.reading.groups
     if len(groups) > 1:
         return False
     (group,) = groups
-    return group.linear and len(group.latents.names) == 1 and len(group.latents.plates) == 1
+    latents = group.latents
+    if not (group.linear and len(latents.names) == 1 and len(latents.plates) == 1):
+        return False
+    return latents.event_size <= _MAX_DENSE or group.elementwise
+
+
+_MAX_DENSE = 512
 
 
 def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:

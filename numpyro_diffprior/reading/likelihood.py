@@ -118,8 +118,8 @@ class LikelihoodReader:
         """Return the likelihood of a batch of events.
 
         Observed values and noise are evaluated at the template, a batch of events. If ``linear``,
-        means are affine in the events, and noise and values constant. If ``elementwise``, each
-        mean depends on one element of the event at most.
+        means are affine in the events, and noise and values constant; see `Likelihood` for
+        ``elementwise``.
         """
         moments, has_residual = self.read(evaluate, template)
         noise, y = moments.noise, moments.y
@@ -151,7 +151,7 @@ class LikelihoodReader:
             read=read,
             log_prob=over_extra_axes(partial(self.log_prob, evaluate)),
             event_shape=template.shape[len(self.latents.batch_shape) :],
-            elementwise=elementwise and not potentials and _are_independent(noise),
+            elementwise=elementwise,
             linear=linear,
             has_residual=has_residual,
             potential=potential if potentials else None,
@@ -264,10 +264,3 @@ class LikelihoodReader:
             if size == 1 and array.shape[axis] != 1:
                 array = jnp.expand_dims(jnp.moveaxis(array, axis, rank - 1), axis)
         return array.reshape(*latent, -1, *own_shape)
-
-
-def _are_independent(noise: Covariance) -> bool:
-    """Whether the noise of different values is independent by its form."""
-    if isinstance(noise, Blocks):
-        return all(isinstance(block, Diagonal) for block in noise.blocks)
-    return isinstance(noise, Diagonal)

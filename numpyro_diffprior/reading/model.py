@@ -23,6 +23,7 @@ from numpyro_diffprior._compile.program import Program, freeze
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.linalg.covariances import Covariance, Diagonal
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
     LatentSite,
@@ -324,18 +325,23 @@ class GroupReading:
 
     @cached_property
     def elementwise(self) -> bool:
-        """Whether each observed mean depends on one element of its event at most."""
+        """Whether the likelihood is elementwise, see `Likelihood`."""
         if any(site.quantity in (Quantity.EVENT, Quantity.POTENTIAL) for site in self.observed):
             return False
         avals: list[Any] = [var.aval for var in self.reading.program.jaxpr.invars]
         specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
+        noises: list[Covariance] = []
+
         def mean(x: jax.Array, inputs: list[Any]) -> jax.Array:
             denoiser = self.latents.denoiser(self._prior_denoisers(inputs))
-            return self.reader.read(self._evaluate(denoiser, inputs), x).moments.y_hat
+            moments = self.reader.read(self._evaluate(denoiser, inputs), x).moments
+            noises.extend(getattr(moments.noise, "blocks", [moments.noise]))
+            return moments.y_hat
 
         x = jax.eval_shape(lambda inputs: self._template(inputs)[1], specs)
-        return bool(picks_elements(mean, x, specs))
+        picks = picks_elements(mean, x, specs)
+        return picks and all(isinstance(noise, Diagonal) for noise in noises)
 
     def bind(self, data: ModelData, indices: Mapping[str, jax.Array] | None = None) -> Block:
         """Return denoiser and likelihood on elements of the plates (default: the first ones)."""
