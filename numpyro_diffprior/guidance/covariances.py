@@ -13,7 +13,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -56,12 +56,7 @@ class PosteriorCovariance(ABC):
 
     Subclasses are static under `jax.jit`: they must be hashable and compare by value, as frozen
     dataclasses do.
-
-    Attributes:
-        has_closed_form: Whether `closed_form` returns a covariance.
     """
-
-    has_closed_form: ClassVar[bool] = True
 
     @abstractmethod
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> Covariance | None:
@@ -133,8 +128,6 @@ class TweedieCovariance(PosteriorCovariance):
     The Jacobian of a learned denoiser is not symmetric positive semi-definite: directions without
     positive variance get no correction.
     """
-
-    has_closed_form: ClassVar[bool] = False
 
     def closed_form(self, denoiser: Denoiser, sigma: jax.Array) -> None:
         return None
