@@ -225,7 +225,8 @@ def test_nothing_observed():
     case = problem()
     nothing = np.zeros_like(case.y), np.zeros_like(case.matrix), case.observed[2]
     for guidance in (*EXACT.values(), PiGDM(), TMPD(), DPS()):
-        guided = guide(guidance, case.denoiser, nothing, case.x_t)
+        with jax.disable_jit():  # compiled twice into one program, x_hat may be rounded twice
+            guided = guide(guidance, case.denoiser, nothing, case.x_t)
         np.testing.assert_array_equal(guided.x_hat_y, guided.x_hat)
         assert np.all(guided.residual == 0)
 
