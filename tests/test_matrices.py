@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffprior.linalg.batched import Factor, by_matrix, eigh
+from numpyro_diffprior.linalg.batched import Factor, by_matrix, cholesky, eigh, inverse_lower
 from tests.covariances import (
     DTYPE,
     SIZE,
@@ -28,6 +28,22 @@ def test_factor(batch: tuple[int, ...]):
     assert_close(factor.logdet(), np.linalg.slogdet(matrix)[1])
     lower = np.linalg.cholesky(matrix)
     assert_close(factor.sqrt_matvec(v), (lower @ v[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 33, 50, 128, 131, 300])
+def test_factors_by_blocks(m: int):
+    """Sizes on both sides of those of the blocks, and matrices that have no factor."""
+    matrix = gram(normal(0, 2, m, m)) / m + 0.5 * np.eye(m)
+    exact = np.linalg.cholesky(matrix)
+    lower = cholesky(jnp.asarray(matrix, DTYPE))
+    np.testing.assert_allclose(lower, exact, atol=100 * TOL)
+    inverse = inverse_lower(jnp.asarray(exact, DTYPE))
+    identity = np.broadcast_to(np.eye(m), exact.shape)
+    np.testing.assert_allclose(inverse @ exact, identity, atol=100 * TOL)
+    np.testing.assert_array_equal(np.triu(inverse, 1), 0)
+    np.testing.assert_array_equal(np.triu(lower, 1), 0)
+    indefinite = jnp.asarray(matrix - 5 * np.eye(m), DTYPE)
+    assert np.isnan(cholesky(indefinite)).any((-2, -1)).all()
 
 
 @pytest.mark.parametrize("m", [1, 2, 5])

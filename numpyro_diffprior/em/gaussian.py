@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.guidance.likelihood import Likelihood
-from numpyro_diffprior.linalg.batched import by_matrix, einsum, inverse_lower
+from numpyro_diffprior.linalg.batched import by_matrix, cholesky, einsum, inverse_lower
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
 
 __all__ = ["GaussianFit", "fit_gaussian"]
@@ -376,7 +376,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
     # A jitter on the diagonal keeps the matrix positive definite under rounding.
     ridge = 1 + jnp.finfo(c.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     identity = jnp.eye(gram.shape[-1], dtype=c.dtype)
-    chol = by_matrix(jnp.linalg.cholesky, gram + ridge[:, None, None] * identity)
+    chol = cholesky(gram + ridge[:, None, None] * identity)
     inverse = inverse_lower(chol)
     cov_z = einsum("nri,nrj->nij", inverse, inverse)
     cov_load = einsum("ndr,nrs->nds", loading, cov_z)

@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "apply_transpose",
     "by_matrix",
+    "cholesky",
     "eigh",
     "einsum",
     "gather",
@@ -46,8 +47,7 @@ class Factor:
     @classmethod
     def of(cls, matrix: jax.Array) -> "Factor":
         """Factor positive definite matrices, with shape ``(*batch, size, size)``."""
-        factor = partial(jax.lax.linalg.cholesky, symmetrize_input=False)
-        lower = by_matrix(factor, matrix)
+        lower = cholesky(matrix)
         return cls(lower, inverse_lower(lower))
 
     def solve(self, v: jax.Array) -> jax.Array:
@@ -111,14 +111,59 @@ def apply_transpose(matrix: jax.Array, v: jax.Array) -> jax.Array:
     return einsum("...ji,...j->...i", matrix, v)
 
 
+def cholesky(matrix: jax.Array) -> jax.Array:
+    """Return the lower Cholesky factor of positive definite matrices, NaN where they are not.
+
+    Large matrices are factored by blocks, see `inverse_lower`.
+    """
+    size = matrix.shape[-1]
+    if size <= _MAX_FACTORED:
+        return by_matrix(partial(jax.lax.linalg.cholesky, symmetrize_input=False), matrix)
+    half = size // 2
+    first = cholesky(matrix[..., :half, :half])
+    below = matmul(matrix[..., half:, :half], inverse_lower(first).mT)
+    second = cholesky(matrix[..., half:, half:] - matmul(below, below.mT))
+    return _lower_blocks(first, below, second)
+
+
 def inverse_lower(chol: jax.Array) -> jax.Array:
     """Return the inverse of a lower triangular matrix.
 
-    Products with the inverse broadcast over batch axes, which triangular solves do not.
+    Products with the inverse broadcast over batch axes, which triangular solves do not. On CPU,
+    the triangular solves of jaxlib's LAPACK start threads from 32 rows on, which compete with
+    XLA's own and can take a thousand times as long. So the blocks of the diagonal are inverted,
+    and joined by products.
     """
-    identity = np.eye(chol.shape[-1], dtype=chol.dtype)
-    invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
-    return by_matrix(invert, chol)
+    size = chol.shape[-1]
+    if size <= _MAX_SOLVED:
+        identity = np.eye(size, dtype=chol.dtype)
+        invert = partial(jax.scipy.linalg.solve_triangular, b=identity, lower=True)
+        return by_matrix(invert, chol)
+    half = -(-size // 2)
+    first, below, second = (
+        chol[..., :half, :half],
+        chol[..., half:, :half],
+        chol[..., half:, half:],
+    )
+    if size % 2:  # both blocks get one size
+        second = _lower_blocks(
+            second,
+            jnp.zeros((*chol.shape[:-2], 1, half - 1), chol.dtype),
+            jnp.ones((*chol.shape[:-2], 1, 1), chol.dtype),
+        )
+    inverses = inverse_lower(jnp.stack([first, second]))
+    first, second = inverses[0], inverses[1][..., : size - half, : size - half]
+    return _lower_blocks(first, -matmul(second, matmul(below, first)), second)
+
+
+_MAX_FACTORED, _MAX_SOLVED = 128, 16
+
+
+def _lower_blocks(first: jax.Array, below: jax.Array, second: jax.Array) -> jax.Array:
+    """Return the lower triangular matrix of two blocks on the diagonal and one below."""
+    above = jnp.zeros((*below.shape[:-2], below.shape[-1], below.shape[-2]), below.dtype)
+    rows = [jnp.concatenate([first, above], axis=-1), jnp.concatenate([below, second], axis=-1)]
+    return jnp.concatenate(rows, axis=-2)
 
 
 def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:

@@ -31,6 +31,7 @@ from numpyro_diffprior.linalg.batched import (
     apply,
     apply_transpose,
     by_matrix,
+    cholesky,
     inverse_lower,
     matmul,
 )
@@ -601,7 +602,7 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
 
 def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    return by_matrix(jnp.linalg.cholesky, _plus_one(_weighted_gram(factor, weights)))
+    return cholesky(_plus_one(_weighted_gram(factor, weights)))
 
 
 def _weighted_gram(factor: jax.Array, weights: jax.Array) -> jax.Array:

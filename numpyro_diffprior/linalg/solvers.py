@@ -18,6 +18,7 @@ from numpyro_diffprior.linalg.batched import (
     apply,
     apply_transpose,
     by_matrix,
+    cholesky,
     eigh,
     inverse_lower,
     magnitude,
@@ -207,7 +208,7 @@ def truncated_solve(
             f"Expected a gain of shape (*batch, {m}, {m}) and a residual of shape (*batch, {m}) "
             f"for noise of size {m}, got {gain.shape} and {residual.shape}."
         )
-    whiten = inverse_lower(by_matrix(jnp.linalg.cholesky, noise.dense()))
+    whiten = inverse_lower(cholesky(noise.dense()))
     whitened = matmul(matmul(whiten, (gain + gain.mT) / 2), whiten.mT)
     eigenvalues, eigenvectors = eigh(whitened)
     keep = eigenvalues > 0
