@@ -38,6 +38,10 @@ def test_on_some_arguments():
     assert depends(lambda x, y: {"x": x, "y": y}, X, X, on=[1]) == {"x": False, "y": True}
 
 
+def part(x, start):
+    return jax.lax.dynamic_slice(x, (start,), (3,))
+
+
 def swap(x):
     return x.reshape(3, 2).T.reshape(-1)
 
@@ -57,6 +61,14 @@ def swap(x):
         (lambda x, y: jnp.outer(y, y) @ x, False),
         (lambda x, y: jnp.cumsum(x), False),
         (lambda x, y: jnp.fft.rfft(x).real, False),
+        (lambda x, y: jnp.take(x, y.astype(int)) ** 2, True),
+        (lambda x, y: jnp.roll(x, y[1].astype(int)), True),
+        # One function, called at two places.
+        (lambda x, y: jnp.take(x, y.astype(int)) + jnp.take(x, 5 - y.astype(int)), False),
+        (lambda x, y: jnp.roll(x, y[1].astype(int)) + jnp.roll(x, y[2].astype(int)), False),
+        (lambda x, y: part(x, 0) + part(x, 1), False),
+        (lambda x, y: part(x, y[0].astype(int)) + part(x, y[1].astype(int)), False),
+        (lambda x, y: jax.jit(part)(x, 0) + jax.jit(part)(x, 1), False),
     ],
 )
 def test_picks_elements(f, expected):

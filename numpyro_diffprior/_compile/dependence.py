@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 __all__ = ["depends", "propagate"]
@@ -96,8 +97,8 @@ def picks_elements(f: Callable[..., Any], x: Any, *args: Any) -> Any:
         *args: Its other arguments, which do not depend on ``x``.
     """
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(x, *args)
-    sources = [_X, *[None] * (len(jaxpr.jaxpr.invars) - 1)]
-    outs = _trace_sources(jaxpr.jaxpr, sources)
+    invars = jaxpr.jaxpr.invars
+    outs = _trace_sources(jaxpr.jaxpr, [_X, *[None] * (len(invars) - 1)], invars)
     return jax.tree.unflatten(jax.tree.structure(shapes), [out is not _MIXED for out in outs])
 
 
@@ -130,16 +131,28 @@ _ELEMENTWISE = {
 }
 
 
-def _trace_sources(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
+def _trace_sources(jaxpr: Jaxpr, inputs: Sequence[Any], names: Sequence[Any]) -> list[Any]:
     """Return the sources of a jaxpr's outputs.
 
     A source says which element of ``x`` each element depends on: None for no one, `_X` for that
     at the same place, `_MIXED` for several; else a hashable object, equal for equal maps.
+
+    Args:
+        jaxpr: The program.
+        inputs: The sources of its inputs.
+        names: Hashable names of its inputs, equal for equal values only.
     """
     sources: dict[Var, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+    known_names = dict(zip(jaxpr.invars, names, strict=True))
+    scope = object()  # two calls of one function share its variables, but not their values
 
     def of(atom: Any) -> Any:
         return sources.get(atom) if isinstance(atom, Var) else None
+
+    def name_of(atom: Any) -> Any:
+        if isinstance(atom, Var):
+            return known_names.get(atom, (scope, atom))
+        return (str(atom.aval), str(atom.val)) if jnp.ndim(atom.val) == 0 else object()
 
     for eqn in jaxpr.eqns:
         given = [of(atom) for atom in eqn.invars]
@@ -154,12 +167,12 @@ def _trace_sources(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
         if any(source is _MIXED for source in known):
             pass
         elif name in _CALLS and inner is not None:
-            outs = _trace_sources(inner, given)
+            outs = _trace_sources(inner, given, [name_of(atom) for atom in eqn.invars])
         elif name in _ELEMENTWISE and all(source == known[0] for source in known):
             outs = [known[0]] * len(eqn.outvars)
         elif name in _MOVES:
             operands = [
-                atom if source is None and isinstance(atom, Var) else source
+                name_of(atom) if source is None else source
                 for atom, source in zip(eqn.invars, given, strict=True)
             ]
             same = _is_same_shape(eqn)
