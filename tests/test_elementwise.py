@@ -1,5 +1,8 @@
 """Likelihoods that are read as elementwise from models, or not, against dense posteriors."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -72,3 +75,40 @@ def test_posterior_means(name, num_sites):
         noise = NOISE**2 * np.eye(len(values))
         expected = gaussian_posterior_denoiser(MEAN, dense, rows, noise, values, X_T[n], SIGMA)
         np.testing.assert_allclose(found[n], expected, atol=20 * tolerance())
+
+
+FAMILIES = {
+    "counts": (lambda x: dist.Poisson(jnp.exp(x)), 2.0, True),
+    "a mean that bends": (lambda x: dist.Normal(jnp.tanh(x), NOISE), 0.5, True),
+    "positive values": (lambda x: dist.Gamma(jnp.exp(x), 2.0), 1.5, True),
+    # Both parameters depend on the event, and their errors are correlated.
+    "unknown noise": (lambda x: dist.Normal(x, jnp.exp(0.3 * x)), 0.5, False),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nonlinear_likelihoods(name):
+    """Guidance is that of the factored matrix."""
+    family, value, elementwise = FAMILIES[name]
+
+    def model(prior, mask):
+        with numpyro.plate("n", N):
+            mask = numpyro.subsample(mask, event_dim=1)
+            x = numpyro.sample("x", prior)
+            y = jnp.full(x.shape, value)
+            numpyro.sample("y", family(x).mask(mask).to_event(1), obs=y)
+
+    cov = DiagonalPlusLowRank(jnp.asarray(DIAG), jnp.asarray(FACTOR / 2))
+    prior = ndp.DiffusionPrior(ndp.GaussianDenoiser(jnp.asarray(MEAN / 2), cov))
+    bound = read(model, (prior, jnp.asarray(RNG.random((N, D)) < 0.7)), {})
+    block = bound.reading.groups[0].bind(bound.data)
+    assert block.likelihood.elementwise == elementwise
+    guidance = ndp.MMPS(ndp.guidance.GaussianCovariance())
+    x_t = jnp.asarray(X_T / 2)
+    found, expected = (
+        jax.jit(guidance.condition(block.denoiser, likelihood).guide)(x_t, SIGMA)
+        for likelihood in (block.likelihood, replace(block.likelihood, elementwise=False))
+    )
+    tol = 100 * tolerance()
+    np.testing.assert_allclose(found.x_hat_y, expected.x_hat_y, atol=tol)
+    np.testing.assert_allclose(found.log_twist, expected.log_twist, rtol=tol, atol=tol)
