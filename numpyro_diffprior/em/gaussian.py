@@ -40,7 +40,7 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import by_matrix, cholesky, einsum, inverse_lower
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
 
-__all__ = ["GaussianFit", "fit_gaussian"]
+__all__ = ["MAX_DENSE", "GaussianFit", "fit_gaussian"]
 
 
 class GaussianFit(NamedTuple):
@@ -121,6 +121,9 @@ class _FactorMoments(NamedTuple):
 
 _Block = Callable[[jax.Array], Any]
 
+MAX_DENSE = 512
+"""The largest number of elements of events that get a dense covariance."""
+
 
 def fit_gaussian(
     read_block: Callable[[jax.Array], Likelihood],
@@ -130,7 +133,7 @@ def fit_gaussian(
     batch_size: int = 256,
     num_iterations: int = 32,
     rank: int | None = None,
-    max_dense: int = 512,
+    max_dense: int = MAX_DENSE,
     dtype: DTypeLike | None = None,
 ) -> GaussianFit:
     """Fit a Gaussian to linear observations of events by expectation maximization.

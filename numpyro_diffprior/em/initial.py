@@ -13,7 +13,7 @@ from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.e_step import EStep, draw_events
-from numpyro_diffprior.em.gaussian import fit_gaussian
+from numpyro_diffprior.em.gaussian import MAX_DENSE, fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
 from numpyro_diffprior.em.sites import Priors, Sites, pool, replace_non_finite, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
@@ -70,10 +70,7 @@ def has_closed_form(model: BoundModel) -> bool:
     latents = group.latents
     if not (group.linear and len(latents.names) == 1 and len(latents.plates) == 1):
         return False
-    return latents.event_size <= _MAX_DENSE or group.elementwise
-
-
-_MAX_DENSE = 512
+    return latents.event_size <= MAX_DENSE or group.elementwise
 
 
 def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
