@@ -15,6 +15,7 @@ from numpyro_diffprior.linalg.covariances import (
     DiagonalPlusLowRank,
     Isotropic,
 )
+from numpyro_diffprior.linalg.stationary import Stationary
 
 SIZE = 6
 DTYPE = jnp.zeros(()).dtype
@@ -90,7 +91,18 @@ def blocks(*batch: int, seed: int = 0) -> Pair:
     return Blocks(tuple(cov for cov, _ in parts)), matrix
 
 
-CASES = [isotropic, diagonal, low_rank, shared_factor, dense, blocks]
+def stationary(*batch: int, seed: int = 0) -> Pair:
+    """A field of two channels on a ring of three points."""
+    power = np.abs(np.fft.fft(normal(seed, *batch, 3, 2), axis=-2)) + 0.3
+    rotation, _ = np.linalg.qr(normal(seed + 1, 2, 2))
+    ring = np.fft.fft(np.eye(3), norm="ortho")
+    basis = np.kron(ring, rotation)
+    power = np.asarray(power.reshape(*batch, SIZE), DTYPE)
+    matrix = ((basis * power[..., None, :]) @ basis.conj().T).real
+    return Stationary(jnp.asarray(power), jnp.asarray(rotation, DTYPE), (3,)), matrix
+
+
+CASES = [isotropic, diagonal, low_rank, shared_factor, dense, blocks, stationary]
 Make = Callable[..., Pair]
 over_cases = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 over_batches = pytest.mark.parametrize("batch", [(), (3,)], ids=str)

@@ -14,8 +14,17 @@ from numpyro_diffprior.linalg.covariances import (
     Isotropic,
     Repeated,
 )
+from numpyro_diffprior.linalg.stationary import Stationary
 
-COVARIANCES = ("Isotropic", "Diagonal", "DiagonalPlusLowRank", "Dense", "Blocks", "Repeated")
+COVARIANCES = (
+    "Isotropic",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Dense",
+    "Blocks",
+    "Repeated",
+    "Stationary",
+)
 
 
 def tolerance(float32=1e-5, float64=1e-10):
@@ -48,6 +57,12 @@ def covariance(name, rng, size):
             num = next(n for n in (3, 2, size) if size % n == 0)
             blocks = [covariance("Dense", rng, size // num) for _ in range(num)]
             return Repeated(jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks), num)
+        case "Stationary":
+            num = next(n for n in (2, 1) if size % n == 0)
+            grid = (size // num,)
+            power = np.abs(np.fft.fft(rng.normal(size=(*grid, num)), axis=0)) + 0.3
+            rotation, _ = np.linalg.qr(rng.normal(size=(num, num)))
+            return Stationary(jnp.asarray(power.reshape(-1)), jnp.asarray(rotation), grid)
 
 
 def dense(cov):

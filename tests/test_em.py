@@ -20,6 +20,7 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.infer.posterior import sample_posterior
+from numpyro_diffprior.linalg.empirical import LowRankSummary
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.prior import DiffusionPrior
@@ -97,7 +98,7 @@ def test_large_events_that_are_mixed_start_by_sampling():
     mask = rng.random(k.shape)[..., None] < np.array([0.7, 0.7])
     net = MLP(shape, features=(4,), embedding=4, rngs=nnx.Rngs(0))
     prior = DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(8))
-    em = make_em(fourier, start=GaussianStart(num_iterations=6, rank=2))
+    em = make_em(fourier, start=GaussianStart(num_iterations=6, summary=LowRankSummary(2)))
     prior = em.init(jax.random.key(0), prior, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
     assert 0.8 < prior.mean.mean() < 1.1
     np.testing.assert_allclose(prior.variance.mean(), 4, rtol=0.1)
@@ -327,7 +328,7 @@ def test_moments_stay_at_the_fixed_point():
             guidance=MMPS(GaussianCovariance()),
             max_batch_size=32 * N,
         )
-        mean, cov = summarize(draws.samples["x"].reshape(-1, D), None)
+        mean, cov = summarize(draws.samples["x"].reshape(-1, D), LowRankSummary())
         prior = DiffusionPrior(GaussianDenoiser(mean, cov))
     assert abs(float(prior.denoiser.cov.trace()) / fixed - 1) < 0.02
 

@@ -215,7 +215,7 @@ NUMBERS = {
     "EStep: expected max_batch_size >= 1, got -2": lambda: E(max_batch_size=-2),
     "MStep: expected num_steps to be an integer, got 2.5": lambda: M(num_steps=2.5),
     "MStep: expected ema_decay >= 0 and <= 1, got 1.5": lambda: M(ema_decay=1.5),
-    "GaussianStart: expected rank >= 1, got 0": lambda: ndp.GaussianStart(rank=0),
+    "LowRankSummary: expected rank >= 1, got 0": lambda: ndp.linalg.LowRankSummary(0),
     "ParamStep: expected an optimizer": lambda: ndp.ParamStep(optimizer=0.1),
     "EM: expected e_step of type EStep": lambda: ndp.EM(model, optax.sgd(1.0), e_step=4),
     "positive semi-definite .* the eigenvalue -1": lambda: ndp.GaussianDenoiser(

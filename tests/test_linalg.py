@@ -15,7 +15,7 @@ from numpyro_diffprior.linalg.covariances import (
     DiagonalPlusLowRank,
     Isotropic,
 )
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.linalg.empirical import empirical_gaussian, stationary_gaussian
 from tests.covariances import (
     CASES,
     DTYPE,
@@ -303,3 +303,32 @@ def test_update_of_large_events():
     small = [np.eye(rank) + factor.T @ (p / g * factor.T).T for p, g in zip(precision, gains)]
     exact = np.log(gains).sum(-1) + np.linalg.slogdet(np.array(small))[1]
     np.testing.assert_allclose(update.logdet, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(4, 3), (3, 4), (5,)], ids=str)
+def test_stationary_fit_is_the_sample_covariance_averaged_over_shifts(grid: tuple[int, ...]):
+    num_axes, channels = len(grid), 2
+    x = normal(0, 7, *grid, channels) * np.array([1.0, 3.0], DTYPE) + 2
+    x[..., 1] += 0.5 * x[..., 0]
+    mean, cov = stationary_gaussian(jnp.asarray(x), num_axes=num_axes)
+    assert_close(mean, x.mean(0))
+    centered = np.asarray(x - x.mean(0), float)
+    axes = tuple(range(1, 1 + num_axes))
+    shifts = [np.roll(centered, shift, axes).reshape(7, -1) for shift in np.ndindex(*grid)]
+    total = sum(v.T @ v for v in shifts) / (6 * len(shifts))
+    # Rotated channels are uncorrelated at each point; what is left at other shifts is dropped.
+    size = int(np.prod(grid))
+    rotation = np.kron(np.eye(size), np.asarray(cov.rotation, float))
+    rotated = rotation.T @ total @ rotation
+    same_channel = np.tile(np.eye(channels, dtype=bool), (size, size))
+    desired = rotation @ np.where(same_channel, rotated, 0) @ rotation.T
+    assert_close(cov.dense(), desired, 5 * TOL)
+    at_points = [rotated[i : i + channels, i : i + channels] for i in range(0, 2 * size, channels)]
+    assert_close(jnp.asarray(sum(at_points)[0, 1], DTYPE), 0.0, 5 * TOL)
+
+
+def test_stationary_fit_needs_a_grid():
+    with pytest.raises(ValueError, match="events with 2 grid axes"):
+        stationary_gaussian(jnp.zeros((3, 4)))
+    with pytest.raises(ValueError, match="two draws or more"):
+        stationary_gaussian(jnp.zeros((1, 4, 4)))

@@ -21,7 +21,7 @@ from numpyro_diffprior.diffusion.training import (
     train,
 )
 from numpyro_diffprior.linalg.covariances import Isotropic
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.linalg.empirical import LowRankSummary, empirical_gaussian
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.nets.unet import UNet
 
@@ -378,7 +378,12 @@ def test_a_large_event_gets_a_low_rank_covariance():
     x = jax.random.normal(jax.random.key(0), (16, 23, 23))
     denoiser = NetworkDenoiser(MLP((23, 23), **SMALL, rngs=nnx.Rngs(0)))
     result = fit_denoiser(
-        jax.random.key(1), denoiser, x, optimizer=optax.adam(1e-3), num_steps=1, rank=2
+        jax.random.key(1),
+        denoiser,
+        x,
+        optimizer=optax.adam(1e-3),
+        num_steps=1,
+        summary=LowRankSummary(2),
     )
     np.testing.assert_allclose(result.denoiser.mean, x.mean(0), atol=1e-5)
     assert result.denoiser.cov.size == 529

@@ -47,6 +47,7 @@ from numpyro_diffprior.linalg.covariances import (
     Isotropic,
     Repeated,
 )
+from numpyro_diffprior.linalg.stationary import Stationary
 from numpyro_diffprior.nets import NETWORKS
 from numpyro_diffprior.nets.adapters import named_arrays, replace_arrays
 
@@ -67,6 +68,7 @@ _TYPES: dict[str, Any] = {
         Dense,
         Blocks,
         Repeated,
+        Stationary,
     )
 }
 

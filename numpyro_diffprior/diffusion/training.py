@@ -34,7 +34,7 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
 from numpyro_diffprior.linalg.batched import magnitude
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
 from numpyro_diffprior.nets.adapters import split_network
 
 __all__ = [
@@ -257,7 +257,7 @@ def fit_denoiser(
     context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
-    rank: int | None = None,
+    summary: GaussianSummary = LowRankSummary(),
     mesh: Mesh | None = None,
 ) -> FitResult:
     """Fit a denoiser to clean events: first its mean and covariance, then its network.
@@ -275,7 +275,7 @@ def fit_denoiser(
         context: The events' contexts, see `train`.
         noise: Distribution of the noise levels, see `train`.
         ema_decay: Largest decay of the average of the weights, see `train`.
-        rank: Rank of the covariance of large events, see `empirical_gaussian`.
+        summary: The form of the events' Gaussian summary.
         mesh: Devices to spread minibatches over, see `train`.
 
     Returns:
@@ -287,8 +287,7 @@ def fit_denoiser(
     x = _check_events(x, denoiser)
     x, context = replicate((x, context), mesh)
     unit = choose_unit(_deviation(x), denoiser.unit)
-    mean, cov = empirical_gaussian((x / unit).reshape(x.shape[0], -1), rank=rank)
-    denoiser = denoiser.with_gaussian(mean.reshape(denoiser.event_shape), cov, unit)
+    denoiser = denoiser.with_gaussian(*summary(x / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
     state, losses = train(
         key_train,

@@ -152,7 +152,7 @@ class EM:
         bound = bound.with_first_argument(sites.as_passed(priors))
         check_data(bound, self.e_step.sampler or bound.reading.sampler)
         rng_key, key_fit = jax.random.split(rng_key)
-        if has_closed_form(bound):
+        if has_closed_form(bound, self.start):
             gaussians = {
                 key: fit_in_closed_form(bound, self.start) for key in with_network(priors)
             }
@@ -227,7 +227,7 @@ class EM:
             read_contexts(bound, self.e_step.num_draws),
             self.optimizer,
             self.m_step,
-            rank=self.start.rank,
+            summary=self.start.summary,
             mesh=self.mesh,
         )
         params, params_opt_state = state.params, state.params_opt_state

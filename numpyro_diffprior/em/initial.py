@@ -21,6 +21,7 @@ from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.covariances import Covariance
+from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
 from numpyro_diffprior.reading.model import BoundModel, GroupReading
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
@@ -41,30 +42,34 @@ class GaussianStart:
 
     Args:
         num_iterations: The number of EM iterations of its fit.
-        rank: The rank of the covariances of large events, in M-steps too (default: 32).
+        summary: The form of the Gaussians, in M-steps too. They are fitted in closed form or by
+            sampling.
     """
 
     num_iterations: int = 32
-    rank: int | None = None
+    summary: GaussianSummary = LowRankSummary()
 
     def __post_init__(self) -> None:
         count = check_count("GaussianStart", "num_iterations", self.num_iterations)
         set_fields(self, num_iterations=count)
-        if self.rank is not None:
-            set_fields(self, rank=check_count("GaussianStart", "rank", self.rank))
+        if not isinstance(self.summary, GaussianSummary):
+            raise ValueError(
+                f"GaussianStart: expected a Gaussian summary, got {self.summary!r}; pass an "
+                "object such as LowRankSummary(rank=32)."
+            )
 
 
 Gaussian = tuple[jax.Array, Covariance]
 
 
-def has_closed_form(model: BoundModel) -> bool:
+def has_closed_form(model: BoundModel, start: GaussianStart) -> bool:
     """Whether the iterations of the Gaussian fit have a closed form that takes no large matrices.
 
     They do for one site in one plate with linear Gaussian observations, if events are small or
-    the likelihood is elementwise.
+    the likelihood is elementwise, and the covariance is dense or has low rank.
     """
     groups = model.reading.groups
-    if len(groups) > 1:
+    if len(groups) > 1 or start.summary.rank is None:
         return False
     (group,) = groups
     latents = group.latents
@@ -87,7 +92,7 @@ def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
         event_shape=group.latents.sites[0].event_shape,
         batch_size=model.reading.blocks.get(plate.name, plate.size),
         num_iterations=start.num_iterations,
-        rank=start.rank,
+        rank=start.summary.rank,
         dtype=model.reading.dtype,
     )
     return fit.mean, fit.cov
@@ -192,7 +197,8 @@ def fit_by_sampling(
         )
         fitted = {
             name: summarize(
-                prior.denoiser.from_data(pool(draws, sites, name, prior.event_shape)), start.rank
+                prior.denoiser.from_data(pool(draws, sites, name, prior.event_shape)),
+                start.summary,
             )
             for name, prior in with_network(priors).items()
         }

@@ -15,7 +15,7 @@ from numpyro_diffprior.diffusion.training import TrainState, init_training, meas
 from numpyro_diffprior.em.sites import pool
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.linalg.empirical import GaussianSummary
 
 __all__ = ["MStep", "ParamStep", "Trained", "fit_priors", "summarize"]
 
@@ -103,13 +103,10 @@ def fit_priors(
     optimizer: optax.GradientTransformation,
     m_step: MStep,
     *,
-    rank: int | None,
+    summary: GaussianSummary,
     mesh: Mesh | None,
 ) -> dict[str, Trained]:
-    """Fit each prior with a network to the draws of its sites, and to their contexts.
-
-    The Gaussian summaries of large events have the given rank.
-    """
+    """Fit each prior with a network to the draws of its sites, and to their contexts."""
     trained = {}
     for i, key in enumerate(sorted(state.priors)):
         if key not in state.training:
@@ -124,7 +121,7 @@ def fit_priors(
             None if shape is None else pool(contexts, state.sites, key, shape),
             optimizer,
             m_step,
-            rank,
+            summary,
             mesh,
         )
     return trained
@@ -138,12 +135,12 @@ def _fit_prior(
     context: jax.Array | None,
     optimizer: optax.GradientTransformation,
     m_step: MStep,
-    rank: int | None,
+    summary: GaussianSummary,
     mesh: Mesh | None,
 ) -> Trained:
     """Fit one prior to events, with shape ``(n, *event)``, and their contexts."""
     key_train, key_measure = jax.random.split(rng_key)
-    mean, cov = summarize(training.denoiser.from_data(x), rank)
+    mean, cov = summarize(training.denoiser.from_data(x), summary)
     start = training if m_step.warm_start else init_training(initial, optimizer)
     if m_step.reset_optimizer:
         start = start._replace(opt_state=init_training(start.denoiser, optimizer).opt_state)
@@ -170,10 +167,7 @@ def _fit_prior(
     return Trained(denoiser, training, losses)
 
 
-def summarize(x: jax.Array, rank: int | None) -> tuple[jax.Array, Covariance]:
+@jax.jit
+def summarize(x: jax.Array, summary: GaussianSummary) -> tuple[jax.Array, Covariance]:
     """Return mean and covariance of events, with shape ``(n, *event)``."""
-    mean, cov = _empirical_gaussian(x.reshape(len(x), -1), rank)
-    return mean.reshape(x.shape[1:]), cov
-
-
-_empirical_gaussian = jax.jit(lambda x, rank: empirical_gaussian(x, rank=rank), static_argnums=1)
+    return summary(x)

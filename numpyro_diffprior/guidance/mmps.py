@@ -58,7 +58,7 @@ class MMPS(Guidance):
         covariance: The covariance :math:`V`. Tweedie's takes one vector-Jacobian product of the
             network per observed value or step of the solver; the closed forms take none.
         max_dense: The number of observed values per event up to which :math:`S` is built and
-            solved as a matrix (default: 16 with Tweedie's covariance, else 1,024); beyond, it is
+            solved as a matrix (default: 16 with Tweedie's covariance, else 128); beyond, it is
             solved by conjugate gradients without being built. Diagonal and low-rank covariances
             need no matrix for likelihoods that are elementwise, at any number of values.
         rtol: The relative residual at which conjugate gradients stop.
@@ -72,7 +72,7 @@ class MMPS(Guidance):
 
     covariance: PosteriorCovariance = field(default=TweedieCovariance())
     max_dense: int | None = None
-    rtol: float = 1e-5
+    rtol: float = 1e-3
     max_steps: int | None = None
     look_ahead: bool = False
     num_iterations: int = 4
@@ -101,14 +101,14 @@ class MMPS(Guidance):
         """Return how to solve, from the structure of covariance and likelihood."""
         zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
         cov = self.covariance.closed_form(denoiser, jnp.ones((), denoiser.dtype))
-        if likelihood.elementwise and cov is not None and not cov.is_dense:
+        if likelihood.elementwise and cov is not None and not cov.updates_densely:
             if not likelihood.linear:
                 return ElementwiseSolve()
             local = likelihood.linearize(zeros)
             return ElementwiseSolve(local.precision(jnp.ones_like(local.score())))
         limit = self.max_dense
         if limit is None:
-            limit = 16 if cov is None else 1024
+            limit = 16 if cov is None else 128
         if likelihood.num_observed > limit or likelihood.potential is not None:
             return ConjugateGradients(self.rtol, self.max_steps)
         if cov is None:

@@ -9,7 +9,14 @@ from numpyro_diffprior.linalg.covariances import (
     Isotropic,
     Repeated,
 )
-from numpyro_diffprior.linalg.empirical import empirical_gaussian
+from numpyro_diffprior.linalg.empirical import (
+    GaussianSummary,
+    LowRankSummary,
+    StationarySummary,
+    empirical_gaussian,
+    stationary_gaussian,
+)
+from numpyro_diffprior.linalg.stationary import Stationary
 
 __all__ = [
     "Blocks",
@@ -17,7 +24,12 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "GaussianSummary",
     "Isotropic",
+    "LowRankSummary",
     "Repeated",
+    "Stationary",
+    "StationarySummary",
     "empirical_gaussian",
+    "stationary_gaussian",
 ]

@@ -45,6 +45,7 @@ __all__ = [
     "Isotropic",
     "Repeated",
     "Update",
+    "parallel",
 ]
 
 
@@ -71,9 +72,9 @@ class Covariance(ABC):
             """Dimension of the vectors."""
 
     @property
-    def is_dense(self) -> bool:
-        """Whether operations take products with matrices of the covariance's size."""
-        return False
+    def updates_densely(self) -> bool:
+        """Whether `update` takes matrices of the covariance's size."""
+        return True
 
     @abstractmethod
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -111,7 +112,6 @@ class Covariance(ABC):
     def conditional(self, variance: ArrayLike) -> Self:
         r"""Return :math:`(\Sigma^{-1} + I / v)^{-1}`, the covariance of x given :math:`x_t`."""
 
-    @abstractmethod
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         r"""Factor :math:`I + \Lambda \Sigma` for a diagonal :math:`\Lambda`.
 
@@ -125,6 +125,20 @@ class Covariance(ABC):
             square: :math:`c \ge 0`, if :math:`\Sigma + c \Sigma^2` takes the place of
                 :math:`\Sigma`, with shape ``()`` or ``(*batch,)``.
         """
+        # Symmetric: b = R (I + R S R)^{-1} R^{-1} s, with R the square root of the precision.
+        root = jnp.sqrt(precision)
+        inverse_root = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+        cov = self.dense()
+        if square is not None:
+            cov = cov + append_axis(append_axis(square)) * matmul(cov, cov)
+        matrix = root[..., :, None] * cov * root[..., None, :]
+        factor = Factor.of(_plus_one(matrix, raised=True))
+
+        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b = root * factor.solve(inverse_root * score)
+            return b, apply(cov, b)
+
+        return Update(solve, factor.logdet())
 
     def trace(self) -> jax.Array:
         """Return the total variance, with shape ``(*batch,)``."""
@@ -161,6 +175,10 @@ class Isotropic(Covariance):
     variance: ArrayLike
     size: int = field(metadata={"static": True})
 
+    @property
+    def updates_densely(self) -> bool:
+        return False
+
     def matvec(self, v: jax.Array) -> jax.Array:
         return append_axis(self.variance) * v
 
@@ -186,7 +204,7 @@ class Isotropic(Covariance):
         return Isotropic(jnp.add(self.variance, variance), self.size)
 
     def conditional(self, variance: ArrayLike) -> "Isotropic":
-        return Isotropic(_parallel(self.variance, variance), self.size)
+        return Isotropic(parallel(self.variance, variance), self.size)
 
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         return _update_elementwise(append_axis(self.variance), precision, square)
@@ -203,6 +221,10 @@ class Diagonal(Covariance):
     def size(self) -> int:
         """Dimension of the vectors."""
         return self.variances.shape[-1]
+
+    @property
+    def updates_densely(self) -> bool:
+        return False
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self.variances * v
@@ -229,7 +251,7 @@ class Diagonal(Covariance):
         return Diagonal(self.variances + append_axis(variance))
 
     def conditional(self, variance: ArrayLike) -> "Diagonal":
-        return Diagonal(_parallel(self.variances, append_axis(variance)))
+        return Diagonal(parallel(self.variances, append_axis(variance)))
 
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         return _update_elementwise(self.variances, precision, square)
@@ -251,6 +273,10 @@ class DiagonalPlusLowRank(Covariance):
     def size(self) -> int:
         """Dimension of the vectors."""
         return self.diag.shape[-1]
+
+    @property
+    def updates_densely(self) -> bool:
+        return False
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self.diag * v + apply(self.factor, apply_transpose(self.factor, v))
@@ -296,7 +322,7 @@ class DiagonalPlusLowRank(Covariance):
         weights = 1 / (self.diag + v)
         inverse = inverse_lower(_capacitance(self.factor, weights))
         factor = matmul(append_axis(v * weights) * self.factor, inverse.mT)
-        return DiagonalPlusLowRank(_parallel(self.diag, v), factor)
+        return DiagonalPlusLowRank(parallel(self.diag, v), factor)
 
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         # The matrix is D + F F^T, or D + c D^2 + H B H^T with H = (F, c D F), K = I + c F^T F and
@@ -366,10 +392,6 @@ class Dense(Covariance):
         """Dimension of the vectors."""
         return self.eigenvalues.shape[-1]
 
-    @property
-    def is_dense(self) -> bool:
-        return True
-
     def matvec(self, v: jax.Array) -> jax.Array:
         return apply(self.eigenvectors, self.eigenvalues * apply_transpose(self.eigenvectors, v))
 
@@ -400,24 +422,7 @@ class Dense(Covariance):
         return Dense(self.eigenvalues + append_axis(variance), self.eigenvectors)
 
     def conditional(self, variance: ArrayLike) -> "Dense":
-        return Dense(_parallel(self.eigenvalues, append_axis(variance)), self.eigenvectors)
-
-    def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
-        # Symmetric: b = R (I + R S R)^{-1} R^{-1} s, with R the square root of the precision.
-        root = jnp.sqrt(precision)
-        inverse_root = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
-        values = self.eigenvalues
-        if square is not None:
-            values = values + append_axis(square) * jnp.square(values)
-        cov = Dense(values, self.eigenvectors)
-        matrix = root[..., :, None] * cov.dense() * root[..., None, :]
-        factor = Factor.of(_plus_one(matrix, raised=True))
-
-        def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
-            b = root * factor.solve(inverse_root * score)
-            return b, cov.matvec(b)
-
-        return Update(solve, factor.logdet())
+        return Dense(parallel(self.eigenvalues, append_axis(variance)), self.eigenvectors)
 
 
 @jax.tree_util.register_dataclass
@@ -433,8 +438,8 @@ class Blocks(Covariance):
         return sum(block.size for block in self.blocks)
 
     @property
-    def is_dense(self) -> bool:
-        return any(block.is_dense for block in self.blocks)
+    def updates_densely(self) -> bool:
+        return any(block.updates_densely for block in self.blocks)
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return _join([block.matvec(part) for block, part in self._parts(v)])
@@ -496,8 +501,8 @@ class Repeated(Covariance):
         return self.num * self.block.size
 
     @property
-    def is_dense(self) -> bool:
-        return self.block.is_dense
+    def updates_densely(self) -> bool:
+        return self.block.updates_densely
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self._merge(self.block.matvec(self._split(v)))
@@ -573,8 +578,8 @@ def _add(a: Covariance, b: Covariance) -> Covariance:
             return Dense.from_matrix(a.dense() + b.dense())
 
 
-def _parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
-    # a b / (a + b), without the product of two variances, which may overflow or underflow.
+def parallel(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Return a b / (a + b), without the product, which may overflow or underflow."""
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     return low / (1 + low / high)
 

@@ -1,18 +1,83 @@
-r"""Gaussian fits to draws, with a structured covariance.
+r"""Gaussian summaries of draws: their mean and a structured covariance.
 
 References:
     Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
     low-rank fit).
 """
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
 import jax
 import jax.numpy as jnp
 
-from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.linalg.batched import append_axis, matmul
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
+from numpyro_diffprior.linalg.stationary import Stationary
 
-__all__ = ["empirical_gaussian"]
+__all__ = [
+    "GaussianSummary",
+    "LowRankSummary",
+    "StationarySummary",
+    "empirical_gaussian",
+    "stationary_gaussian",
+]
+
+
+class GaussianSummary(ABC):
+    """The form of a Gaussian that is fitted to events; static, and compared by value."""
+
+    @abstractmethod
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
+        """Return mean, with shape ``event_shape``, and covariance of ``(n, *event_shape)``."""
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of a low-rank covariance, or None for another form."""
+        return None
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class LowRankSummary(GaussianSummary):
+    """A dense covariance up to 512 elements, diagonal plus low rank beyond.
+
+    Args:
+        rank: The rank beyond 512 elements.
+    """
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        set_fields(self, rank=check_count("LowRankSummary", "rank", self.rank))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
+        mean, cov = empirical_gaussian(x.reshape(len(x), -1), rank=self.rank)
+        return mean.reshape(x.shape[1:]), cov
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class StationarySummary(GaussianSummary):
+    """A covariance of full rank that depends on the difference of two grid points only.
+
+    It suits fields and textures, such as turbulence, that have no preferred place; boundaries are
+    periodic. See `Stationary`.
+
+    Args:
+        num_axes: The number of leading axes of events that form the grid; the remaining ones are
+            channels.
+    """
+
+    num_axes: int = 2
+
+    def __post_init__(self) -> None:
+        set_fields(self, num_axes=check_count("StationarySummary", "num_axes", self.num_axes))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
+        return stationary_gaussian(x, num_axes=self.num_axes)
 
 
 def empirical_gaussian(
@@ -66,3 +131,36 @@ def empirical_gaussian(
     diag = jnp.maximum(variances - explained, eps**0.5 * variances)
     shrink = jnp.sqrt((variances - diag) / jnp.where(explained > 0, explained, 1))
     return mean, DiagonalPlusLowRank(diag, append_axis(shrink) * factor)
+
+
+def stationary_gaussian(x: jax.Array, *, num_axes: int = 2) -> tuple[jax.Array, Stationary]:
+    r"""Fit a stationary Gaussian to draws: their mean and the power of each frequency.
+
+    The channels are rotated to those of their covariance over all grid points. The power is the
+    mean square of the Fourier coefficients of the rotated channels, over draws, unbiased.
+
+    Args:
+        x: Draws with shape ``(n, *grid, *channels)``.
+        num_axes: The number of axes of the grid.
+
+    Returns:
+        The mean, with shape ``(*grid, *channels)``, and the covariance.
+
+    Raises:
+        ValueError: If there are fewer than two draws, or events have fewer axes than the grid.
+    """
+    grid, channels = x.shape[1 : 1 + num_axes], x.shape[1 + num_axes :]
+    if len(x) < 2 or len(grid) < num_axes or num_axes < 1:
+        raise ValueError(
+            f"stationary_gaussian: expected two draws or more of events with {num_axes} grid axes "
+            f"or more, got an array of shape {x.shape}."
+        )
+    mean = x.mean(0)
+    centered = (x - mean).reshape(len(x), *grid, prod(channels)) / (len(x) - 1) ** 0.5
+    flat = centered.reshape(-1, prod(channels))
+    _, rotation = jnp.linalg.eigh(matmul(flat.T, flat))
+    waves = jnp.fft.fftn(matmul(centered, rotation), axes=range(1, 1 + num_axes), norm="ortho")
+    power = jnp.square(waves.real).sum(0) + jnp.square(waves.imag).sum(0)
+    # Rounding would leave frequencies without power, in which nothing could be drawn.
+    power = jnp.maximum(power, jnp.finfo(x.dtype).eps * power.max())
+    return mean, Stationary(power.reshape(-1), rotation, grid)

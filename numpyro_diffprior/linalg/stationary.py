@@ -1,0 +1,91 @@
+r"""Stationary covariances of fields on a periodic grid, diagonal in the Fourier basis."""
+
+# ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_diffprior.linalg.batched import append_axis, apply, matmul
+from numpyro_diffprior.linalg.covariances import Covariance, parallel
+
+__all__ = ["Stationary"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Stationary(Covariance):
+    r"""A field with channels on a periodic grid: :math:`(F \otimes Q)^* \Lambda (F \otimes Q)`.
+
+    The covariance of two grid points depends on their difference only, so that the unitary
+    discrete Fourier transform :math:`F` over the axes of the grid diagonalizes it. One rotation
+    :math:`Q` of the channels is shared by all frequencies. An operation takes
+    :math:`O(d \log d)`, at full rank.
+
+    Args:
+        eigenvalues: The power of each frequency, in the order of `jax.numpy.fft.fftn`, and rotated
+            channel, with shape ``(*batch, size)``. Opposite frequencies have the same power.
+        rotation: :math:`Q`, orthogonal, with shape ``(*batch, channels, channels)``.
+        grid: The shape of the grid: vectors are flattened arrays ``(*grid, channels)``.
+    """
+
+    eigenvalues: jax.Array
+    rotation: jax.Array
+    grid: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.eigenvalues.shape[-1]
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        return self._multiply(self.eigenvalues, v)
+
+    def solve(self, v: jax.Array) -> jax.Array:
+        return self._multiply(1 / self.eigenvalues, v)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        return self._multiply(jnp.sqrt(self.eigenvalues), z)
+
+    def logdet(self) -> jax.Array:
+        return jnp.log(self.eigenvalues).sum(-1)
+
+    def diagonal(self) -> jax.Array:
+        power = self.eigenvalues.reshape(*self.eigenvalues.shape[:-1], -1, self.num_channels)
+        variances = apply(jnp.square(self.rotation), power.mean(-2))
+        variances = jnp.broadcast_to(variances[..., None, :], power.shape)
+        return variances.reshape(self.eigenvalues.shape)
+
+    def max_eigenvalue(self) -> jax.Array:
+        return self.eigenvalues.max(-1)
+
+    def scale(self, c: ArrayLike) -> "Stationary":
+        return self._with(append_axis(c) * self.eigenvalues)
+
+    def noisy(self, variance: ArrayLike) -> "Stationary":
+        return self._with(self.eigenvalues + append_axis(variance))
+
+    def conditional(self, variance: ArrayLike) -> "Stationary":
+        return self._with(parallel(self.eigenvalues, append_axis(variance)))
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels."""
+        return self.rotation.shape[-1]
+
+    def _with(self, eigenvalues: jax.Array) -> "Stationary":
+        return Stationary(eigenvalues, self.rotation, self.grid)
+
+    def _multiply(self, power: jax.Array, v: jax.Array) -> jax.Array:
+        """Multiply by the matrix of the same eigenvectors with eigenvalues ``power``."""
+        axes = tuple(range(-1 - len(self.grid), -1))
+        half = slice(self.grid[-1] // 2 + 1)  # the spectrum of real fields
+        power = power.reshape(*power.shape[:-1], *self.grid, self.num_channels)[..., half, :]
+        rotated = matmul(v.reshape(*v.shape[:-1], -1, self.num_channels), self.rotation)
+        fields = rotated.reshape(*rotated.shape[:-2], *self.grid, self.num_channels)
+        fields = jnp.fft.irfftn(power * jnp.fft.rfftn(fields, axes=axes), s=self.grid, axes=axes)
+        rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
+        product = matmul(rotated, self.rotation.mT)
+        return product.reshape(*product.shape[:-2], self.size).astype(v.dtype)
