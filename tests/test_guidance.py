@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal, norm
 
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
+from numpyro_diffprior.denoisers.function import FunctionDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.guidance.covariances import (
     CalibratedCovariance,
@@ -252,6 +253,32 @@ def test_heuristic_covariances(guidance, variance):
         return correction(*args, variance(args[-1] ** 2, np.trace(args[1]) / 6) * np.eye(6))
 
     expected = case.flat(expected)
+    np.testing.assert_allclose(guided.x_hat_y, expected, atol=3 * TOL * np.abs(expected).max())
+
+
+def test_corrections_that_overshoot_are_shortened_to_the_least_energy():
+    """With a covariance that is much too small, a correction by the Jacobian goes too far."""
+    case = problem()
+    small = 0.01 * np.eye(6)
+    denoiser = FunctionDenoiser(case.denoiser, case.denoiser.mean, Diagonal(jnp.full(6, 0.01)))
+    guided = guide(MMPS(GaussianCovariance()), denoiser, case.observed, case.x_t)
+    lengths = []
+
+    def expected(mean, cov, matrix, cov_y, y, x_t, sigma):
+        cov_x = np.linalg.inv(np.linalg.inv(small) + np.eye(6) / sigma**2)
+        x_hat = oracles.gaussian_denoiser(mean, cov, x_t, sigma)
+        step = correction(mean, cov, matrix, cov_y, y, x_t, sigma, cov_x) - x_hat
+        residual = y - matrix @ x_hat
+        b = matrix.T @ np.linalg.solve(cov_y + matrix @ cov_x @ matrix.T, residual)
+        precision = matrix.T @ np.linalg.solve(cov_y, matrix)
+        least = (matrix.T @ np.linalg.solve(cov_y, residual)) @ step
+        least /= b @ step + step @ precision @ step
+        lengths.append(least)
+        return x_hat + (least if least < 0.5 else 1.0) * step
+
+    expected = case.flat(expected)
+    assert min(lengths) < 0.4
+    assert max(lengths) > 0.6
     np.testing.assert_allclose(guided.x_hat_y, expected, atol=3 * TOL * np.abs(expected).max())
 
 

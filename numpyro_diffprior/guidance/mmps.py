@@ -155,7 +155,9 @@ class _Posterior(GuidedDenoiser):
                 step, start, length=self.guidance.num_iterations
             )
             logdet, residual, num_truncated = logdets[-1], residuals.max(0), counts.max(0)
-        correction = mode.shift if cov.closed_form is None else cov.pull(mode.b)
+        correction = mode.shift
+        if cov.closed_form is not None:
+            correction = self._shorten(x_hat, mode, cov.pull(mode.b))
         return Guided(
             x_hat=x_hat,
             x_hat_y=x_hat + correction.reshape(x_hat.shape),
@@ -173,9 +175,28 @@ class _Posterior(GuidedDenoiser):
         assert cov is not None
         return self.solve.look_ahead(self.likelihood.linearize(x), cov, sigma, tau)
 
+    def _shorten(self, x_hat: jax.Array, mode: _Mode, correction: jax.Array) -> jax.Array:
+        r"""Shorten a correction that overshoots, because :math:`V` is much too small.
+
+        With the denoiser's own Jacobian, :math:`u = \sigma^2 J^T b` differs from :math:`V b`. The
+        energy of :math:`c u` is :math:`\tfrac{1}{2} c^2 (b^T u + u^T \Lambda u) - c s^T u`, with
+        its minimum at :math:`c = 1` for :math:`u = V b`. If :math:`u` raises the energy, the
+        result is the multiple of least energy; otherwise the steps of a sampler would add up.
+        """
+        x = x_hat if self.likelihood.linear else x_hat + mode.shift.reshape(x_hat.shape)
+        local = self.likelihood.linearize(x)
+        if not self.likelihood.linear:
+            local = local.recenter(mode.shift)
+        descent = _dot(local.score(), correction)
+        curvature = _dot(mode.b, correction) + _dot(correction, local.precision(correction))
+        raises = 2 * descent < curvature
+        least = jnp.maximum(descent, 0) / jnp.where(curvature > 0, curvature, 1)
+        length = jnp.where(raises, least, 1)
+        return length[..., None] * correction
+
     def _at(self, x_hat: jax.Array, shift: jax.Array, b: jax.Array) -> _Mode:
         log_likelihood = self.likelihood.log_prob(x_hat + shift.reshape(x_hat.shape))
-        log_joint = log_likelihood - 0.5 * jnp.sum(shift * b, axis=-1)
+        log_joint = log_likelihood - 0.5 * _dot(shift, b)
         return _Mode(shift, b, log_joint)
 
     def _search(self, x_hat: jax.Array, mode: _Mode, shift: jax.Array, b: jax.Array) -> _Mode:
@@ -191,6 +212,10 @@ class _Posterior(GuidedDenoiser):
         lengths = 0.5 ** jnp.arange(_NUM_LENGTHS)
         best = jnp.argmax(jax.lax.map(lambda length: at(length).log_joint, lengths), axis=0)
         return at(lengths[best][..., None])
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b, axis=-1)
 
 
 _NUM_LENGTHS = 8
