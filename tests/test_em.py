@@ -20,7 +20,8 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.infer.posterior import sample_posterior
-from numpyro_diffprior.linalg.empirical import LowRankSummary
+from numpyro_diffprior.linalg.empirical import LowRankSummary, StationarySummary
+from numpyro_diffprior.linalg.stationary import Stationary
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.prior import DiffusionPrior
@@ -102,6 +103,39 @@ def test_large_events_that_are_mixed_start_by_sampling():
     prior = em.init(jax.random.key(0), prior, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
     assert 0.8 < prior.mean.mean() < 1.1
     np.testing.assert_allclose(prior.variance.mean(), 4, rtol=0.1)
+
+
+def test_stationary_fields_start_with_the_power_of_each_frequency():
+    """From fields of which a third is hidden; some of a large plate are enough."""
+    num, shape = 400, (8, 6, 2)
+    power = 4 / (1 + np.hypot(*np.meshgrid(np.arange(8), np.arange(6), indexing="ij")))
+    power = np.minimum(power, np.roll(power[::-1, ::-1], (1, 1), (0, 1)))  # of real fields
+    rng = np.random.default_rng(0)
+    waves = np.fft.fft2(rng.normal(size=(num, *shape)), axes=(1, 2)) * np.sqrt(power)[..., None]
+    x = np.fft.ifft2(waves, axes=(1, 2)).real * np.array([1.0, 2.0]) + 3
+    mask = rng.random(x.shape) < 0.67
+    y = np.where(mask, x + NOISE * rng.normal(size=x.shape), np.nan)
+
+    def fields(prior, mask, y):
+        with numpyro.plate("n", num):
+            mask, y = (numpyro.subsample(v, event_dim=3) for v in (mask, y))
+            seen = dist.Normal(numpyro.sample("x", prior), NOISE).mask(mask)
+            numpyro.sample("y", seen.to_event(3), obs=y)
+
+    net = MLP(shape, features=(4,), embedding=4, rngs=nnx.Rngs(0))
+    prior = DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(8))
+    start = GaussianStart(num_iterations=12, summary=StationarySummary(), max_events=200)
+    em = make_em(fields, {"max_batch_size": 100, "num_particles": 1}, start=start)
+    fitted = em.init(jax.random.key(0), prior, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
+    denoiser = fitted.denoiser
+    assert isinstance(denoiser.cov, Stationary)
+    np.testing.assert_allclose(fitted.mean.mean((0, 1)), 3, atol=0.2)
+    found = denoiser.unit**2 * denoiser.cov.eigenvalues.reshape(shape)
+    expected = power[..., None] * np.array([1.0, 4.0])
+    # Two hundred fields tell each power to a tenth, and pairs of opposite frequencies share one.
+    ratio = np.asarray(found / expected)
+    assert abs(ratio.mean() - 1) < 0.03
+    assert np.all(np.abs(ratio - 1) < 0.5)
 
 
 def test_events_in_nested_plates():

@@ -1,5 +1,6 @@
 """Each iteration against explicit formulas in NumPy; evidence, closed forms, invariances."""
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import dense, gaussian_posterior, spd, tolerance
+from oracles import covariance, dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
-from numpyro_diffprior.em.gaussian import fit_gaussian
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.em.gaussian import draw_linear_gaussian, fit_gaussian
 from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.linalg.covariances import (
     Blocks,
@@ -414,3 +416,49 @@ def test_likelihood_must_be_of_the_events_asked_for():
         fit_gaussian(lambda index: problem.read(index[:3]), NUM, event_shape=(5,), batch_size=8)
     with pytest.raises(ValueError, match=r"shape \(5, 1\), got .* event shape \(5,\)"):
         fit_gaussian(problem.read, NUM, event_shape=(5, 1))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_draws_by_one_solve_are_those_of_the_posterior(name):
+    problem, num = PROBLEMS[name], 4000
+    size = problem.matrix.shape[-1]
+    mean, cov = truth(size)
+    denoiser = GaussianDenoiser(mean.reshape(problem.event_shape), cov)
+
+    def draw(key):
+        return draw_linear_gaussian(key, denoiser, problem.read(jnp.arange(3)))
+
+    x = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), num))
+    x = np.asarray(x).reshape(num, 3, size)
+    for i in range(3):
+        seen = problem.seen[i]
+        observed = problem.matrix[i][seen], problem.noise[i][np.ix_(seen, seen)]
+        residual = (problem.y[i] - problem.offset[i])[seen]
+        expected, posterior = gaussian_posterior(mean, cov, *observed, residual)
+        deviation = np.sqrt(np.diagonal(posterior))
+        assert np.all(np.abs(x[:, i].mean(0) - expected) < 4.5 * deviation / np.sqrt(num))
+        found = np.cov(x[:, i].T)
+        assert np.all(np.abs(found - posterior) < 7 * np.outer(deviation, deviation) / num**0.5)
+
+
+@pytest.mark.parametrize("cov", ["Stationary", "DiagonalPlusLowRank"])
+@pytest.mark.parametrize("kind", ["elementwise", "mixed", "mixed, no matrix"])
+def test_draws_of_large_events(kind, cov):
+    """By each solver, for a field of which every fourth value is seen, or every fourth sum."""
+    size, num = (160 if kind == "mixed, no matrix" else 24), 2000
+    rng = np.random.default_rng(0)
+    prior = GaussianDenoiser(jnp.zeros(size), covariance(cov, rng, size))
+    matrix = np.eye(size) * (np.arange(size) % 4 == 0)
+    if kind != "elementwise":
+        matrix = matrix + np.roll(matrix, 1, axis=1)
+    noise, y = Isotropic(jnp.asarray(0.01), size), rng.normal(size=size)
+    likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), noise, (size,))
+    likelihood = replace(likelihood, elementwise=kind == "elementwise")
+    keys = jax.random.split(jax.random.key(1), num)
+    x = jax.jit(jax.vmap(lambda key: draw_linear_gaussian(key, prior, likelihood)))(keys)
+    expected, posterior = gaussian_posterior(
+        np.zeros(size), dense(prior.cov), matrix, 0.01 * np.eye(size), y
+    )
+    deviation = np.sqrt(np.diagonal(posterior))
+    assert np.all(np.abs(x.mean(0) - expected) < 5 * deviation / np.sqrt(num))
+    assert np.all(np.abs(x.std(0) / deviation - 1) < 5 / np.sqrt(2 * num))

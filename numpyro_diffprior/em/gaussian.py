@@ -13,6 +13,9 @@ of its steps have a closed form, in coordinates in which prior and noise are whi
 
 This QR decomposition never squares the ratio of signal to noise, so that float32 is enough.
 
+`draw_linear_gaussian` needs no factorization of its own: it corrects draws of the prior and of the
+noise by one solve, at the cost of a posterior mean.
+
 Small events have a full covariance. Large ones have that of factor analysis,
 :math:`x = \mu + F z + D^{1/2} e`, that is :math:`L = (D^{1/2}, F)`. If each of their elements is
 observed on its own (through a mask, say), the cost of an event is that of its factors only.
@@ -20,6 +23,8 @@ observed on its own (through a mask, say), the cost of an event is that of its f
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
     NeurIPS 2024, arXiv 2405.13712 (a Gaussian as initial prior, fitted with draws).
+    Papandreou and Yuille, *Gaussian sampling by local perturbations*, NeurIPS 2010 (draws by one
+    solve for perturbed observations).
     Rubin and Thayer, *EM algorithms for ML factor analysis*, Psychometrika 47, 1982.
     Liu, Rubin and Wu, *Parameter expansion to accelerate EM: the PX-EM algorithm*, Biometrika 85,
     1998 (the factors' own covariance, absorbed into their loadings).
@@ -36,11 +41,14 @@ from jax.typing import DTypeLike
 
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.program import call
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.guidance.covariances import GaussianCovariance, PosteriorOperator
 from numpyro_diffprior.guidance.likelihood import Likelihood
+from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.batched import by_matrix, cholesky, einsum, inverse_lower
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
 
-__all__ = ["MAX_DENSE", "GaussianFit", "fit_gaussian"]
+__all__ = ["MAX_DENSE", "GaussianFit", "draw_linear_gaussian", "fit_gaussian"]
 
 
 class GaussianFit(NamedTuple):
@@ -205,6 +213,39 @@ def fit_gaussian(
         return state.mean.reshape(event_shape), _covariance(state), log_evidence
 
     return GaussianFit(*call(run))
+
+
+def draw_linear_gaussian(
+    rng_key: jax.Array, denoiser: Denoiser, likelihood: Likelihood
+) -> jax.Array:
+    r"""Draw events from their posterior under a Gaussian prior and a linear likelihood.
+
+    With :math:`x_0` a draw of the prior and :math:`n` one of the noise,
+
+    .. math:: x = x_0 + \Sigma A^T (N + A \Sigma A^T)^{-1} (y - A x_0 - b - n)
+
+    is an exact draw of the posterior, up to the residual of conjugate gradients where they solve.
+
+    Args:
+        rng_key: Random key.
+        denoiser: The prior, whose mean and covariance are taken.
+        likelihood: A linear likelihood.
+
+    Returns:
+        An event for each of the likelihood's batch, with shape ``(*batch, *event)``.
+    """
+    key_event, key_noise = jax.random.split(rng_key)
+    cov, batch_shape = denoiser.cov, likelihood.batch_shape
+    z = jax.random.normal(key_event, (*batch_shape, denoiser.event_size), denoiser.dtype)
+    shape = (*batch_shape, *denoiser.event_shape)
+    x_0 = denoiser.mean + cov.sqrt_matvec(z).reshape(shape)
+    local = likelihood.linearize(x_0)
+    noise = jax.random.normal(key_noise, local.residual.shape, denoiser.dtype)
+    local = local._replace(residual=local.residual - local.noise.sqrt_matvec(noise))
+    solve = MMPS(GaussianCovariance()).choose_solve(denoiser, likelihood)
+    prior = PosteriorOperator(x_hat=x_0, matvec=cov.matvec, pull=cov.matvec, closed_form=cov)
+    solution = solve(local, prior, partial(likelihood.operator, x_0))
+    return x_0 + solution.shift.reshape(shape)
 
 
 def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]) -> None:

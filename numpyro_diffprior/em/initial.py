@@ -1,6 +1,7 @@
 """The first priors: Gaussians fitted to the observations."""
 
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.e_step import EStep, draw_events
-from numpyro_diffprior.em.gaussian import MAX_DENSE, fit_gaussian
+from numpyro_diffprior.em.gaussian import MAX_DENSE, draw_linear_gaussian, fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
 from numpyro_diffprior.em.sites import Priors, Sites, pool, replace_non_finite, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
@@ -44,14 +45,18 @@ class GaussianStart:
         num_iterations: The number of EM iterations of its fit.
         summary: The form of the Gaussians, in M-steps too. They are fitted in closed form or by
             sampling.
+        max_events: The number of events, evenly spaced, from which the Gaussians of linear models
+            are fitted; all of them take part in E-steps.
     """
 
     num_iterations: int = 32
     summary: GaussianSummary = LowRankSummary()
+    max_events: int = 4096
 
     def __post_init__(self) -> None:
         count = check_count("GaussianStart", "num_iterations", self.num_iterations)
         set_fields(self, num_iterations=count)
+        set_fields(self, max_events=check_count("GaussianStart", "max_events", self.max_events))
         if not isinstance(self.summary, GaussianSummary):
             raise ValueError(
                 f"GaussianStart: expected a Gaussian summary, got {self.summary!r}; pass an "
@@ -83,14 +88,17 @@ def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
     (group,) = model.reading.groups
     (plate,) = group.latents.plates
 
+    num_events = min(plate.size, start.max_events)
+
     def read_block(index: jax.Array) -> Likelihood:
-        return group.bind(model.data, {plate.name: index}).likelihood
+        spread = index * (plate.size // num_events)
+        return group.bind(model.data, {plate.name: spread}).likelihood
 
     fit = fit_gaussian(
         read_block,
-        plate.size,
+        num_events,
         event_shape=group.latents.sites[0].event_shape,
-        batch_size=model.reading.blocks.get(plate.name, plate.size),
+        batch_size=model.reading.blocks.get(plate.name, num_events),
         num_iterations=start.num_iterations,
         rank=start.summary.rank,
         dtype=model.reading.dtype,
@@ -164,8 +172,8 @@ def fit_by_sampling(
 ) -> dict[str, Gaussian]:
     """Fit Gaussians to posterior draws repeatedly, starting from the priors' own.
 
-    Priors without a network stay as they are. The sampler and the guidance of the E-step are
-    replaced.
+    Draws are exact if the model is linear. Otherwise they are those of the E-step, of which
+    sampler and guidance are replaced. Priors without a network stay as they are.
     """
     # Of second order: the shrinkage of a first-order sampler would build up over the fits.
     own = e_step.sampler or next(iter(priors.values())).sampler
@@ -182,7 +190,7 @@ def fit_by_sampling(
     args, kwargs = arguments
     size = block_size(e_step.num_particles, 1, e_step.limit, mesh)
     bound: BoundModel | None = None
-    structure = None
+    structure, is_linear = None, False
     for key in jax.random.split(rng_key, start.num_iterations):
         current = _with_gaussians(priors, fitted)
         passed = sites.as_passed(current)
@@ -190,10 +198,16 @@ def fit_by_sampling(
             # Covariances fitted to draws may have another form than the initial ones.
             bound = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
+            is_linear = all(group.linear for group in bound.reading.groups)
         else:
             bound = bound.with_first_argument(passed)
         draws, _ = replace_non_finite(
-            draw_events(key, bound, e_step, mesh).samples, {}, current, sites
+            _draw_linear(key, bound, start.max_events)
+            if is_linear
+            else draw_events(key, bound, e_step, mesh).samples,
+            {},
+            current,
+            sites,
         )
         fitted = {
             name: summarize(
@@ -203,6 +217,23 @@ def fit_by_sampling(
             for name, prior in with_network(priors).items()
         }
     return fitted
+
+
+@partial(jax.jit, static_argnums=2)
+def _draw_linear(rng_key: jax.Array, model: BoundModel, max_events: int) -> dict[str, jax.Array]:
+    """Draw events of a linear model with Gaussian priors, by site; some blocks of large plates."""
+    samples: dict[str, jax.Array] = {}
+    for i, group in enumerate(model.reading.groups):
+
+        def draw(indices: dict[str, jax.Array], group: GroupReading = group, i: int = i) -> Any:
+            block = group.bind(model.data, indices)
+            first = jnp.concatenate([jnp.array([i]), *[index[:1] for index in indices.values()]])
+            key = reduce(jax.random.fold_in, first, rng_key)
+            x = draw_linear_gaussian(key, block.denoiser, block.likelihood)
+            return group.latents.split(block.denoiser, x)
+
+        samples |= group.over_blocks(draw, group.some_blocks(max_events))
+    return samples
 
 
 def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:

@@ -95,10 +95,10 @@ class MMPS(Guidance):
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior; what a linear mean has constant is built once."""
-        return _Posterior(denoiser, likelihood, self, self._choose(denoiser, likelihood))
+        return _Posterior(denoiser, likelihood, self, self.choose_solve(denoiser, likelihood))
 
-    def _choose(self, denoiser: Denoiser, likelihood: Likelihood) -> Solve:
-        """Return how to solve, from the structure of covariance and likelihood."""
+    def choose_solve(self, denoiser: Denoiser, likelihood: Likelihood) -> Solve:
+        """Return the solver that fits the structure of covariance and likelihood."""
         zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
         cov = self.covariance.closed_form(denoiser, jnp.ones((), denoiser.dtype))
         if likelihood.elementwise and cov is not None and not cov.updates_densely:

@@ -367,6 +367,14 @@ class GroupReading:
             return None
         return plate, self.reading.blocks[plate.name]
 
+    def some_blocks(self, max_elements: int) -> np.ndarray | None:
+        """Return evenly spaced blocks of that many elements in all, or None if these are all."""
+        if self.divided is None:
+            return None
+        plate, size = self.divided
+        blocks, num = block_indices(plate.size, size), max(1, max_elements // size)
+        return None if num >= len(blocks) else blocks[:: len(blocks) // num][:num]
+
     def over_blocks(
         self,
         f: Callable[[dict[str, jax.Array]], Any],
