@@ -58,8 +58,8 @@ class MMPS(Guidance):
         covariance: The covariance :math:`V`. Tweedie's takes one vector-Jacobian product of the
             network per observed value or step of the solver; the closed forms take none.
         max_dense: The number of observed values per event up to which :math:`S` is built and
-            solved as a matrix (default: 16 with Tweedie's covariance, else 128); beyond, it is
-            solved by conjugate gradients without being built. Diagonal and low-rank covariances
+            solved as a matrix (default: 16 with Tweedie's covariance, 1,024 to look ahead, else
+            128); beyond, conjugate gradients solve without it. Diagonal and low-rank covariances
             need no matrix for likelihoods that are elementwise, at any number of values.
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The maximum number of steps of conjugate gradients; see `ConjugateGradients`.
@@ -108,7 +108,7 @@ class MMPS(Guidance):
             return ElementwiseSolve(local.precision(jnp.ones_like(local.score())))
         limit = self.max_dense
         if limit is None:
-            limit = 16 if cov is None else 128
+            limit = 16 if cov is None else 1024 if self.look_ahead else 128
         if likelihood.num_observed > limit or likelihood.potential is not None:
             return ConjugateGradients(self.rtol, self.max_steps)
         if cov is None:
