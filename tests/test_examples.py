@@ -13,10 +13,13 @@ from benchmarks import (
     calibration,
     conjugate,
     e_step,
+    event_sizes,
+    evidence as evidence_benchmark,
     families,
     guidance,
     heldout,
     joint,
+    kspace,
     mixture,
     noise,
     noise_level,
@@ -328,3 +331,34 @@ def test_benchmark_of_units(tmp_path):
     (row,) = units.main(args)["units"]
     assert row["draws"] < 1e-4
     assert json.loads((tmp_path / "units.json").read_text())["units"] == [row]
+
+
+def test_benchmark_of_event_sizes(tmp_path):
+    args = event_sizes.parse_args(
+        "--sizes 8x8 --operators mask blur --guidance gaussian --particles 16 --num-steps 2"
+        f" --num-repeats 1 --output {tmp_path}".split()
+    )
+    rows = event_sizes.main(args)["rows"]
+    assert [row["operator"] for row in rows] == ["mask", "blur"]
+    assert all(min(event_sizes.ratios(row)) > 0 for row in rows)
+
+
+def test_fields_of_2048_values_in_masked_kspace_are_calibrated(tmp_path):
+    """Within two points of the nominal coverage, at the exact mean and variance."""
+    args = kspace.parse_args(
+        f"--sizes 32 --noise 1e-2 --priors exact stationary --output {tmp_path}".split()
+    )
+    for row in kspace.main(args)["rows"]:
+        np.testing.assert_allclose(row["coverage"], kspace.LEVELS, atol=0.02)
+        assert abs(row["mean"] * np.sqrt(args.num_samples) - 1) < 0.1
+        assert abs(row["variance"] - 1) < 0.02
+        assert abs(row["chi-square"] - 1) < 0.05
+
+
+def test_benchmark_of_the_evidence(tmp_path):
+    args = evidence_benchmark.parse_args(
+        f"--sizes 16x16 --num-steps 64 --num-events 4 --output {tmp_path}".split()
+    )
+    ahead, guided = evidence_benchmark.main(args)["rows"]
+    assert abs(ahead["error"]) < 1
+    assert abs(ahead["error"]) < abs(guided["error"]) + 1
