@@ -22,7 +22,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import digits
-from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
+from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.reading.reader import read
 

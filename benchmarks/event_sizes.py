@@ -26,7 +26,8 @@ import numpyro.distributions as dist
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
+from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.reading.reader import read
 
 NOISE = 0.1

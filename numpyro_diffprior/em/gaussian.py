@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import advise, check_memory
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import by_matrix, cholesky, einsum, inverse_lower
@@ -204,7 +205,10 @@ def fit_gaussian(
         state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
         return state.mean.reshape(event_shape), _covariance(state), log_evidence
 
-    return GaussianFit(*call(run))
+    def remedy(factor: float, *_: Any) -> str:
+        return f"{advise('batch_size', factor, batch_size)} (EStep: max_batch_size)"
+
+    return GaussianFit(*call(run, check=check_memory("Gaussian fits", remedy)))
 
 
 def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]) -> None:

@@ -14,12 +14,12 @@ from jax.scipy.special import gammaincc
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import (
-    BatchLimit,
     PosteriorSamples,
     block_size,
     merge_stats,
