@@ -16,6 +16,7 @@ from flax import nnx
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile import memory
 from numpyro_diffprior._compile.memory import BatchLimit, check_memory
+from numpyro_diffprior.diffusion import training
 
 KEY = jax.random.key(0)
 SIZE, NUM = 4, 2048
@@ -138,6 +139,41 @@ def test_batches_follow_from_the_size_of_events():
     assert sizes(512) == [512] * 5
 
 
+def loss_without_random_numbers(denoiser, x, sigma, rng_key, *, rngs=None):
+    x_t = x + jnp.reshape(sigma, (-1, 1)) * jnp.cos(7 * x)
+    return jnp.mean((denoiser(x_t, sigma) - x) ** 2 / jnp.reshape(sigma, (-1, 1)) ** 2)
+
+
+def steps(batch_size, num_steps=3):
+    optimizer = optax.sgd(1e-3)
+    state = training.init_training(DENOISER, optimizer)
+    x = jax.random.normal(KEY, (64, SIZE))
+    return training.train(KEY, state, x, optimizer, num_steps=num_steps, batch_size=batch_size)
+
+
+def test_gradients_accumulate_over_parts_of_a_batch(monkeypatch):
+    monkeypatch.setattr(training, "denoising_loss", loss_without_random_numbers)
+    whole, losses = steps(24)
+    assert not np.allclose(losses[0], losses[-1], rtol=1e-3)
+    monkeypatch.setattr(memory, "_MAX_ELEMENTS", 5 * SIZE)
+    parts, losses_of_parts = steps(24)  # of four events
+    assert training._num_parts(24, DENOISER) == 6
+    np.testing.assert_allclose(losses_of_parts, losses, rtol=1e-5)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        nnx.state(parts.denoiser.net, nnx.Param),
+        nnx.state(whole.denoiser.net, nnx.Param),
+    )
+
+
+def test_error_ratios_by_parts_of_a_batch(monkeypatch):
+    x = jax.random.normal(KEY, (64, SIZE))
+    measure = partial(training.measure_error, KEY, DENOISER, x, batch_size=24)
+    whole = measure().error_ratios
+    monkeypatch.setattr(memory, "_MAX_ELEMENTS", 5 * SIZE)
+    np.testing.assert_allclose(measure().error_ratios, whole, rtol=1e-5)
+
+
 def test_gaussian_fits_are_refused_if_they_do_not_fit(monkeypatch):
     em = ndp.EM(model, optax.sgd(1e-3), start=ndp.GaussianStart(2))
     em.init(KEY, PRIOR, Y)
@@ -145,3 +181,27 @@ def test_gaussian_fits_are_refused_if_they_do_not_fit(monkeypatch):
     message = r"Gaussian fits need .*batch_size=\d+ \(now 256\) or less \(EStep: max_batch_size\)"
     with pytest.raises(MemoryError, match=message):
         em.init(KEY, PRIOR, Y)
+
+
+def test_training_is_refused_if_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4_000_000)
+    with pytest.raises(MemoryError, match="Training steps need .* remat=True.*batch_size"):
+        steps(1024)
+
+
+def test_memory_of_training_is_bounded(monkeypatch):
+    """A minibatch of eight times as many events takes hardly more of it."""
+
+    def used(batch_size):
+        def run(x):
+            state = training.init_training(DENOISER, optax.sgd(1e-3))
+            return training.train(
+                KEY, state, x, optax.sgd(1e-3), num_steps=1, batch_size=batch_size
+            )[1]
+
+        spec = jax.ShapeDtypeStruct((64, SIZE), jnp.float32)
+        return jax.jit(run).lower(spec).compile().memory_analysis().temp_size_in_bytes
+
+    assert used(2048) > 6 * used(256)
+    monkeypatch.setattr(memory, "_MAX_ELEMENTS", 256 * SIZE)
+    assert used(2048) < 1.5 * used(256)
