@@ -3,7 +3,8 @@
 Programs are compiled, not run: planned is the peak of all intermediate arrays on one device. Each
 program has a fixed number of events (or particles) at once, and the default number, which follows
 from the event's size. Exponents of the planned memory are fitted over several batches of the first
-event size, and over event sizes at the fixed batch.
+event size, and over event sizes at the fixed batch: their elements, or their pixels, whatever the
+number of channels.
 
 Events, model and U-Net are those of `benchmarks/event_sizes.py`, with masks.
 
@@ -134,14 +135,15 @@ def main(args):
         for size in args.sizes:
             measure(name, size, None)
         batches = [measure(name, args.sizes[0], num) for num in args.batches]
-        elements = [math.prod(priors[size][0]) for size in args.sizes]
+        shapes = [priors[size][0] for size in args.sizes]
         exponents[name] = {
             "batch": exponent([fixed, *args.batches], [sizes[0], *batches]),
-            "event": exponent(elements, sizes),
+            "elements": exponent([math.prod(shape) for shape in shapes], sizes),
+            "pixels": exponent([math.prod(shape[:2]) for shape in shapes], sizes),
         }
-    print("\nexponent in                     batch  event size")
+    print("\nexponent in                     batch  elements    pixels")
     for name, row in exponents.items():
-        print(f"{name:28s} {row['batch']:8.2f} {row['event']:11.2f}")
+        print(f"{name:28s} {row['batch']:8.2f} {row['elements']:9.2f} {row['pixels']:9.2f}")
     result = {"rows": rows, "exponents": exponents, "settings": vars(args)}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def test_benchmark_of_the_samplers(tmp_path):
 def test_benchmark_of_the_e_step(tmp_path):
     args = e_step.parse_args(
         "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
-        f" --output {tmp_path}".split()
+        f" --image-size 8 --unet-batches 2 --output {tmp_path}".split()
     )
     ratios = e_step.main(args)["ratios"]
     assert min(ratios.values()) > 0
@@ -121,7 +121,7 @@ def test_benchmark_of_memory(tmp_path):
     result = memory.main(args)
     assert len(result["rows"]) == 2 * 5
     assert 0.8 < result["exponents"]["samples"]["batch"] < 1.1
-    assert 0.8 < result["exponents"]["samples"]["event"] < 1.1
+    assert 0.8 < result["exponents"]["samples"]["elements"] < 1.1
     assert json.loads((tmp_path / "memory.json").read_text())["rows"] == result["rows"]
 
 

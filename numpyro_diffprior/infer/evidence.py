@@ -117,6 +117,7 @@ def log_evidence(
     Raises:
         ValueError: If there are fewer than two estimates or particles, or the model cannot be
             read; see `sample_posterior`.
+        MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(log_evidence, model, 1 + len(args), locals())
     return estimate_evidence(

@@ -116,6 +116,7 @@ def sample_posterior(
     Raises:
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
+        MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(sample_posterior, model, 1 + len(args), locals())
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
