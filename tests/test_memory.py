@@ -10,13 +10,13 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from counting import compilations
 from flax import nnx
 
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile import memory
 from numpyro_diffprior._compile.memory import BatchLimit, check_memory
 from numpyro_diffprior.diffusion import training
+from tests.counting import compilations
 
 KEY = jax.random.key(0)
 SIZE, NUM = 4, 2048
