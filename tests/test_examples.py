@@ -115,7 +115,7 @@ def test_benchmark_of_an_accelerator(tmp_path):
 
 def test_benchmark_of_memory(tmp_path):
     args = memory.parse_args(
-        f"--sizes 8x8 8x16 --batches 64 --num-steps 4 --output {tmp_path}".split()
+        f"--sizes 12x12 12x24 --batches 64 --num-steps 4 --output {tmp_path}".split()
     )
     args.programs = ["Gaussian start", "samples"]
     result = memory.main(args)
