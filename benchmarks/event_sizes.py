@@ -26,7 +26,8 @@ import numpyro.distributions as dist
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
+from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.reading.reader import read
 
 NOISE = 0.1
@@ -81,9 +82,9 @@ def make_model(operator):
     return model
 
 
-def make_prior(shape, fields, num_steps):
+def make_prior(shape, fields, num_steps, **options):
     rngs = nnx.Rngs(0)
-    net = ndp.UNet(shape, spatial_dims=2, rngs=rngs)
+    net = ndp.UNet(shape, spatial_dims=2, rngs=rngs, **options)
     if shape == (8, 8):
         net = ndp.MLP(shape, features=(512, 512, 512), rngs=rngs)
     flat = fields.reshape(len(fields), -1)
@@ -117,9 +118,15 @@ def clock(functions, num_repeats):
 def measure(size, operator, num_particles, guidance, args):
     shape = tuple(int(n) for n in size.split("x"))
     num_events = max(1, BATCHES[size] // num_particles)
-    rng = np.random.default_rng(args.seed)
-    fields = smooth_fields(rng, 512, shape)
+    fields = smooth_fields(np.random.default_rng(args.seed), 512, shape)
     prior = make_prior(shape, fields, args.num_steps)
+    row = time_e_step(prior, fields, operator, num_particles, guidance, num_events, args)
+    return {"size": size, "operator": operator, "num_particles": num_particles} | row
+
+
+def time_e_step(prior, fields, operator, num_particles, guidance, num_events, args):
+    """Time an E-step of events, and as many evaluations of the network."""
+    rng = np.random.default_rng(args.seed + 1)
     clean = OPERATORS[operator](fields[:num_events])
     mask = jnp.asarray(rng.random(clean.shape) < 0.25)
     y = clean + NOISE * jnp.asarray(rng.normal(size=mask.shape), jnp.float32)
@@ -131,12 +138,12 @@ def measure(size, operator, num_particles, guidance, args):
     def draw():
         size = block_size(num_particles, 1, limit)
         bound = read(model, (prior, mask, y), {}, block_size=size)
-        return sample_blocks(key, bound, options, num_draws=1, limit=limit).samples["x"]
+        return sample_blocks(key, bound, options, num_draws=1, limit=limit)
 
-    start = time.process_time()
-    jax.block_until_ready(draw())
-    first = time.process_time() - start
-    x = jnp.zeros((num_particles * num_events, *shape))
+    start, start_wall = time.process_time(), time.perf_counter()
+    draws = jax.block_until_ready(draw())
+    first, first_wall = time.process_time() - start, time.perf_counter() - start_wall
+    x = jnp.zeros((num_particles * num_events, *prior.event_shape))
     jitted, jitted_vjp = jax.jit(forward), jax.jit(forward_and_vjp)
     seconds = clock(
         {
@@ -146,12 +153,12 @@ def measure(size, operator, num_particles, guidance, args):
         },
         args.num_repeats,
     )
+    fit = float(draws.stats["reduced_chi_square"].mean())
     return {
-        "size": size,
-        "operator": operator,
-        "num_particles": num_particles,
         "first call": first,
+        "first call, wall": first_wall,
         "seconds": seconds,
+        "reduced chi square": fit,
     }
 
 

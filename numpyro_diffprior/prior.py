@@ -25,6 +25,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
 from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.serialization import load_denoiser, save_denoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
@@ -63,7 +64,8 @@ class DiffusionPrior(Distribution):
         num_probes: The number of Hutchinson probes for the divergence in `log_prob`, the same for
             all calls. By default the divergence is exact up to 64 elements, and estimated with 16
             probes beyond. With at least as many probes as elements it is exact.
-        max_batch_size: The number of events that are processed at once.
+        max_batch_size: The number of events that are processed at once (default: 1,024, or fewer
+            with 2^18 elements in all, counting those of every probe in `log_prob`).
         validate_args: Whether `log_prob` validates the values that it gets.
 
     Raises:
@@ -86,7 +88,7 @@ class DiffusionPrior(Distribution):
     denoiser: Denoiser
     sampler: Sampler
     num_probes: int | None
-    max_batch_size: int
+    max_batch_size: int | None
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class DiffusionPrior(Distribution):
         *,
         sampler: Sampler = MultistepSDE(),
         num_probes: int | None = None,
-        max_batch_size: int = 1024,
+        max_batch_size: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         # JAX rebuilds pytrees without __init__, so that these checks never see placeholders.
@@ -106,7 +108,9 @@ class DiffusionPrior(Distribution):
         self.denoiser = denoiser
         self.sampler = sampler
         self.num_probes = num_probes
-        self.max_batch_size = check_count("DiffusionPrior", "max_batch_size", max_batch_size)
+        if max_batch_size is not None:
+            max_batch_size = check_count("DiffusionPrior", "max_batch_size", max_batch_size)
+        self.max_batch_size = max_batch_size
         batch_shape = denoiser.batch_shape if isinstance(denoiser, ConditionedDenoiser) else ()
         super().__init__(batch_shape, denoiser.event_shape, validate_args=validate_args)
 
@@ -174,7 +178,8 @@ class DiffusionPrior(Distribution):
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Draw independent events, with shape ``(*sample_shape, *batch, *event)``."""
         shape = (*sample_shape, *self.batch_shape)
-        return _sample(key, self.denoiser, self.sampler, shape, self.max_batch_size)
+        size = self._batch_size(prod(self.event_shape))
+        return _sample(key, self.denoiser, self.sampler, shape, min(size, max(1, prod(shape))))
 
     @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
@@ -196,7 +201,9 @@ class DiffusionPrior(Distribution):
         default = size if size <= _MAX_EXACT else _NUM_PROBES
         num_probes = default if self.num_probes is None else self.num_probes
         exact = num_probes >= size
-        log_prob = _log_prob(self.denoiser, x, None if exact else num_probes, self.max_batch_size)
+        batch_size = self._batch_size(size * min(num_probes, size))
+        batch_size = min(batch_size, max(1, prod(batch_shape)))
+        log_prob = _log_prob(self.denoiser, x, None if exact else num_probes, batch_size)
         return log_prob - size * jnp.log(self.denoiser.unit)
 
     def denoise(self, x_t: ArrayLike, sigma: ArrayLike) -> jax.Array:
@@ -238,7 +245,7 @@ class DiffusionPrior(Distribution):
         networks: Mapping[str, Callable[..., nnx.Module]] | None = None,
         sampler: Sampler = MultistepSDE(),
         num_probes: int | None = None,
-        max_batch_size: int = 1024,
+        max_batch_size: int | None = None,
         validate_args: bool | None = None,
     ) -> Self:
         """Read a prior from a file written by `save` or `save_denoiser`; see `load_denoiser`.
@@ -259,6 +266,11 @@ class DiffusionPrior(Distribution):
             validate_args=validate_args,
         )
 
+    def _batch_size(self, num_elements: int) -> int:
+        """Return how many events, of a number of elements each, are processed at once."""
+        limit = BatchLimit.of("DiffusionPrior", self.max_batch_size, default=1024)
+        return limit.num_groups(num_elements)
+
     def _repeat(self, x: jax.Array) -> jax.Array:
         """Broadcast an event to the batch shape."""
         return jnp.broadcast_to(x, (*self.batch_shape, *jnp.shape(x)))
@@ -277,7 +289,13 @@ class DiffusionPrior(Distribution):
         return self.denoiser.from_data(jnp.asarray(sigma, self.denoiser.dtype))
 
 
+def _advise(factor: float, *args: Any) -> str:
+    max_batch_size: int = args[-1]
+    return "DiffusionPrior: " + advise("max_batch_size", factor, max_batch_size)
+
+
 # Compiled here: eager calls would compile the loops anew every time.
+@check_memory("Samples", _advise)
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _sample(
     rng_key: jax.Array,
@@ -303,6 +321,7 @@ def _sample(
     return draws.reshape(*batch_shape, *denoiser.event_shape)
 
 
+@check_memory("Log-densities", _advise)
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_prob(
     denoiser: Denoiser, x: jax.Array, num_probes: int | None, max_batch_size: int

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import numpyro_diffprior as ndp
+from numpyro_diffprior._compile import memory
 from numpyro_diffprior.diffusion.training import init_training, train
 from tests.oracles import tolerance
 
@@ -118,13 +119,18 @@ def test_draws_of_one_event_have_its_posterior():
 
 
 @on_eight
-def test_training_is_that_of_one_device():
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_training_is_that_of_one_device(monkeypatch, num_parts):
     optimizer = optax.sgd(0.1)
     state = init_training(make_prior().denoiser, optimizer)
     options = {"optimizer": optimizer, "num_steps": 4, "batch_size": 16}
-    (alone, losses), (spread, spread_losses) = (
-        train(jax.random.key(4), state, Y, mesh=mesh, **options) for mesh in (None, make_mesh(8))
-    )
+
+    def run(mesh, num_devices):
+        # Gradients are accumulated over parts of this size on each device.
+        monkeypatch.setattr(memory, "_MAX_ELEMENTS", 16 * SIZE // (num_devices * num_parts))
+        return train(jax.random.key(4), state, Y, mesh=mesh, **options)
+
+    (alone, losses), (spread, spread_losses) = run(None, 1), run(make_mesh(8), 8)
     np.testing.assert_allclose(spread_losses, losses, rtol=10 * tolerance())
     for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=10 * tolerance())

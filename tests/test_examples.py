@@ -14,12 +14,13 @@ from benchmarks import (
     conjugate,
     e_step,
     event_sizes,
-    evidence as evidence_benchmark,
     families,
+    gpu,
     guidance,
     heldout,
     joint,
     kspace,
+    memory,
     mixture,
     noise,
     noise_level,
@@ -29,6 +30,7 @@ from benchmarks import (
     sharpening,
     units,
 )
+from benchmarks import evidence as evidence_benchmark
 from examples import counts, digits, manifold, sources
 from examples import joint as joint_example
 
@@ -97,11 +99,33 @@ def test_benchmark_of_the_samplers(tmp_path):
 def test_benchmark_of_the_e_step(tmp_path):
     args = e_step.parse_args(
         "--num-images 32 --batch-size 16 --num-steps 4 --width 16 --num-repeats 1"
-        f" --output {tmp_path}".split()
+        f" --image-size 8 --unet-batches 2 --output {tmp_path}".split()
     )
     ratios = e_step.main(args)["ratios"]
     assert min(ratios.values()) > 0
     assert json.loads((tmp_path / "e_step.json").read_text())["ratios"] == ratios
+
+
+def test_benchmark_of_an_accelerator(tmp_path):
+    result = gpu.main(gpu.parse_args(["--tiny", "--output", str(tmp_path)]))
+    cases = [(row["operator"], row["dtype"]) for row in result["rows"]]
+    assert cases == [(a, b) for a in ("mask", "fourier") for b in ("float32", "bfloat16")]
+    assert all(row["draws per second"] > 0 for row in result["rows"])
+    assert all(0 < lost < 0.1 for lost in result["networks"][0]["difference of bfloat16"])
+    assert result["skipped"] == []
+    assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == result["rows"]
+
+
+def test_benchmark_of_memory(tmp_path):
+    args = memory.parse_args(
+        f"--sizes 12x12 12x24 --batches 64 --num-steps 4 --output {tmp_path}".split()
+    )
+    args.programs = ["Gaussian start", "samples"]
+    result = memory.main(args)
+    assert len(result["rows"]) == 2 * 5
+    assert 0.8 < result["exponents"]["samples"]["batch"] < 1.1
+    assert 0.8 < result["exponents"]["samples"]["elements"] < 1.1
+    assert json.loads((tmp_path / "memory.json").read_text())["rows"] == result["rows"]
 
 
 @pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")

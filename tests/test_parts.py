@@ -11,7 +11,8 @@ import numpyro.distributions as dist
 import pytest
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer.blocks import BatchLimit, block_size
+from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.reading.latent import LatentGroup, LatentSite
 from numpyro_diffprior.reading.parts import split_into_parts
 from numpyro_diffprior.reading.reader import read
@@ -149,7 +150,7 @@ def test_large_events_make_small_batches():
     def num_systems(max_batch_size, event_size):
         site = LatentSite("x", (event_size,), (), (), ndp.samplers.MultistepSDE())
         limit = BatchLimit.of("EStep", max_batch_size, default=1024)
-        return limit.num_systems(LatentGroup((site,)), num_particles=4)
+        return limit.num_groups(LatentGroup((site,)).event_size, 4)
 
     sizes = (64, 28 * 28, 64 * 64 * 2, 320 * 320 * 2)
     assert [num_systems(None, size) for size in sizes] == [256, 83, 8, 1]

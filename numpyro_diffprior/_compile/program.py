@@ -134,10 +134,20 @@ def run(program: Program, *inputs: Any) -> list[jax.Array]:
     return program(*inputs)
 
 
-def call(f: Callable[..., Any], *args: Any) -> Any:
-    """Call a function through ``jax.jit``, with compiled code cached by the function's content."""
+def call(
+    f: Callable[..., Any],
+    *args: Any,
+    check: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
+) -> Any:
+    """Call a function through ``jax.jit``, with compiled code cached by the function's content.
+
+    Args:
+        f: A function of pytrees of arrays.
+        *args: Its arguments.
+        check: A decorator of the compiled function, see `check_memory`.
+    """
     traced = trace(f, *args)
-    results = run(traced.program, *traced.data, *jax.tree.leaves(args))
+    results = check(run)(traced.program, *traced.data, *jax.tree.leaves(args))
     return jax.tree.unflatten(traced.treedef, results)
 
 

@@ -149,6 +149,17 @@ class Sampler:
         previous = jnp.concatenate([jnp.full((1,), jnp.inf, sigmas.dtype), sigmas[:-2]])
         return Levels(previous, sigmas[:-1], sigmas[1:])
 
+    def levels_and_last(self, denoiser: Denoiser) -> Levels:
+        """Return the levels of all steps, and of one that starts from the last level.
+
+        The result of that step is discarded; its evaluation of the denoiser is the last. As a part
+        of the loop over steps it is not compiled again.
+        """
+        levels = self.levels(denoiser)
+        # Any level below the last serves as the end of the discarded step.
+        last = Levels(levels.current[-1], levels.following[-1], levels.following[-1] / 2)
+        return jax.tree.map(lambda leaf, end: jnp.append(leaf, end), levels, last)
+
     def start(self, denoiser: Denoiser, z: jax.Array) -> jax.Array:
         r"""Map standard normal noise to :math:`x_T`, with the same shape ``(*batch, *event)``."""
         noisy = denoiser.cov.noisy(self.sigmas(denoiser)[0] ** 2)
@@ -207,8 +218,9 @@ class Sampler:
 
     def run(self, rng_key: jax.Array, denoiser: Denoiser, x_t: jax.Array) -> jax.Array:
         """Run from ``x_t`` at the first noise level; return events of the same shape."""
-        levels = self.levels(denoiser)
-        keys = jax.random.split(rng_key, self.num_steps - 1)
+        single = self.is_single_evaluation
+        levels = self.levels_and_last(denoiser) if single else self.levels(denoiser)
+        keys = jax.random.split(rng_key, len(levels.current))
 
         def body(
             carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
@@ -217,8 +229,8 @@ class Sampler:
 
         # Reverse mode stores x_t at each level, not the intermediate values of the denoiser.
         body = jax.checkpoint(body, prevent_cse=False)  # a scan prevents it anyway
-        (x_t, _), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
-        return denoiser(x_t, levels.following[-1])
+        (x_t, x_hat), _ = jax.lax.scan(body, (x_t, jnp.zeros_like(x_t)), (keys, levels))
+        return x_hat if single else denoiser(x_t, levels.following[-1])
 
     def sample(
         self, rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...] = ()

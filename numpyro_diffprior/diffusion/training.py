@@ -28,7 +28,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number
-from numpyro_diffprior._compile.devices import check_batch_size, replicate, spread
+from numpyro_diffprior._compile.devices import (
+    check_batch_size,
+    num_devices,
+    replicate,
+    spread,
+)
+from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
 from numpyro_diffprior.denoisers.denoiser import Denoiser, align, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
@@ -157,6 +163,10 @@ def train(
     The function compiles once per optimizer (compared by identity), shape of `x`, `num_steps`
     and `batch_size`. New weights, data or values of `ema_decay` do not recompile it.
 
+    Gradients of a minibatch with more than 2^18 elements (on one device) are accumulated over
+    equal parts of fewer elements, which bounds the memory. Batch statistics of a network are then
+    those of the parts.
+
     Args:
         rng_key: Random key.
         state: The current state, from `init_training` or from a previous call.
@@ -188,7 +198,8 @@ def train(
     check_batch_size(batch_size, mesh)
     context = _check_context(context, x, state.denoiser)
     arrays = replicate((rng_key, state, x, context), mesh)
-    return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, mesh)
+    num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
+    return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, num_parts, mesh)
 
 
 def measure_error(
@@ -219,16 +230,25 @@ def measure_error(
     x = denoiser.from_data(_check_events(x, denoiser))
     context = _check_context(context, x, denoiser)
     batch_size = check_count("measure_error", "batch_size", batch_size)
-    return _measure_error(rng_key, denoiser, x, context, batch_size)
+    num_parts = _num_parts(batch_size, denoiser)
+    return _measure_error(rng_key, denoiser, x, context, batch_size, num_parts)
 
 
-@partial(jax.jit, static_argnums=4)
+def _num_parts(num_events: int, denoiser: Denoiser) -> int:
+    """Return the least number of equal parts of a batch that are computed one after another."""
+    limit = BatchLimit.of("train", None, default=num_events).num_groups(denoiser.event_size)
+    counts = range(-(-num_events // limit), num_events + 1)
+    return next(count for count in counts if num_events % count == 0)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
 def _measure_error(
     rng_key: jax.Array,
     denoiser: NetworkDenoiser,
     x: jax.Array,
     context: jax.Array | None,
     batch_size: int,
+    num_parts: int,
 ) -> NetworkDenoiser:
     num_levels = len(denoiser.error_ratios)
     sigmas = LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
@@ -237,10 +257,15 @@ def _measure_error(
         (key, sigma) = inputs
         key_batch, key_noise = jax.random.split(key)
         index = jax.random.randint(key_batch, (batch_size,), 0, len(x))
-        clean, conditioned = x[index], _at(denoiser, context, index)
-        x_t = clean + sigma * jax.random.normal(key_noise, clean.shape, clean.dtype)
-        error = jnp.sum((clean - conditioned(x_t, sigma)) ** 2) / batch_size
-        return error / denoiser.cov.conditional(sigma**2).trace()
+        x_t = x[index] + sigma * jax.random.normal(key_noise, (batch_size, *x.shape[1:]), x.dtype)
+
+        def error(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            index, x_t = part
+            return jnp.sum((x[index] - _at(denoiser, context, index)(x_t, sigma)) ** 2)
+
+        parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (index, x_t))
+        total = error((index, x_t)) if num_parts == 1 else jax.lax.map(error, parts).sum()
+        return total / batch_size / denoiser.cov.conditional(sigma**2).trace()
 
     ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
     return replace(denoiser, error_ratios=ratios)
@@ -324,7 +349,14 @@ def _warn_of_divergence(losses: jax.Array) -> None:
     )
 
 
-@partial(jax.jit, static_argnames=("optimizer", "num_steps", "batch_size", "mesh"))
+def _advise(factor: float, *args: Any) -> str:
+    batch_size, num_parts, _ = args[-3:]
+    smaller = advise("batch_size", factor, batch_size // num_parts)
+    return f"use a network with remat=True, or {smaller}"
+
+
+@check_memory("Training steps", _advise)
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _train(
     rng_key: jax.Array,
     state: TrainState,
@@ -335,29 +367,61 @@ def _train(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int,
+    num_parts: int,
     mesh: Mesh | None,
 ) -> tuple[TrainState, jax.Array]:
     fixed = state.denoiser
     narrow, rest, rebuild = split_network(fixed.net)
     averaged, _, rebuild_averaged = split_network(state.averaged.net)
 
-    def loss_fn(
-        weights: Any, rest: Any, index: jax.Array, rng_key: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        key_sigma, key_noise, key_dropout = jax.random.split(rng_key, 3)
-        sigma = noise.sample(
-            key_sigma,
-            len(index),
+    def sample_levels(rng_key: jax.Array) -> jax.Array:
+        return noise.sample(
+            rng_key,
+            batch_size,
             sigma_min=fixed.sigma_min,
             sigma_max=fixed.sigma_max,
             scale=fixed.scale,
         )
+
+    def loss_fn(
+        weights: Any,
+        rest: Any,
+        index: jax.Array,
+        sigma: jax.Array,
+        key_noise: jax.Array,
+        key_dropout: jax.Array,
+    ) -> tuple[jax.Array, Any]:
         rngs = nnx.Rngs(dropout=key_dropout)
         net = rebuild(_like(weights, narrow), rest)
         denoiser = _at(replace(fixed, net=net), context, index)
         loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
         # Batch statistics and the counts of random streams are passed to the next step.
         return loss, split_network(net)[1]
+
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulate(
+        weights: Any, rest: Any, index: jax.Array, sigma: jax.Array, keys: list[jax.Array]
+    ) -> tuple[jax.Array, Any, Any]:
+        """Return the loss and the gradient of a minibatch, part by part, and the next ``rest``."""
+
+        def add(carry: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+            rest, total = carry
+            index, sigma, *keys = part
+            (loss, rest), gradient = differentiate(
+                weights, rest, spread(index, mesh), spread(sigma, mesh), *keys
+            )
+            return (rest, jax.tree.map(jnp.add, total, (loss, gradient))), None
+
+        zeros = jnp.zeros((), sigma.dtype), jax.tree.map(jnp.zeros_like, weights)
+        parts = (
+            index.reshape(num_parts, -1),
+            sigma.reshape(num_parts, -1),
+            *(jax.random.split(key, num_parts) for key in keys),
+        )
+        (rest, total), _ = jax.lax.scan(add, (rest, zeros), parts)
+        loss, gradient = jax.tree.map(lambda leaf: leaf / num_parts, total)
+        return loss, gradient, rest
 
     # Only what changes is carried: the covariance of a large event is not copied at every step.
     def step(
@@ -366,9 +430,13 @@ def _train(
         old, diverged = carry
         weights, rest, averaged, opt_state, count = old
         key_batch, key_loss = jax.random.split(rng_key)
+        key_sigma, *keys = jax.random.split(key_loss, 3)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, rest), gradient = differentiate(weights, rest, index, key_loss)
+        sigma = sample_levels(key_sigma)
+        if num_parts == 1:
+            (loss, rest), gradient = differentiate(weights, rest, index, sigma, *keys)
+        else:
+            loss, gradient, rest = accumulate(weights, rest, index, sigma, keys)
         update, opt_state = optimizer.update(gradient, opt_state, weights)
         weights = optax.apply_updates(weights, update)
         count = count + 1

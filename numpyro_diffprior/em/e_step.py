@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, set_fields
+from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.em.sites import Priors, Sites
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
-from numpyro_diffprior.infer.blocks import BatchLimit, PosteriorSamples, sample_blocks
+from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.particles.system import SamplingOptions

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import advise, check_memory
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import GaussianCovariance, PosteriorOperator
@@ -212,7 +213,10 @@ def fit_gaussian(
         state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
         return state.mean.reshape(event_shape), _covariance(state), log_evidence
 
-    return GaussianFit(*call(run))
+    def remedy(factor: float, *_: Any) -> str:
+        return f"{advise('batch_size', factor, batch_size)} (EStep: max_batch_size)"
+
+    return GaussianFit(*call(run, check=check_memory("Gaussian fits", remedy)))
 
 
 def draw_linear_gaussian(

@@ -2,14 +2,14 @@ r"""Posterior draws in compiled blocks of bounded size."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
+from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
 from numpyro_diffprior.reading.latent import LatentGroup
@@ -22,7 +22,6 @@ from numpyro_diffprior.reading.model import (
 from numpyro_diffprior.reading.parts import join_parts, split_into_parts
 
 __all__ = [
-    "BatchLimit",
     "PosteriorSamples",
     "block_size",
     "merge_stats",
@@ -47,40 +46,6 @@ class PosteriorSamples(NamedTuple):
     stats: dict[str, jax.Array]
 
 
-class BatchLimit(NamedTuple):
-    """How many particles are in memory at once on one device; static.
-
-    Attributes:
-        num_particles: Their number.
-        num_elements: The number of elements of all of them together, if it is limited, too.
-    """
-
-    num_particles: int
-    num_elements: int | None = None
-
-    @classmethod
-    def of(cls, owner: str, max_batch_size: int | None, default: int) -> "BatchLimit":
-        """Return the limit that a user gave, or the default.
-
-        Raises:
-            ValueError: If the limit is not a positive integer.
-        """
-        if max_batch_size is None:
-            return cls(default, _MAX_ELEMENTS)
-        return cls(check_count(owner, "max_batch_size", max_batch_size))
-
-    def num_systems(self, group: LatentGroup, num_particles: int) -> int:
-        """Return the number of particle systems of a group in memory at once."""
-        limit = self.num_particles
-        if self.num_elements is not None:
-            limit = min(limit, self.num_elements // group.event_size)
-        return max(1, limit // num_particles)
-
-
-# A U-Net of the default widths takes about 5 kB per element, with its vector-Jacobian product.
-_MAX_ELEMENTS = 2**18
-
-
 def block_size(
     num_particles: int, num_draws: int, limit: BatchLimit, mesh: Mesh | None = None
 ) -> Callable[[LatentGroup], int]:
@@ -90,7 +55,7 @@ def block_size(
     """
 
     def size(group: LatentGroup) -> int:
-        plate, num_systems = group.largest_plate, limit.num_systems(group, num_particles)
+        plate, num_systems = group.largest_plate, limit.num_groups(group.event_size, num_particles)
         # A plate stays whole, unless its elements are to be spread over several devices.
         if plate is None or (
             plate.size <= num_systems and not 1 < num_devices(mesh) <= plate.size
@@ -198,7 +163,7 @@ class _Plan(NamedTuple):
     ) -> "_Plan":
         """Return the plan of a group, within a limit."""
         group = model.reading.groups[position].latents
-        num_systems = limit.num_systems(group, options.num_particles)
+        num_systems = limit.num_groups(group.event_size, options.num_particles)
         return cls(position, options, num_draws, num_systems, mesh)
 
 
@@ -213,6 +178,16 @@ def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> Posteri
     return join_parts(drawn, 1 + len(group.latents.batch_shape) + plate.dim, plate.size)
 
 
+def _advise(factor: float, *args: Any) -> str:
+    model: BoundModel = args[-2]
+    plan: _Plan = args[-1]
+    num_drawn = model.reading.groups[plan.position].latents.num_events * plan.num_draws
+    num_particles = plan.options.num_particles
+    size = min(plan.num_systems, num_drawn) * num_particles
+    return advise("max_batch_size", factor, size, num_particles)
+
+
+@check_memory("Posterior draws", _advise)
 @partial(jax.jit, static_argnums=2)
 def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
     """Draw for whole plates."""
@@ -226,6 +201,7 @@ def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> Posterior
     return _by_site(on_devices(draw, model, keys, plan.mesh), group, model, plan.num_draws)
 
 
+@check_memory("Posterior draws", _advise)
 @partial(jax.jit, static_argnums=3)
 def _draw_part(
     rng_keys: jax.Array, indices: jax.Array, model: BoundModel, plan: _Plan

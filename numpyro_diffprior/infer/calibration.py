@@ -30,10 +30,11 @@ from numpyro_diffprior._compile.arguments import (
     split_arguments,
 )
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior._compile.program import call
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.infer.blocks import BatchLimit, sample_blocks
+from numpyro_diffprior.infer.blocks import sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.metrics.ranks import sbc_ranks, sbc_uniformity_pvalue

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
-from numpyro_diffprior.infer.blocks import BatchLimit, block_size, sample_blocks
+from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
@@ -116,6 +117,7 @@ def log_evidence(
     Raises:
         ValueError: If there are fewer than two estimates or particles, or the model cannot be
             read; see `sample_posterior`.
+        MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(log_evidence, model, 1 + len(args), locals())
     return estimate_evidence(

@@ -14,12 +14,12 @@ from jax.scipy.special import gammaincc
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import (
-    BatchLimit,
     PosteriorSamples,
     block_size,
     merge_stats,
@@ -116,6 +116,7 @@ def sample_posterior(
     Raises:
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
+        MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(sample_posterior, model, 1 + len(args), locals())
     num_samples = check_count("sample_posterior", "num_samples", num_samples)
@@ -146,16 +147,11 @@ def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) 
     """Warn if residuals of draws are large and significantly so."""
     if isinstance(reduced_chi_square, jax.core.Tracer):
         return
+    if not int(_num_large(reduced_chi_square)):
+        return
     num_residuals = merge_stats([{"num_residuals": count} for count in counts])["num_residuals"]
-    pvalue = gammaincc(num_residuals / 2, num_residuals * reduced_chi_square / 2)
-    fits = (
-        jnp.isnan(reduced_chi_square)
-        | (reduced_chi_square < _LARGE_CHI_SQUARE)
-        | (pvalue > _SMALL_PVALUE / reduced_chi_square.size)
-    )
-    count = int(jnp.sum(~fits))
-    if count:
-        largest = float(jnp.nanmax(reduced_chi_square))
+    misfits, largest = _misfits(reduced_chi_square, num_residuals)
+    if count := int(misfits):
         warnings.warn(
             f"{count} of {reduced_chi_square.size} posterior draws do not fit what was observed: "
             f"their stats['reduced_chi_square'] goes up to {largest:.3g} and should be near 1. "
@@ -164,6 +160,26 @@ def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) 
             "far from Gaussian, exact draws may look so, too.)",
             stacklevel=3,
         )
+
+
+@jax.jit
+def _num_large(reduced_chi_square: jax.Array) -> jax.Array:
+    return jnp.sum(reduced_chi_square >= _LARGE_CHI_SQUARE)
+
+
+@jax.jit
+def _misfits(
+    reduced_chi_square: jax.Array, num_residuals: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the number of draws with large and significant residuals, and the largest of all.
+
+    Only compiled where some are large: the incomplete gamma function takes seconds to compile.
+    """
+    pvalue = gammaincc(num_residuals / 2, num_residuals * reduced_chi_square / 2)
+    # Without a p-value, which infinite residuals do not have, a draw does not fit.
+    significant = ~(pvalue > _SMALL_PVALUE / reduced_chi_square.size)
+    misfits = (reduced_chi_square >= _LARGE_CHI_SQUARE) & significant
+    return jnp.sum(misfits), jnp.nanmax(reduced_chi_square)
 
 
 _LARGE_CHI_SQUARE = 2.0

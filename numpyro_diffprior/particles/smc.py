@@ -110,10 +110,7 @@ def _guided_walk(
             x_s = x_s + tau * jax.random.normal(key, x_t.shape, x_t.dtype)
         return (x_s, guided.x_hat_y), (guided.residual, guided.num_truncated)
 
-    levels = sampler.levels(posterior)
-    # Any level below the last serves as the end of the discarded transition.
-    last = Levels(levels.current[-1], levels.following[-1], levels.following[-1] / 2)
-    levels = jax.tree.map(lambda leaf, end: jnp.append(leaf, end), levels, last)
+    levels = sampler.levels_and_last(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps)
     first = x_t, jnp.zeros_like(x_t)
     (_, x), (residual, num_truncated) = jax.lax.scan(body, first, (keys, levels))
