@@ -176,6 +176,35 @@ def ratios(row):
     return [seconds["E-step"][i] / seconds[name][i] for i, name in names]
 
 
+def exponents(rows):
+    """Growth of processor seconds per particle with the number of elements, of U-Nets only.
+
+    Fitted to the sizes of one operator, guidance and number of particles, for E-steps and for as
+    many evaluations of the network; by the case's name.
+    """
+    cases = {}
+    for row in rows:
+        if row["size"] != "8x8":
+            case = f"{row['operator']}, {row['guidance']}, {row['num_particles']} particles"
+            cases.setdefault(case, []).append(row)
+    found = {}
+    for case, members in cases.items():
+        if len(members) < 2:
+            continue
+        elements = [np.prod([int(n) for n in row["size"].split("x")]) for row in members]
+        found[case] = {
+            name: float(
+                np.polyfit(
+                    np.log(elements),
+                    [np.log(row["seconds"][name][0] / BATCHES[row["size"]]) for row in members],
+                    1,
+                )[0]
+            )
+            for name in ("E-step", "forward and vjp")
+        }
+    return found
+
+
 def main(args):
     rows = []
     print(f"{'':38s} {'processor':>15s} {'wall':>15s}     first")
@@ -191,7 +220,12 @@ def main(args):
         rows.append(row)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    result = {"rows": rows, "settings": vars(args)}
+    grown = exponents(rows)
+    for case, found in grown.items():
+        print(
+            f"exponent in elements, {case}: " + ", ".join(f"{n} {e:.2f}" for n, e in found.items())
+        )
+    result = {"rows": rows, "exponents": grown, "settings": vars(args)}
     (output / "event_sizes.json").write_text(json.dumps(result, indent=1))
     return result
 

@@ -339,7 +339,7 @@ def test_likelihoods_have_units(name, unit):
 GUIDANCE = {
     "matrices of a Gaussian": ndp.MMPS(GaussianCovariance()),
     "matrices": ndp.MMPS(),
-    "no matrices": ndp.MMPS(max_dense=0),
+    "no matrices": ndp.MMPS(max_dense=0, max_steps=32),
 }
 
 

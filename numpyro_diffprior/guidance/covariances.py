@@ -27,6 +27,7 @@ __all__ = [
     "IsotropicPriorCovariance",
     "PosteriorCovariance",
     "PosteriorOperator",
+    "Product",
     "TweedieCovariance",
     "pull_back",
 ]

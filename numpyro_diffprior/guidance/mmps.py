@@ -34,7 +34,11 @@ import jax.numpy as jnp
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
-from numpyro_diffprior.guidance.covariances import PosteriorCovariance, TweedieCovariance
+from numpyro_diffprior.guidance.covariances import (
+    PosteriorCovariance,
+    Product,
+    TweedieCovariance,
+)
 from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.look_ahead import LookAhead
@@ -62,7 +66,9 @@ class MMPS(Guidance):
             128); beyond, conjugate gradients solve without it. Diagonal and low-rank covariances
             need no matrix for likelihoods that are elementwise, at any number of values.
         rtol: The relative residual at which conjugate gradients stop.
-        max_steps: The maximum number of steps of conjugate gradients; see `ConjugateGradients`.
+        max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
+            covariance, whose steps are vector-Jacobian products of the network; otherwise as
+            `ConjugateGradients`). What is left is in the statistics, as ``residual``.
         look_ahead: Whether particle proposals look ahead instead of being guided; see
             `numpyro_diffprior.particles.proposals`. Proposals only look ahead with a closed form
             for :math:`V`, a linear mean and direct solves; they are guided otherwise.
@@ -110,7 +116,10 @@ class MMPS(Guidance):
         if limit is None:
             limit = 16 if cov is None else 1024 if self.look_ahead else 128
         if likelihood.num_observed > limit or likelihood.potential is not None:
-            return ConjugateGradients(self.rtol, self.max_steps)
+            max_steps = self.max_steps
+            if max_steps is None and cov is None:
+                max_steps = 3
+            return ConjugateGradients(self.rtol, max_steps)
         if cov is None:
             return EigenSolve()
         return FactoredSolve(likelihood.operator(zeros) if likelihood.linear else None)
@@ -157,7 +166,7 @@ class _Posterior(GuidedDenoiser):
             logdet, residual, num_truncated = logdets[-1], residuals.max(0), counts.max(0)
         correction = mode.shift
         if cov.closed_form is not None:
-            correction = self._shorten(x_hat, mode, cov.pull(mode.b))
+            correction = self._pull(x_hat, mode, cov.pull)
         return Guided(
             x_hat=x_hat,
             x_hat_y=x_hat + correction.reshape(x_hat.shape),
@@ -175,24 +184,29 @@ class _Posterior(GuidedDenoiser):
         assert cov is not None
         return self.solve.look_ahead(self.likelihood.linearize(x), cov, sigma, tau)
 
-    def _shorten(self, x_hat: jax.Array, mode: _Mode, correction: jax.Array) -> jax.Array:
-        r"""Shorten a correction that overshoots, because :math:`V` is much too small.
+    def _pull(self, x_hat: jax.Array, mode: _Mode, pull: Product) -> jax.Array:
+        r"""Return the correction :math:`u = \sigma^2 J^T b`, or less of it where it overshoots.
 
-        With the denoiser's own Jacobian, :math:`u = \sigma^2 J^T b` differs from :math:`V b`. The
-        energy of :math:`c u` is :math:`\tfrac{1}{2} c^2 (b^T u + u^T \Lambda u) - c s^T u`, with
-        its minimum at :math:`c = 1` for :math:`u = V b`. If :math:`u` raises the energy, the
-        result is the multiple of least energy; otherwise the steps of a sampler would add up.
+        The denoiser's own Jacobian knows better than a closed form :math:`V` how the elements of
+        an event are related. But if :math:`V` is much too small, :math:`u` is much larger than
+        :math:`v = V b`, and the steps of a sampler diverge. The energy
+        :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta` is least at
+        :math:`v`, where it is :math:`-\tfrac{1}{2} s^T v`; from there to
+        :math:`v + \alpha (u - v)` the likelihood's part rises by
+        :math:`\tfrac{1}{2} \alpha^2 q` with :math:`q = (u - v)^T \Lambda (u - v)`. With
+        :math:`\alpha = \min(1, s^T v / q)` it stays below that of no correction.
         """
         x = x_hat if self.likelihood.linear else x_hat + mode.shift.reshape(x_hat.shape)
         local = self.likelihood.linearize(x)
         if not self.likelihood.linear:
             local = local.recenter(mode.shift)
-        descent = _dot(local.score(), correction)
-        curvature = _dot(mode.b, correction) + _dot(correction, local.precision(correction))
-        raises = 2 * descent < curvature
-        least = jnp.maximum(descent, 0) / jnp.where(curvature > 0, curvature, 1)
-        length = jnp.where(raises, least, 1)
-        return length[..., None] * correction
+        correction = pull(mode.b)
+        difference = correction - mode.shift
+        rise = _dot(difference, local.precision(difference))
+        gain = jnp.maximum(_dot(local.score(), mode.shift), 0)
+        part = gain / jnp.where(rise > gain, rise, 1)
+        shortened = mode.shift + part[..., None] * difference
+        return jnp.where((rise > gain)[..., None], shortened, correction)
 
     def _at(self, x_hat: jax.Array, shift: jax.Array, b: jax.Array) -> _Mode:
         log_likelihood = self.likelihood.log_prob(x_hat + shift.reshape(x_hat.shape))
