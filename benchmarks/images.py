@@ -1,9 +1,10 @@
 """How well guidance restores images under a learned network, and at what cost.
 
-A prior of clean images (`examples/images.py` saves one), and posterior draws of images that it has
-not seen, with most of their pixels hidden. They are judged by the continuous ranked probability
-score (CRPS), the error of the mean and the coverage of the hidden pixels. Cost is the processor
-time of a draw over that of as many evaluations of the network as the sampler has steps.
+A prior of clean images, trained here or saved by `examples/images.py`, and posterior draws of
+images that it has not seen, with most of their pixels hidden. The draws are judged by the
+continuous ranked probability score (CRPS), the error of their mean and the coverage of the hidden
+pixels. Cost is the processor time of a draw over that of as many evaluations of the network as
+the sampler has steps.
 
     python examples/images.py --priors clean --output out
     python benchmarks/images.py --prior out/images_clean --output out
@@ -46,6 +47,17 @@ CASES = (
     Case("Tweedie", ndp.MMPS()),
 )
 COLUMNS = ("crps", "difference", "standard_error", "rmse", "cover50", "cover90", "cost")
+
+
+def train_prior(args):
+    """Train the prior of clean images of `examples/images.py`, at its defaults."""
+    defaults = images.parse_args([])
+    key_net, key_train = jax.random.split(jax.random.key(defaults.seed))
+    pixels, _ = images.read_images(args.data, "train")
+    clean = images.scale(pixels[: defaults.num_images], args.scale)
+    prior = images.make_prior(key_net, clean.shape[1:], defaults)
+    optimizer = images.make_optimizer(images.anneal(defaults))
+    return images.train_on_clean(key_train, prior, clean, optimizer, defaults)
 
 
 def time_network(denoiser, batch_size, num_repeats=16):
@@ -100,7 +112,7 @@ def judge(draws, truth, mask, args):
 def main(args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    prior = ndp.DiffusionPrior.load(args.prior)
+    prior = train_prior(args) if args.prior is None else ndp.DiffusionPrior.load(args.prior)
     pixels, _ = images.read_images(args.data, "test")
     truth = images.scale(pixels[: args.num_images], args.scale)
     per_network = args.num_steps * time_network(prior.denoiser, args.max_batch_size)
@@ -131,7 +143,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prior", required=True, help="folder of a saved prior")
+    parser.add_argument("--prior", help="folder of a saved prior (default: train one)")
     parser.add_argument("--data", default=images.DATA)
     parser.add_argument("--output", default="out")
     parser.add_argument("--seed", type=int, default=0)

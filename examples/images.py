@@ -334,12 +334,12 @@ def learn(rng_key, name, start, data, optimizer, args):
     return result.prior, rows
 
 
-def train_on_clean(rng_key, prior, data, optimizer, args):
+def train_on_clean(rng_key, prior, clean, optimizer, args):
     """The same network, trained on the clean images in as many steps."""
     fit = ndp.fit_denoiser(
         rng_key,
         prior.denoiser,
-        data.clean,
+        clean,
         optimizer=optimizer,
         num_steps=args.num_iterations * args.num_sgd_steps,
         batch_size=args.batch_size,
@@ -465,7 +465,7 @@ def main(args):
         if name == "gaussian":
             prior = start.prior
         elif name == "clean":
-            prior = train_on_clean(keys[4], untrained, data, optimizer, args)
+            prior = train_on_clean(keys[4], untrained, data.clean, optimizer, args)
         else:
             prior, result["em"][name] = learn(keys[3], name, start, data, optimizer, args)
         seconds = time.perf_counter() - began
