@@ -1,6 +1,5 @@
 """Examples and benchmarks run at tiny size, and write what they promise."""
 
-import gzip
 import json
 import warnings
 
@@ -30,6 +29,7 @@ from benchmarks import (
 from benchmarks import images as images_benchmark
 from examples import counts, digits, images, manifold, sources
 from examples import joint as joint_example
+from tests.image_files import write_images
 
 # At tiny size priors explain nothing.
 MISFIT = "ignore:.*do not fit what was observed"
@@ -332,85 +332,10 @@ def test_benchmark_of_units(tmp_path):
     assert json.loads((tmp_path / "units.json").read_text())["units"] == [row]
 
 
-def _write_idx(path, values):
-    """Write bytes in the idx format, gzipped if the name says so."""
-    sizes = np.asarray(values.shape, ">i4").tobytes()
-    content = bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-def _write_images(folder, suffix="", num_images=24, size=8):
-    """Write random images and labels with the names of Fashion-MNIST's files."""
-    rng = np.random.default_rng(0)
-    for prefix in ("train", "t10k"):
-        pixels = rng.integers(256, size=(num_images, size, size), dtype=np.uint8)
-        labels = np.arange(num_images, dtype=np.uint8) % 10
-        _write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", pixels)
-        _write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", labels)
-    return pixels, labels
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_images_are_read_from_idx_files(tmp_path, suffix):
-    expected = _write_images(tmp_path, suffix)
-    for found, values in zip(images.read_images(tmp_path, "test"), expected, strict=True):
-        np.testing.assert_array_equal(found, values)
-    scaled = images.scale(np.array([0, 255], np.uint8))
-    np.testing.assert_allclose(scaled, [-images.SCALE, images.SCALE])
-
-
-def test_images_are_read_from_cifar(tmp_path):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(256, size=(5, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(5, dtype=np.uint8)
-    rows = np.concatenate([labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(5, -1)], axis=1)
-    rows[:2].tofile(tmp_path / "data_batch_1.bin")
-    rows[2:4].tofile(tmp_path / "data_batch_2.bin")
-    rows[4:].tofile(tmp_path / "test_batch.bin")
-    found, found_labels = images.read_images(tmp_path, "train")
-    np.testing.assert_array_equal(found, pixels[:4])
-    np.testing.assert_array_equal(found_labels, labels[:4])
-    found, found_labels = images.read_images(tmp_path, "test")
-    np.testing.assert_array_equal(found, pixels[4:])
-    np.testing.assert_array_equal(found_labels, labels[4:])
-    mask, y = images.hide(jax.random.key(0), images.scale(pixels), 0.5, 1e-3)
-    # A pixel is hidden in all channels or in none.
-    np.testing.assert_array_equal(mask, jnp.broadcast_to(mask[..., :1], mask.shape))
-    np.testing.assert_array_equal(jnp.isnan(y), ~mask)
-
-
-def test_messages_about_missing_and_broken_images(tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)train-images-idx3-ubyte.*dataset-fashion-mnist"):
-        images.read_images(tmp_path, "train")
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0\0\0\x02" * 3)
-    with pytest.raises(ValueError, match="idx format"):
-        images.read_images(tmp_path, "train")
-    (tmp_path / "data_batch_1.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match="binary version"):
-        images.read_images(tmp_path, "train")
-
-
-def test_crps_of_few_draws():
-    """Without bias, it is E|X - t| - E|X - X'| / 2; both are known for two draws."""
-    draws, truth = jnp.array([[0.0, 3.0], [2.0, -1.0]]), jnp.array([0.5, 1.0])
-    np.testing.assert_allclose(images.crps(draws, truth), [1 - 1, 2 - 2])
-    x = jax.random.normal(jax.random.key(0), (7, 5))
-    pairs = jnp.abs(x[:, None] - x[None]).sum((0, 1)) / (7 * 6)
-    expected = jnp.abs(x - 0.3).mean(0) - pairs / 2
-    np.testing.assert_allclose(images.crps(x, jnp.full(5, 0.3)), expected, atol=1e-6)
-
-
-def test_images_have_the_settings_of_the_paper():
-    args = images.parse_args("--paper --num-steps 8 --attention".split())
-    assert (args.channels, args.sampler, args.num_iterations) == ((128, 256, 384), "ddpm", 32)
-    assert (args.num_steps, args.attention, args.noise) == (8, [], 1e-3)
-    assert images.parse_args(["--gpu"]).num_images == 60_000
-
-
 # At this noise, a prior that explains nothing differs much from what guidance assumes.
 @pytest.mark.filterwarnings("ignore:.*(do not fit|draws of one particle are biased)")
 def test_images(tmp_path):
-    _write_images(tmp_path)
+    write_images(tmp_path)
     args = images.parse_args(
         f"--data {tmp_path} --output {tmp_path / 'out'} --priors gaussian tweedie clean"
         " --channels 4 --num-iterations 1 --num-sgd-steps 4 --num-steps 4 --num-generated 20"
