@@ -58,7 +58,7 @@ LABELS = {
 # `num_sgd_steps` is per iteration; the prior of clean images takes as many in all.
 SMALL = {
     "num_images": 1024,
-    "num_iterations": 6,
+    "num_iterations": 5,
     "num_sgd_steps": 256,
     "batch_size": 32,
     "learning_rate": 2e-3,
@@ -71,7 +71,7 @@ SMALL = {
     "sampler": "multistep",
     "num_steps": 32,
     "max_steps": None,
-    "max_batch_size": 16,
+    "max_batch_size": 8,
     "num_generated": 512,
     "num_judged": 32,
     "num_samples": 20,
