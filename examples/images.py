@@ -445,7 +445,10 @@ def main(args):
     data = make_data(keys[0], train, test, args)
     classifier = train_classifier(keys[1], train[:20_000], labels[:20_000], args)
     accuracy = float(jnp.mean(classifier(data.test).argmax(-1) == test_labels))
-    print(f"the classifier of the features is right for {accuracy:.0%} of the test images")
+    print(
+        f"the classifier of the features is right for {accuracy:.0%} of the test images",
+        flush=True,
+    )
     features = partial(nnx.jit(Classifier.features), classifier)
     truth = features(data.test)
     floor = float(frechet_distance(features(data.clean[: args.num_generated]), truth))
@@ -479,9 +482,9 @@ def main(args):
         samples[LABELS[name]] = generated[:num_shown]
         # After every prior, since a later one may take hours.
         (output / "images.json").write_text(json.dumps(result, indent=1))
+        show_rows(restored, output / "images_restored.png")
+        show_rows(samples, output / "images_samples.png")
         show_table(result, args)
-    show_rows(restored, output / "images_restored.png")
-    show_rows(samples, output / "images_samples.png")
     return result
 
 
