@@ -3,9 +3,10 @@
 The experiment with corrupted images of the paper (Rozet et al., NeurIPS 2024, arXiv 2405.13712,
 section 5.2), on Fashion-MNIST or CIFAR-10: pixels from -2 to 2, of which `--hidden` are hidden at
 random, in noise of 0.001. Expectation maximization learns a prior for each guidance of its
-E-steps: MMPS with Tweedie's covariance, the paper's two heuristics for it, and this package's
-default. They are compared with the Gaussian prior that they start from, and with the same network
-trained on the clean images.
+E-steps: MMPS with Tweedie's covariance and `--max-steps` of conjugate gradients (one in the
+paper), the paper's two heuristics for the covariance, and this package's default. They are
+compared with the Gaussian prior that they start from, and with the same network trained on the
+clean images.
 
     python examples/images.py --output out                     # two cores
     python examples/images.py --gpu --output out               # all 60,000 images
@@ -70,7 +71,7 @@ SMALL = {
     "rank": 32,
     "sampler": "multistep",
     "num_steps": 32,
-    "max_steps": None,
+    "max_steps": 2,
     "max_batch_size": 8,
     "num_generated": 512,
     "num_judged": 32,
@@ -278,10 +279,13 @@ def make_optimizer(learning_rate):
 
 
 def make_e_step(name, args):
-    """Return the E-step of a guidance; the priors learned without one are judged by Tweedie's."""
+    """Return the E-step of a guidance, or how draws under the other two priors are made."""
     e_step = replace(E_STEPS.get(name, E_STEPS["tweedie"]), max_batch_size=args.max_batch_size)
+    if name == "gaussian":
+        # Exact for a Gaussian, and without conjugate gradients.
+        return replace(e_step, guidance=ndp.MMPS(ndp.guidance.GaussianCovariance()))
     if e_step.guidance == ndp.MMPS():
-        e_step = replace(e_step, guidance=ndp.MMPS(max_steps=args.max_steps))
+        return replace(e_step, guidance=ndp.MMPS(max_steps=args.max_steps))
     return e_step
 
 
@@ -506,15 +510,14 @@ def parse_args(argv=None):
     parser.add_argument("--hidden", type=float, default=0.75, help="0.25, 0.5, 0.75 in the paper")
     parser.add_argument("--noise", type=float, default=1e-3, help="for pixels from -2 to 2")
     parser.add_argument(
-        "--num-features-steps", type=int, default=2000, help="of the classifier of the features"
+        "--num-features-steps", type=int, default=1000, help="of the classifier of the features"
     )
     parser.add_argument("--channels", type=int, nargs="+", help="widths of the U-Net's levels")
     parser.add_argument("--attention", type=int, nargs="*", help="the levels that have it")
     parser.add_argument("--sampler", choices=SAMPLERS)
     for name, value in SMALL.items():
         if name not in ("channels", "attention", "sampler"):
-            kind = int if value is None else type(value)
-            parser.add_argument("--" + name.replace("_", "-"), type=kind)
+            parser.add_argument("--" + name.replace("_", "-"), type=type(value))
     parser.set_defaults(**SMALL)
     args = parser.parse_args(argv)
     if args.gpu or args.paper:
