@@ -48,12 +48,12 @@ E_STEPS = {
     "default": ndp.EStep(),
 }
 LABELS = {
-    "gaussian": "Gaussian prior",
+    "gaussian": "Gaussian",
     "tweedie": "Tweedie",
     "identity": "(I + 1/\u03c3\u00b2)\u207b\u00b9",
     "flat": "\u03c3\u00b2 I",
     "default": "default E-step",
-    "clean": "clean images",
+    "clean": "clean prior",
 }
 
 # `num_sgd_steps` is per iteration; the prior of clean images takes as many in all.
@@ -357,8 +357,13 @@ def generate(rng_key, prior, args):
     """Draw samples of a prior, a batch at a time."""
     size = min(args.max_batch_size, args.num_generated)
     keys = jax.random.split(rng_key, -(-args.num_generated // size))
-    x = jax.jit(lambda keys: jax.lax.map(lambda key: prior.sample(key, (size,)), keys))(keys)
-    return x.reshape(-1, *prior.event_shape)[: args.num_generated]
+    return _generate(keys, prior, size)[: args.num_generated]
+
+
+@partial(jax.jit, static_argnums=2)
+def _generate(keys, prior, size):
+    x = jax.lax.map(lambda key: prior.sample(key, (size,)), keys)
+    return x.reshape(-1, *prior.event_shape)
 
 
 def crps(draws, truth):
@@ -419,13 +424,14 @@ def show_rows(rows, path):
     picture = np.concatenate(strips)
     height = len(strips[0])
     size = 8 / picture.shape[1] * picture.shape[0]
-    figure, axis = plt.subplots(figsize=(9.3, size + 0.1), layout="constrained")
+    figure = plt.figure(figsize=(8, size))
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.imshow(picture, interpolation="nearest")
     axis.set_yticks(height * (np.arange(len(rows)) + 0.5), rows)
     axis.set_xticks([])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
 
 
@@ -465,7 +471,7 @@ def main(args):
     )
     num_shown = min(16, args.num_generated)
     restored = {"truth": data.test[: args.num_judged][:16], "observed": data.test_y[:16]}
-    samples = {"clean images": data.test[:num_shown]}
+    samples = {"truth": data.test[:num_shown]}
     result = {"args": vars(args), "accuracy": accuracy, "floor": floor, "table": {}, "em": {}}
     for name in args.priors:
         began = time.perf_counter()
