@@ -508,8 +508,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--gpu",
         action="store_true",
-        help="defaults for 60,000 images: estimated, not measured, to take ten minutes per prior "
-        "of a heuristic on an H100, and about three times as long for the others",
+        help="defaults for 60,000 images: estimated, not measured, to take about ten minutes per "
+        "prior on an H100, and four times as long for the default E-step",
     )
     parser.add_argument("--paper", action="store_true", help="defaults as in the paper")
     parser.add_argument("--priors", nargs="+", choices=LABELS, default=list(LABELS))
