@@ -31,8 +31,10 @@ from benchmarks import (
     units,
 )
 from benchmarks import evidence as evidence_benchmark
-from examples import counts, digits, manifold, sources
+from benchmarks import images as images_benchmark
+from examples import counts, digits, images, manifold, sources
 from examples import joint as joint_example
+from tests.image_files import write_images
 
 # At tiny size priors explain nothing.
 MISFIT = "ignore:.*do not fit what was observed"
@@ -386,3 +388,30 @@ def test_benchmark_of_the_evidence(tmp_path):
     ahead, guided = evidence_benchmark.main(args)["rows"]
     assert abs(ahead["error"]) < 1
     assert abs(ahead["error"]) < abs(guided["error"]) + 1
+
+
+# At this noise, a prior that explains nothing differs much from what guidance assumes.
+@pytest.mark.filterwarnings("ignore:.*(do not fit|draws of one particle are biased)")
+def test_images(tmp_path):
+    write_images(tmp_path)
+    args = images.parse_args(
+        f"--data {tmp_path} --output {tmp_path / 'out'} --priors gaussian tweedie clean"
+        " --channels 4 --num-iterations 1 --num-sgd-steps 4 --num-steps 4 --num-generated 20"
+        " --num-judged 2 --num-features-steps 8 --batch-size 8 --rank 2 --max-steps 1".split()
+    )
+    result = images.main(args)
+    assert set(result["table"]) == {"gaussian", "tweedie", "clean"}
+    assert all(np.isfinite(list(row.values())).all() for row in result["table"].values())
+    assert len(result["em"]["tweedie"]) == 1
+    written = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert written["table"] == result["table"]
+    for name in ("images_restored.png", "images_samples.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 5_000
+    benchmark = images_benchmark.parse_args(
+        f"--data {tmp_path} --output {tmp_path} --prior {tmp_path / 'out' / 'images_clean'}"
+        " --noises 0.1 --num-images 2 --num-samples 20 --num-steps 4".split()
+    )
+    benchmark.cases = ["Gaussian", "Tweedie, 1 step"]
+    rows = images_benchmark.main(benchmark)
+    assert [row["name"] for row in rows] == benchmark.cases
+    assert all(np.isfinite([row["crps"], row["cover90"], row["cost"]]).all() for row in rows)

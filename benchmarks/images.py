@@ -1,0 +1,162 @@
+"""How well guidance restores images under a learned network, and at what cost.
+
+A prior of clean images, trained here or saved by `examples/images.py`, and posterior draws of
+images that it has not seen, with most of their pixels hidden. The draws are judged by the
+continuous ranked probability score (CRPS), the error of their mean and the coverage of the hidden
+pixels. Cost is the processor time of a draw over that of as many evaluations of the network as
+the sampler has steps.
+
+    python examples/images.py --priors clean --output out
+    python benchmarks/images.py --prior out/images_clean --output out
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpyro_diffprior as ndp
+from examples import images
+from numpyro_diffprior.metrics.ranks import coverage
+
+
+class Case(NamedTuple):
+    """A way of drawing."""
+
+    name: str
+    guidance: ndp.MMPS
+    num_particles: int = 1
+
+
+GAUSSIAN = ndp.guidance.GaussianCovariance()
+CASES = (
+    Case("Gaussian", ndp.MMPS(GAUSSIAN)),
+    Case("Gaussian, looking ahead", ndp.MMPS(GAUSSIAN, look_ahead=True), 4),
+    Case("Gaussian, guided", ndp.MMPS(GAUSSIAN), 4),
+    Case("calibrated", ndp.MMPS(ndp.guidance.CalibratedCovariance())),
+    Case("Tweedie, 1 step", ndp.MMPS(max_steps=1)),
+    Case("Tweedie, 2 steps", ndp.MMPS(max_steps=2)),
+    Case("Tweedie, 3 steps", ndp.MMPS(max_steps=3)),
+    Case("Tweedie", ndp.MMPS()),
+)
+COLUMNS = ("crps", "difference", "standard_error", "rmse", "cover50", "cover90", "cost")
+
+
+def train_prior(args):
+    """Train the prior of clean images of `examples/images.py`, at its defaults."""
+    defaults = images.parse_args([])
+    key_net, key_train = jax.random.split(jax.random.key(defaults.seed))
+    pixels, _ = images.read_images(args.data, "train")
+    clean = images.scale(pixels[: defaults.num_images], args.scale)
+    prior = images.make_prior(key_net, clean.shape[1:], defaults)
+    optimizer = images.make_optimizer(images.anneal(defaults))
+    return images.train_on_clean(key_train, prior, clean, optimizer, defaults)
+
+
+def time_network(denoiser, batch_size, num_repeats=16):
+    """Return the processor seconds of one evaluation of the network, per image."""
+    x = jax.random.normal(jax.random.key(0), (batch_size, *denoiser.event_shape))
+    evaluate = jax.jit(lambda x, sigma: denoiser(x, sigma))
+    seconds = []
+    for _ in range(1 + num_repeats):
+        start = time.process_time()
+        jax.block_until_ready(evaluate(x, denoiser.scale))
+        seconds.append(time.process_time() - start)
+    return sorted(seconds[1:])[num_repeats // 2] / batch_size
+
+
+def draw(rng_key, case, prior, mask, noise, y, args):
+    """Draw in two calls; return the draws, and the seconds per draw of the compiled call."""
+    parts = []
+    for key in jax.random.split(rng_key):
+        start = time.process_time()
+        draws = ndp.sample_posterior(
+            key,
+            images.model,
+            prior,
+            mask,
+            noise,
+            y,
+            num_samples=args.num_samples // 2,
+            num_particles=case.num_particles,
+            sampler=ndp.samplers.MultistepSDE(args.num_steps),
+            guidance=case.guidance,
+            max_batch_size=args.max_batch_size,
+        )
+        parts.append(jax.block_until_ready(draws.samples["x"]))
+        seconds = time.process_time() - start
+    return jnp.concatenate(parts), seconds / (args.num_samples // 2 * len(y))
+
+
+def judge(draws, truth, mask, args):
+    """Return scores of the hidden pixels, and the CRPS of each image."""
+    crps = jnp.mean(images.crps(draws, truth), axis=range(1, truth.ndim), where=~mask)
+    levels = [level for level in (0.5, 0.9) if level <= (len(draws) - 1) / (len(draws) + 1)]
+    varies = truth.std(0) > 0.05 * args.scale
+    inside = coverage(draws, truth, levels=levels, where=~mask & varies)
+    row = {
+        "crps": float(crps.mean()),
+        "rmse": float(jnp.sqrt(jnp.mean((draws.mean(0) - truth) ** 2, where=~mask))),
+    }
+    names = [f"cover{100 * level:.0f}" for level in levels]
+    return row | dict(zip(names, map(float, inside), strict=True)), crps
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    prior = train_prior(args) if args.prior is None else ndp.DiffusionPrior.load(args.prior)
+    pixels, _ = images.read_images(args.data, "test")
+    truth = images.scale(pixels[: args.num_images], args.scale)
+    per_network = args.num_steps * time_network(prior.denoiser, args.max_batch_size)
+    cases = [case for case in CASES if args.cases is None or case.name in args.cases]
+    rows = []
+    print(f"{'noise':>6s} {'covariance':24s}  K " + " ".join(f"{c[:9]:>9s}" for c in COLUMNS))
+    for noise in args.noises:
+        key_hide, key_draw = jax.random.split(jax.random.key(args.seed))
+        mask, y = images.hide(key_hide, truth, args.hidden, noise)
+        first = None
+        for case in cases:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # draws that do not fit are what is measured
+                draws, seconds = draw(key_draw, case, prior, mask, noise, y, args)
+            scores, crps = judge(draws, truth, mask, args)
+            first = crps if first is None else first
+            row = {"noise": noise, "name": case.name, "num_particles": case.num_particles} | scores
+            row["residual"] = float(jnp.mean(((draws - y) / noise) ** 2, where=mask))
+            row["difference"] = float(jnp.mean(crps - first))
+            row["standard_error"] = float(jnp.std(crps - first) / len(crps) ** 0.5)
+            row["cost"] = seconds / per_network
+            rows.append(row)
+            values = " ".join(f"{row.get(column, float('nan')):9.4f}" for column in COLUMNS)
+            print(f"{noise:6g} {case.name:24s} {case.num_particles:2d} {values}", flush=True)
+            (output / "images_guidance.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prior", help="folder of a saved prior (default: train one)")
+    parser.add_argument("--data", default=images.DATA)
+    parser.add_argument("--output", default="out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=images.SCALE, help="value of white pixels")
+    parser.add_argument("--hidden", type=float, default=0.75, help="fraction of hidden pixels")
+    parser.add_argument("--noises", type=float, nargs="+", default=[1e-3, 0.1])
+    parser.add_argument("--num-images", type=int, default=128)
+    parser.add_argument("--num-samples", type=int, default=20, help="even; coverage needs 20")
+    parser.add_argument("--num-steps", type=int, default=32)
+    parser.add_argument("--max-batch-size", type=int, default=8, help="particles in memory")
+    parser.add_argument("--cases", nargs="+", help="names of the table, the first to compare with")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
