@@ -103,7 +103,8 @@ def log_evidence(
             standard error.
         num_particles: Particles per estimate, at least two. More particles reduce the error
             faster than more estimates do.
-        sampler: The sampler (default: the prior's).
+        sampler: The sampler (default: the prior's). With hundreds of observed values per event,
+            estimates need 64 to 128 steps; with fewer, they are many nats too small.
         guidance: The guidance (default: `MMPS` with the Gaussian covariance, looking ahead).
         max_batch_size: The number of particles in memory at once on one device (default: 1,024,
             or fewer with 2^18 elements in all).
