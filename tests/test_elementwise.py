@@ -43,7 +43,7 @@ MEANS = {
 
 @pytest.mark.parametrize("name", MEANS)
 @pytest.mark.parametrize("num_sites", [1, 2])
-def test_posterior_means(name, num_sites):
+def test_posterior_means(name, num_sites, caplog):
     """Of a Gaussian of low rank given noisy events and what some sites observe of them."""
     mean, matrix, elementwise = MEANS[name]
     m = len(matrix)
@@ -65,7 +65,9 @@ def test_posterior_means(name, num_sites):
     assert block.likelihood.elementwise == elementwise
 
     guidance = ndp.MMPS(ndp.guidance.GaussianCovariance())
-    posterior = guidance.condition(block.denoiser, block.likelihood)
+    with caplog.at_level("INFO", logger="numpyro_diffprior.guidance.mmps"):
+        posterior = guidance.condition(block.denoiser, block.likelihood)
+    assert ("ElementwiseSolve" if elementwise else "FactoredSolve") in caplog.text
     unit = float(block.denoiser.unit)
     found = unit * np.asarray(posterior(jnp.asarray(X_T / unit), SIGMA / unit))
     dense = np.diag(DIAG) + FACTOR @ FACTOR.T

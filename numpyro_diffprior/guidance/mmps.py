@@ -25,6 +25,7 @@ References:
     NeurIPS 2024, arXiv 2405.13712, section 4.
 """
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -51,6 +52,8 @@ from numpyro_diffprior.guidance.solves import (
 )
 
 __all__ = ["MMPS"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_static
@@ -101,7 +104,16 @@ class MMPS(Guidance):
 
     def bind(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
         """Return the denoiser of the posterior; what a linear mean has constant is built once."""
-        return _Posterior(denoiser, likelihood, self, self.choose_solve(denoiser, likelihood))
+        solve = self.choose_solve(denoiser, likelihood)
+        _LOGGER.info(
+            "MMPS with %s: %d observed values per event (%s, %s) are solved by %s.",
+            type(self.covariance).__name__,
+            likelihood.num_observed,
+            "linear" if likelihood.linear else "nonlinear",
+            "elementwise" if likelihood.elementwise else "not elementwise",
+            type(solve).__name__,
+        )
+        return _Posterior(denoiser, likelihood, self, solve)
 
     def choose_solve(self, denoiser: Denoiser, likelihood: Likelihood) -> Solve:
         """Return the solver that fits the structure of covariance and likelihood."""
