@@ -20,7 +20,12 @@ from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.infer.posterior import sample_posterior
-from numpyro_diffprior.linalg.empirical import LowRankSummary, StationarySummary
+from numpyro_diffprior.linalg.covariances import Isotropic
+from numpyro_diffprior.linalg.empirical import (
+    GaussianSummary,
+    LowRankSummary,
+    StationarySummary,
+)
 from numpyro_diffprior.linalg.stationary import Stationary
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.nets.mlp import MLP
@@ -136,6 +141,40 @@ def test_stationary_fields_start_with_the_power_of_each_frequency():
     ratio = np.asarray(found / expected)
     assert abs(ratio.mean() - 1) < 0.03
     assert np.all(np.abs(ratio - 1) < 0.5)
+
+
+@pytest.mark.parametrize("max_batch_size", [10, 1000])
+@pytest.mark.parametrize("summary", [LowRankSummary(), StationarySummary(1)])
+def test_some_events_of_a_plate_are_evenly_spaced(summary, max_batch_size):
+    """Of sorted data the first events alone would give another mean; whole plates are all used."""
+    x = np.linspace(-1, 1, 60)[:, None] + np.zeros(2)
+
+    def model(prior, y):
+        with numpyro.plate("n", 60):
+            y = numpyro.subsample(y, event_dim=1)
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", prior), 0.1).to_event(1), obs=y)
+
+    e_step = {"max_batch_size": max_batch_size, "num_particles": 1}
+    em = make_em(model, e_step, start=GaussianStart(summary=summary, max_events=40))
+    prior = em.init(jax.random.key(0), make_prior(), jnp.asarray(x, "float32")).prior
+    np.testing.assert_allclose(prior.mean, 0, atol=0.1)
+    np.testing.assert_allclose(prior.variance, x.var(), rtol=0.2)
+
+
+def test_a_summary_of_the_users_own():
+    class Unit(GaussianSummary):
+        def __call__(self, x):
+            return x.mean(0), Isotropic(jnp.ones(()), x[0].size)
+
+    mean, cov = summarize(jnp.asarray(X, "float32"), Unit())
+    np.testing.assert_allclose(mean, X.mean(0), rtol=1e-4)
+    assert isinstance(cov, Isotropic)
+
+
+def test_a_grid_needs_as_many_axes():
+    em = make_em(start=GaussianStart(summary=StationarySummary(2)))
+    with pytest.raises(ValueError, match=r"2 axes does not fit events of shape \(2,\)"):
+        em.init(jax.random.key(0), make_prior(), MASK, Y)
 
 
 def test_events_in_nested_plates():

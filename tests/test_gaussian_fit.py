@@ -451,13 +451,13 @@ def test_draws_of_large_events(kind, cov):
     matrix = np.eye(size) * (np.arange(size) % 4 == 0)
     if kind != "elementwise":
         matrix = matrix + np.roll(matrix, 1, axis=1)
-    noise, y = Isotropic(jnp.asarray(0.01), size), rng.normal(size=size)
+    noise, y = Isotropic(jnp.asarray(1e-4), size), matrix @ rng.normal(size=size)
     likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), noise, (size,))
     likelihood = replace(likelihood, elementwise=kind == "elementwise")
     keys = jax.random.split(jax.random.key(1), num)
     x = jax.jit(jax.vmap(lambda key: draw_linear_gaussian(key, prior, likelihood)))(keys)
     expected, posterior = gaussian_posterior(
-        np.zeros(size), dense(prior.cov), matrix, 0.01 * np.eye(size), y
+        np.zeros(size), dense(prior.cov), matrix, 1e-4 * np.eye(size), y
     )
     deviation = np.sqrt(np.diagonal(posterior))
     assert np.all(np.abs(x.mean(0) - expected) < 5 * deviation / np.sqrt(num))

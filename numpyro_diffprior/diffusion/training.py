@@ -235,10 +235,13 @@ def measure_error(
 
 
 def _num_parts(num_events: int, denoiser: Denoiser) -> int:
-    """Return the least number of equal parts of a batch that are computed one after another."""
+    """Return the least number of equal parts of a batch that are computed one after another.
+
+    A batch whose size has no suitable divisor, such as a prime number, stays whole.
+    """
     limit = BatchLimit.of("train", None, default=num_events).num_groups(denoiser.event_size)
-    counts = range(-(-num_events // limit), num_events + 1)
-    return next(count for count in counts if num_events % count == 0)
+    least = -(-num_events // limit)
+    return next((n for n in range(least, 2 * least + 1) if num_events % n == 0), 1)
 
 
 @partial(jax.jit, static_argnums=(4, 5))
@@ -312,6 +315,7 @@ def fit_denoiser(
     x = _check_events(x, denoiser)
     x, context = replicate((x, context), mesh)
     unit = choose_unit(_deviation(x), denoiser.unit)
+    summary.check(denoiser.event_shape)
     denoiser = denoiser.with_gaussian(*summary(x / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
     state, losses = train(

@@ -146,6 +146,8 @@ class EM:
                     "`numpyro.plate`."
                 )
         sites = read_sites(prior, bound.reading)
+        for own in with_network(priors).values():
+            self.start.summary.check(own.denoiser.event_shape)
         params, params_opt_state = init_params(bound, self.m_step.params.optimizer)
         bound = bound.with_params(params)
         priors = choose_units(bound, priors, sites)

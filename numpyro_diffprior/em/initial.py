@@ -23,7 +23,7 @@ from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
-from numpyro_diffprior.reading.model import BoundModel, GroupReading
+from numpyro_diffprior.reading.model import BoundModel, GroupReading, spaced
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
@@ -43,10 +43,10 @@ class GaussianStart:
 
     Args:
         num_iterations: The number of EM iterations of its fit.
-        summary: The form of the Gaussians, in M-steps too. They are fitted in closed form or by
-            sampling.
+        summary: The form of the Gaussians, in M-steps too.
         max_events: The number of events, evenly spaced, from which the Gaussians of linear models
-            are fitted; all of them take part in E-steps.
+            are fitted. Events that are in memory together all take part, and so do all events in
+            E-steps.
     """
 
     num_iterations: int = 32
@@ -88,11 +88,12 @@ def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
     (group,) = model.reading.groups
     (plate,) = group.latents.plates
 
-    num_events = min(plate.size, start.max_events)
+    # The elements of a plate that is not divided are read together.
+    num_events = plate.size if group.divided is None else min(plate.size, start.max_events)
+    chosen = jnp.asarray(spaced(num_events, plate.size))
 
     def read_block(index: jax.Array) -> Likelihood:
-        spread = index * (plate.size // num_events)
-        return group.bind(model.data, {plate.name: spread}).likelihood
+        return group.bind(model.data, {plate.name: chosen[index]}).likelihood
 
     fit = fit_gaussian(
         read_block,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -167,7 +168,7 @@ def _fit_prior(
     return Trained(denoiser, training, losses)
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=1)
 def summarize(x: jax.Array, summary: GaussianSummary) -> tuple[jax.Array, Covariance]:
     """Return mean and covariance of events, with shape ``(n, *event)``."""
     return summary(x)

@@ -65,13 +65,15 @@ class MMPS(Guidance):
         covariance: The covariance :math:`V`. Tweedie's takes one vector-Jacobian product of the
             network per observed value or step of the solver; the closed forms take none.
         max_dense: The number of observed values per event up to which :math:`S` is built and
-            solved as a matrix (default: 16 with Tweedie's covariance, 1,024 to look ahead, else
-            128); beyond, conjugate gradients solve without it. Diagonal and low-rank covariances
-            need no matrix for likelihoods that are elementwise, at any number of values.
+            solved as a matrix (default: 16 with Tweedie's covariance, 1,024 if ``look_ahead``,
+            otherwise 128); beyond, conjugate gradients solve without it, which cannot be
+            differentiated in reverse mode. Diagonal and low-rank covariances need no matrix for
+            likelihoods that are elementwise, at any number of values.
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
-            `ConjugateGradients`). What is left is in the statistics, as ``residual``.
+            `ConjugateGradients`). The remaining relative residual is reported in the statistics
+            of draws, as ``residual``.
         look_ahead: Whether particle proposals look ahead instead of being guided; see
             `numpyro_diffprior.particles.proposals`. Proposals only look ahead with a closed form
             for :math:`V`, a linear mean and direct solves; they are guided otherwise.
@@ -119,7 +121,7 @@ class MMPS(Guidance):
         """Return the solver that fits the structure of covariance and likelihood."""
         zeros = jnp.zeros((*likelihood.batch_shape, *denoiser.event_shape), denoiser.dtype)
         cov = self.covariance.closed_form(denoiser, jnp.ones((), denoiser.dtype))
-        if likelihood.elementwise and cov is not None and not cov.updates_densely:
+        if likelihood.elementwise and cov is not None and not cov.has_dense_update:
             if not likelihood.linear:
                 return ElementwiseSolve()
             local = likelihood.linearize(zeros)
@@ -199,14 +201,14 @@ class _Posterior(GuidedDenoiser):
     def _pull(self, x_hat: jax.Array, mode: _Mode, pull: Product) -> jax.Array:
         r"""Return the correction :math:`u = \sigma^2 J^T b`, or less of it where it overshoots.
 
-        The denoiser's own Jacobian knows better than a closed form :math:`V` how the elements of
-        an event are related. But if :math:`V` is much too small, :math:`u` is much larger than
-        :math:`v = V b`, and the steps of a sampler diverge. The energy
+        The denoiser's own Jacobian is more accurate than a closed form :math:`V`. But if :math:`V`
+        is much too small, :math:`u` is much larger than :math:`v = V b`, and the steps of a
+        sampler diverge. The energy
         :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta` is least at
-        :math:`v`, where it is :math:`-\tfrac{1}{2} s^T v`; from there to
-        :math:`v + \alpha (u - v)` the likelihood's part rises by
-        :math:`\tfrac{1}{2} \alpha^2 q` with :math:`q = (u - v)^T \Lambda (u - v)`. With
-        :math:`\alpha = \min(1, s^T v / q)` it stays below that of no correction.
+        :math:`v`, where it is :math:`-\tfrac{1}{2} s^T v`. From there to
+        :math:`v + \alpha (u - v)` the likelihood's part of it rises by
+        :math:`\tfrac{1}{2} \alpha^2 q` with :math:`q = (u - v)^T \Lambda (u - v)`: by no more
+        than :math:`v` gains, with :math:`\alpha = \min(1, s^T v / q)`.
         """
         x = x_hat if self.likelihood.linear else x_hat + mode.shift.reshape(x_hat.shape)
         local = self.likelihood.linearize(x)

@@ -72,7 +72,7 @@ class Covariance(ABC):
             """Dimension of the vectors."""
 
     @property
-    def updates_densely(self) -> bool:
+    def has_dense_update(self) -> bool:
         """Whether `update` takes matrices of the covariance's size."""
         return True
 
@@ -176,7 +176,7 @@ class Isotropic(Covariance):
     size: int = field(metadata={"static": True})
 
     @property
-    def updates_densely(self) -> bool:
+    def has_dense_update(self) -> bool:
         return False
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -223,7 +223,7 @@ class Diagonal(Covariance):
         return self.variances.shape[-1]
 
     @property
-    def updates_densely(self) -> bool:
+    def has_dense_update(self) -> bool:
         return False
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -275,7 +275,7 @@ class DiagonalPlusLowRank(Covariance):
         return self.diag.shape[-1]
 
     @property
-    def updates_densely(self) -> bool:
+    def has_dense_update(self) -> bool:
         return False
 
     def matvec(self, v: jax.Array) -> jax.Array:
@@ -438,8 +438,8 @@ class Blocks(Covariance):
         return sum(block.size for block in self.blocks)
 
     @property
-    def updates_densely(self) -> bool:
-        return any(block.updates_densely for block in self.blocks)
+    def has_dense_update(self) -> bool:
+        return any(block.has_dense_update for block in self.blocks)
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return _join([block.matvec(part) for block, part in self._parts(v)])
@@ -501,8 +501,8 @@ class Repeated(Covariance):
         return self.num * self.block.size
 
     @property
-    def updates_densely(self) -> bool:
-        return self.block.updates_densely
+    def has_dense_update(self) -> bool:
+        return self.block.has_dense_update
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self._merge(self.block.matvec(self._split(v)))

@@ -35,8 +35,11 @@ class GaussianSummary(ABC):
 
     @property
     def rank(self) -> int | None:
-        """The rank of a low-rank covariance, or None for another form."""
+        """The rank of a low-rank covariance; None if EM has no closed form for the summary."""
         return None
+
+    def check(self, event_shape: tuple[int, ...]) -> None:  # noqa: B027 - by default all fit
+        """Raise a `ValueError` if events of a shape do not fit."""
 
 
 @jax.tree_util.register_static
@@ -78,6 +81,13 @@ class StationarySummary(GaussianSummary):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
         return stationary_gaussian(x, num_axes=self.num_axes)
+
+    def check(self, event_shape: tuple[int, ...]) -> None:
+        if len(event_shape) < self.num_axes:
+            raise ValueError(
+                f"StationarySummary: a grid of {self.num_axes} axes does not fit events of shape "
+                f"{event_shape}; pass num_axes={len(event_shape)} or another summary."
+            )
 
 
 def empirical_gaussian(

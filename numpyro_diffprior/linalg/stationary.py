@@ -83,9 +83,10 @@ class Stationary(Covariance):
         axes = tuple(range(-1 - len(self.grid), -1))
         half = slice(self.grid[-1] // 2 + 1)  # the spectrum of real fields
         power = power.reshape(*power.shape[:-1], *self.grid, self.num_channels)[..., half, :]
+        v = v.astype(jnp.result_type(v, power))
         rotated = matmul(v.reshape(*v.shape[:-1], -1, self.num_channels), self.rotation)
         fields = rotated.reshape(*rotated.shape[:-2], *self.grid, self.num_channels)
         fields = jnp.fft.irfftn(power * jnp.fft.rfftn(fields, axes=axes), s=self.grid, axes=axes)
         rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
         product = matmul(rotated, self.rotation.mT)
-        return product.reshape(*product.shape[:-2], self.size).astype(v.dtype)
+        return product.reshape(*product.shape[:-2], self.size)

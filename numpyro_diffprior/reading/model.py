@@ -368,12 +368,20 @@ class GroupReading:
         return plate, self.reading.blocks[plate.name]
 
     def some_blocks(self, max_elements: int) -> np.ndarray | None:
-        """Return evenly spaced blocks of that many elements in all, or None if these are all."""
+        """Return blocks of evenly spaced elements of the divided plate, or None for all elements.
+
+        A plate that is not divided is taken whole.
+
+        Args:
+            max_elements: The largest number of elements, if it is that of a block or more.
+        """
         if self.divided is None:
             return None
         plate, size = self.divided
-        blocks, num = block_indices(plate.size, size), max(1, max_elements // size)
-        return None if num >= len(blocks) else blocks[:: len(blocks) // num][:num]
+        num = max(1, max_elements // size)
+        if num * size >= plate.size:
+            return None
+        return spaced(num * size, plate.size).reshape(num, size)
 
     def over_blocks(
         self,
@@ -427,6 +435,11 @@ class GroupReading:
             return staged(*(values[name] for name in self.latents.names))
 
         return evaluate
+
+
+def spaced(num: int, size: int) -> np.ndarray:
+    """Return ``num`` evenly spaced indices of an axis."""
+    return ((2 * np.arange(num) + 1) * size // (2 * num)).astype(np.int32)
 
 
 def block_indices(size: int, block_size: int, num_blocks: int | None = None) -> np.ndarray:
