@@ -387,6 +387,7 @@ def test_draws_that_miss_the_data_warn_once():
         sample_posterior(jax.random.key(0), model, PRIOR, mask, y, num_samples=4)
 
 
+@pytest.mark.filterwarnings("ignore:draws of one particle are biased")  # they are, a little
 def test_a_covariance_that_is_much_too_small_keeps_draws_stable():
     """Without shortened corrections, the mean of these draws is a hundred deviations off."""
     size, noise = 12, 0.03
