@@ -147,8 +147,8 @@ def _plan(executable: Any) -> _Plan | None:
 def free_bytes(device: jax.Device) -> int | None:
     """Return the memory that a program on a device can use, or None if that is not known.
 
-    On accelerators it is all memory that JAX manages, since asynchronous programs that free their
-    memory soon may still hold some of it.
+    On accelerators it is all memory that JAX manages, since programs that still run asynchronously
+    may hold memory that they are about to free.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")

@@ -150,10 +150,10 @@ class Sampler:
         return Levels(previous, sigmas[:-1], sigmas[1:])
 
     def levels_and_last(self, denoiser: Denoiser) -> Levels:
-        """Return the levels of all steps, and of one that starts from the last level.
+        """Return the levels of all steps, followed by those of a step from the last level.
 
-        The result of that step is discarded; its evaluation of the denoiser is the last. As a part
-        of the loop over steps it is not compiled again.
+        Only the evaluation of the denoiser in that step is used, as the sampler's result. Inside
+        of the loop over steps the network need not be compiled a second time.
         """
         levels = self.levels(denoiser)
         # Any level below the last serves as the end of the discarded step.

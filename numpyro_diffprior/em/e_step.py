@@ -48,7 +48,7 @@ class EStep:
     def __post_init__(self) -> None:
         names = ("num_particles", "num_draws")
         set_fields(self, **{n: check_count("EStep", n, getattr(self, n)) for n in names})
-        BatchLimit.of("EStep", self.max_batch_size, default=1)  # checked
+        BatchLimit.of("EStep", self.max_batch_size, default=1)  # raises if it is not valid
 
     @property
     def limit(self) -> BatchLimit:

@@ -176,7 +176,7 @@ def _misfits(
     Only compiled where some are large: the incomplete gamma function takes seconds to compile.
     """
     pvalue = gammaincc(num_residuals / 2, num_residuals * reduced_chi_square / 2)
-    # Without a p-value, which infinite residuals do not have, a draw does not fit.
+    # A draw whose p-value is NaN, because its residuals are infinite, counts as a misfit.
     significant = ~(pvalue > _SMALL_PVALUE / reduced_chi_square.size)
     misfits = (reduced_chi_square >= _LARGE_CHI_SQUARE) & significant
     return jnp.sum(misfits), jnp.nanmax(reduced_chi_square)
