@@ -31,7 +31,7 @@ from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.reading.reader import read
 
 NOISE = 0.1
-BATCHES = {"8x8": 256, "28x28": 64, "32x32x3": 64, "64x64x2": 16}
+BATCHES = {"8x8": 256, "16x16": 128, "28x28": 64, "32x32x3": 64, "64x64x2": 16}
 SIZES = tuple(BATCHES)
 BAND = 0.15
 
