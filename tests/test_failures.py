@@ -43,6 +43,10 @@ def make_em(optimizer, **options):
     )
 
 
+def stationary(power):
+    return ndp.linalg.Stationary(power, jnp.eye(1), (4,))
+
+
 def train(**options):
     state = ndp.training.init_training(make_prior().denoiser, optax.sgd(1e-3))
     options = {"num_steps": 1, "batch_size": 4} | options
@@ -226,6 +230,18 @@ NUMBERS = {
     ),
     "has negative variances": lambda: ndp.GaussianDenoiser(
         jnp.zeros(2), ndp.linalg.Diagonal(jnp.asarray([1.0, -1.0]))
+    ),
+    "each of 1 channels, got 6 eigenvalues": lambda: ndp.GaussianDenoiser(
+        jnp.zeros(6), stationary(jnp.ones(6))
+    ),
+    "power >= 0 of a stationary covariance, got -1": lambda: ndp.GaussianDenoiser(
+        jnp.zeros(4), stationary(jnp.asarray([1.0, -1.0, 1.0, -1.0]))
+    ),
+    "opposite frequencies, since fields are real, .* differ by 0.5": lambda: ndp.GaussianDenoiser(
+        jnp.zeros(5),
+        ndp.linalg.Blocks(
+            (stationary(jnp.asarray([1.0, 1.0, 1.0, 1.5])), ndp.linalg.Isotropic(1.0, 1))
+        ),
     ),
     "weights that are not negative and sum to one": lambda: ndp.MixtureDenoiser(
         [-0.5, 1.5], jnp.zeros((2, 2)), jnp.eye(2)

@@ -16,6 +16,7 @@ from numpyro_diffprior.linalg.covariances import (
     Isotropic,
 )
 from numpyro_diffprior.linalg.empirical import empirical_gaussian, stationary_gaussian
+from numpyro_diffprior.linalg.stationary import Stationary
 from tests.covariances import (
     CASES,
     DTYPE,
@@ -162,6 +163,13 @@ def test_add_keeps_structure(make_a: Make, make_b: Make, kind: type[Covariance])
 def test_add_blocks_of_other_sizes():
     a, b = (Blocks((Isotropic(1.0, n), Isotropic(2.0, 5 - n))) for n in (2, 3))
     assert_close((a + b).dense(), np.diag([2.0, 2.0, 3.0, 4.0, 4.0]))
+
+
+def test_add_keeps_stationary_fields_of_one_channel():
+    power = jnp.asarray([[3.0, 1.0, 0.5, 1.0], [1.0, 2.0, 4.0, 2.0]])
+    a, b = (Stationary(p, jnp.eye(1), (4,)) for p in power)
+    assert isinstance(a + b, Stationary)
+    assert_close((a + b).dense(), a.dense() + b.dense())
 
 
 def test_add_refuses_other_sizes():

@@ -211,17 +211,13 @@ def as_covariance(name: str, cov: Covariance | ArrayLike, dtype: jnp.dtype) -> C
     """Convert a `Covariance`, or matrices ``(*batch, d, d)``, to a `Covariance` of this dtype.
 
     Raises:
-        ValueError: If matrices are not square, symmetric and positive semi-definite, or variances
-            are negative.
+        ValueError: If matrices are not square, symmetric and positive semi-definite, or the
+            parameters of a `Covariance` are not valid.
     """
     if isinstance(cov, Covariance):
         converted: Covariance = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), cov)
-        variances = converted.diagonal()
-        if not isinstance(variances, jax.core.Tracer) and bool((variances < 0).any()):
-            raise ValueError(
-                f"{name}: expected variances >= 0, got a covariance that has negative variances, "
-                f"the smallest {float(variances.min()):.3g}."
-            )
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(converted)):
+            converted.check(name)
         return converted
     matrix = jnp.asarray(cov, dtype)
     if not isinstance(matrix, jax.core.Tracer):

@@ -76,6 +76,15 @@ class Covariance(ABC):
         """Whether `update` takes matrices of the covariance's size."""
         return True
 
+    def check(self, name: str) -> None:
+        """Raise a `ValueError` of ``name`` if known parameters are not those of a covariance."""
+        variances = self.diagonal()
+        if bool((variances < 0).any()):
+            raise ValueError(
+                f"{name}: expected variances >= 0, got a covariance that has negative variances, "
+                f"the smallest {float(variances.min()):.3g}."
+            )
+
     @abstractmethod
     def matvec(self, v: jax.Array) -> jax.Array:
         r"""Return :math:`\Sigma v`, with shape ``(*batch, size)``."""
@@ -441,6 +450,10 @@ class Blocks(Covariance):
     def has_dense_update(self) -> bool:
         return any(block.has_dense_update for block in self.blocks)
 
+    def check(self, name: str) -> None:
+        for block in self.blocks:
+            block.check(name)
+
     def matvec(self, v: jax.Array) -> jax.Array:
         return _join([block.matvec(part) for block, part in self._parts(v)])
 
@@ -503,6 +516,9 @@ class Repeated(Covariance):
     @property
     def has_dense_update(self) -> bool:
         return self.block.has_dense_update
+
+    def check(self, name: str) -> None:
+        self.block.check(name)
 
     def matvec(self, v: jax.Array) -> jax.Array:
         return self._merge(self.block.matvec(self._split(v)))

@@ -3,9 +3,11 @@ r"""Stationary covariances of fields on a periodic grid, diagonal in the Fourier
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
 
 from dataclasses import dataclass, field
+from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_diffprior.linalg.batched import append_axis, apply, matmul
@@ -69,6 +71,32 @@ class Stationary(Covariance):
 
     def conditional(self, variance: ArrayLike) -> "Stationary":
         return self._with(parallel(self.eigenvalues, append_axis(variance)))
+
+    def check(self, name: str) -> None:
+        if prod(self.grid) * self.num_channels != self.size:
+            raise ValueError(
+                f"{name}: expected a power for each frequency of the grid {self.grid} and each of "
+                f"{self.num_channels} channels, got {self.size} eigenvalues."
+            )
+        power = np.asarray(self.eigenvalues, np.float64)
+        if (power < 0).any():
+            raise ValueError(
+                f"{name}: expected power >= 0 of a stationary covariance, got {power.min():.3g}."
+            )
+        power = power.reshape(*power.shape[:-1], *self.grid, self.num_channels)
+        axes = tuple(range(-1 - len(self.grid), -1))
+        opposite = np.roll(np.flip(power, axes), 1, axes)
+        if not np.allclose(power, opposite, rtol=1e-3, atol=1e-6 * power.max(), equal_nan=True):
+            raise ValueError(
+                f"{name}: expected equal power of opposite frequencies, since fields are real, "
+                f"got powers that differ by {np.abs(power - opposite).max():.3g}; take their mean."
+            )
+
+    def __add__(self, other: Covariance) -> Covariance:
+        # More channels may have other rotations, which are unknown while a program is compiled.
+        if isinstance(other, Stationary) and self.grid == other.grid and self.num_channels == 1:
+            return self._with(self.eigenvalues + other.eigenvalues)
+        return super().__add__(other)
 
     @property
     def num_channels(self) -> int:
