@@ -9,6 +9,7 @@ The top level has the names of the guide; the namespaces `guidance`, `linalg`, `
 """
 
 from numpyro_diffprior import guidance, linalg, metrics
+from numpyro_diffprior._compile.named import from_arrays, to_arrays
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.function import FunctionDenoiser
@@ -69,6 +70,7 @@ __all__ = [
     "calibrate",
     "complex_noise",
     "fit_denoiser",
+    "from_arrays",
     "gaussian_moments",
     "guidance",
     "linalg",
@@ -79,5 +81,6 @@ __all__ = [
     "noise",
     "sample_posterior",
     "samplers",
+    "to_arrays",
     "training",
 ]

@@ -32,6 +32,7 @@ SMALLER = {
         "ndp.MLP((4,), ": "ndp.MLP((4,), features=(8,), ",
         "ndp.MLP((3,), ": "ndp.MLP((3,), features=(8,), ",
         "key(3), 64, ": "key(3), 2, ",
+        "key(3), 16, ": "key(3), 1, ",
         "key(15), 32, ": "key(15), 2, ",
         "key(17), 32, ": "key(17), 2, ",
         "key(19), 32, ": "key(19), 2, ",

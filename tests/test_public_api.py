@@ -46,6 +46,7 @@ PUBLIC = [
     "calibrate",
     "complex_noise",
     "fit_denoiser",
+    "from_arrays",
     "gaussian_moments",
     "guidance",
     "linalg",
@@ -56,6 +57,7 @@ PUBLIC = [
     "noise",
     "sample_posterior",
     "samplers",
+    "to_arrays",
     "training",
 ]
 NAMESPACES = ["guidance", "linalg", "metrics", "noise", "samplers", "training"]

@@ -21,6 +21,7 @@ References:
 """
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,15 +31,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import init_training
+from numpyro_diffprior.em.checkpoints import (
+    Checkpoints,
+    describe,
+    describe_arrays,
+    describe_model,
+    describe_optimizers,
+)
 from numpyro_diffprior.em.e_step import EStep, compare_draws, draw_events, no_draws
 from numpyro_diffprior.em.initial import (
+    Gaussian,
     GaussianStart,
+    blank_gaussian,
     choose_units,
     fit_by_sampling,
     fit_in_closed_form,
@@ -47,13 +57,15 @@ from numpyro_diffprior.em.initial import (
 from numpyro_diffprior.em.m_step import MStep, fit_priors
 from numpyro_diffprior.em.params import fit_params, init_params
 from numpyro_diffprior.em.sites import (
+    Priors,
+    Sites,
     as_dict,
     read_contexts,
     read_sites,
     replace_non_finite,
     with_network,
 )
-from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
+from numpyro_diffprior.em.state import Best, EMMetrics, EMResult, EMState, Progress
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_options
@@ -170,22 +182,8 @@ class EM:
                 params,
                 self.mesh,
             )
-        initial = {
-            key: cast(NetworkDenoiser, prior.denoiser).with_gaussian(*gaussians[key])
-            for key, prior in with_network(priors).items()
-        }
-        for key, denoiser in initial.items():
-            priors[key] = priors[key].replace_denoiser(denoiser)
-        return EMState(
-            priors=priors,
-            training={k: init_training(d, self.optimizer) for k, d in initial.items()},
-            initial=initial,
-            params=params,
-            params_opt_state=params_opt_state,
-            draws=no_draws(bound, self.e_step.num_draws),
-            rng_key=rng_key,
-            num_iterations=0,
-            sites=sites,
+        return self._first_state(
+            rng_key, priors, gaussians, params, params_opt_state, bound, sites
         )
 
     def update(self, state: EMState, *args: Any, **kwargs: Any) -> tuple[EMState, EMMetrics]:
@@ -281,6 +279,8 @@ class EM:
         *args: Any,
         progress_bar: bool = True,
         callback: Callable[[EMState, EMMetrics], bool | None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        save_every: int = 1,
         init_state: EMState | None = None,
         heldout: tuple[Any, ...] | Mapping[str, Any] | None = None,
         patience: int | None = None,
@@ -300,6 +300,11 @@ class EM:
             progress_bar: Whether to show a progress bar.
             callback: A function of state and metrics, called after every iteration; if it returns
                 True, the run ends.
+            checkpoint: A folder for checkpoints. If it holds one of this run, the run goes on from
+                there and ends with the same numbers as if it had never stopped. The last three are
+                kept, with the best priors so far.
+            save_every: The number of iterations from one checkpoint to the next. The Gaussian
+                start and the end of a run have one in any case.
             init_state: A state to continue from, in place of ``prior``.
             heldout: The model's arguments for held-out events: a tuple of all of those after the
                 prior, or a dict of the keyword arguments that differ. After every iteration,
@@ -312,39 +317,56 @@ class EM:
 
         Raises:
             ValueError: See `init`; if ``num_iterations`` is not positive; if ``patience`` is
-                given without ``heldout``; or if ``heldout`` is, but the sampler is deterministic.
+                given without ``heldout``; if ``heldout`` is, but the sampler is deterministic; or
+                if a checkpoint is damaged, or is that of a run with another model, data, random
+                key or settings.
+            OSError: If the folder of checkpoints cannot be written to.
         """
         check_names(EM.run, self.model, 1 + len(args), locals())
         self._check_run(num_iterations, prior, init_state, heldout, patience)
-        state = self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
+        arguments = args, kwargs
         # `init` splits the key in two; this is a third one.
         key_heldout = jax.random.fold_in(rng_key, 2)
-        best, best_evidence, waited, history = state, -math.inf, 0, []
+        progress, checkpoints = None, None
+        if checkpoint is not None:
+            every = check_count("EM.run", "save_every", save_every)
+            template, conditions = self._describe(rng_key, prior, arguments, init_state, heldout)
+            checkpoints = Checkpoints(checkpoint, every, conditions)
+            progress = checkpoints.load(template)
+        if progress is None:
+            state = (
+                self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
+            )
+            progress = Progress(state, Best.of(state), [])
         try:
-            if heldout is not None and init_state is not None:
-                heldout_evidence = self._evaluate_heldout(
-                    key_heldout, state, heldout, (args, kwargs)
-                )
+            if heldout is not None and init_state is not None and not progress.history:
+                first = self._evaluate_heldout(key_heldout, init_state, heldout, arguments)
                 # In this order, `max` ignores NaN.
-                best_evidence = max(best_evidence, float(heldout_evidence.total))
-            with trange(num_iterations, disable=not progress_bar, desc="EM") as iterations:
-                for _ in iterations:
-                    state, metrics = self.update(state, *args, **kwargs)
+                progress = progress._replace(
+                    best=Best.of(init_state, max(-math.inf, float(first.total)))
+                )
+            if checkpoints is not None:
+                checkpoints.save(progress)
+            done = len(progress.history)
+            with tqdm(
+                total=num_iterations, initial=done, disable=not progress_bar, desc="EM"
+            ) as bar:
+                while not progress.is_over(num_iterations, patience):
+                    state, metrics = self.update(progress.state, *args, **kwargs)
+                    evidence = None
                     if heldout is not None:
-                        heldout_evidence = self._evaluate_heldout(
-                            key_heldout, state, heldout, (args, kwargs)
-                        )
+                        found = self._evaluate_heldout(key_heldout, state, heldout, arguments)
+                        evidence = float(found.total)
                         metrics = metrics._replace(
-                            heldout_log_evidence=heldout_evidence.total,
-                            heldout_standard_error=heldout_evidence.total_standard_error,
+                            heldout_log_evidence=found.total,
+                            heldout_standard_error=found.total_standard_error,
                         )
-                    history.append(metrics)
-                    evidence = float(metrics.heldout_log_evidence)
-                    if heldout is None or evidence > best_evidence:
-                        best, best_evidence, waited = state, evidence, 0
-                    else:
-                        waited += 1
-                    iterations.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
+                    best = progress.best.after(state, evidence)
+                    progress = Progress(state, best, [*progress.history, metrics])
+                    bar.update()
+                    bar.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
+                    if checkpoints is not None:
+                        checkpoints.save(progress)
                     if metrics.diverged:
                         warnings.warn(
                             f"EM: the training of iteration {state.num_iterations} diverged: its "
@@ -356,26 +378,116 @@ class EM:
                         break
                     if callback is not None and callback(state, metrics):
                         break
-                    if patience is not None and waited >= patience:
-                        break
         except KeyboardInterrupt:
             warnings.warn(
-                f"EM: interrupted in iteration {state.num_iterations + 1}; the result is that of "
-                "the iterations before.",
+                f"EM: interrupted in iteration {progress.state.num_iterations + 1}; the result is "
+                "that of the iterations before.",
                 stacklevel=2,
             )
         except Exception as error:
-            error.em_state = state  # type: ignore[attr-defined]
+            error.em_state = progress.state  # type: ignore[attr-defined]
             raise
-        columns = zip(*history, strict=True) if history else [[]] * len(EMMetrics._fields)
-        metrics = EMMetrics(*(jnp.stack(c) if c else jnp.zeros(0) for c in columns))
-        return EMResult(
-            prior=state.prior,
-            state=state,
-            history=metrics,
-            best=best.prior,
-            params=state.params,
-            best_params=best.params,
+        finally:
+            if checkpoints is not None:
+                checkpoints.save(progress, now=True)
+                checkpoints.close()
+        return progress.result()
+
+    def load_state(
+        self, folder: str | os.PathLike[str], prior: Any, *args: Any, **kwargs: Any
+    ) -> EMState:
+        """Return the last state in a folder of checkpoints of `run`.
+
+        To go on under other conditions (more particles, another optimizer of the same structure,
+        more data), pass it as ``init_state`` of a run with a folder of its own.
+
+        Args:
+            folder: The folder.
+            prior: The prior, of the same structure as that of the run, trained or not.
+            *args: The model's arguments after the prior.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint in the folder.
+            ValueError: If the checkpoint cannot be read, or has another structure.
+        """
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"EM.load_state: there is no folder '{folder}'.")
+        template, _ = self._describe(jax.random.key(0), prior, (args, kwargs))
+        checkpoints = Checkpoints(folder)
+        try:
+            progress = checkpoints.load(template)
+        finally:
+            checkpoints.close()
+        if progress is None:
+            raise FileNotFoundError(f"EM.load_state: there is no checkpoint in '{folder}'.")
+        return progress.state
+
+    def _describe(
+        self,
+        rng_key: jax.Array,
+        prior: Any,
+        arguments: Arguments,
+        init_state: EMState | None = None,
+        heldout: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    ) -> tuple[EMState, dict[str, str]]:
+        """Describe a run for its checkpoints.
+
+        Returns:
+            A state of the structure of the run's, whose values are ignored, and descriptions of
+            all that its numbers depend on, by name.
+        """
+        args, kwargs = arguments
+        # Read as on one device, since a run may go on on others.
+        size = block_size(self.e_step.num_particles, self.e_step.num_draws, self.e_step.limit)
+        bound = read(self.model, (prior, *args), kwargs, block_size=size)
+        template = init_state
+        if template is None:
+            sites, priors = read_sites(prior, bound.reading), as_dict(prior)
+            gaussians = {
+                key: blank_gaussian(own.denoiser, self.start.summary)
+                for key, own in with_network(priors).items()
+            }
+            params = init_params(bound, self.m_step.params.optimizer)
+            template = self._first_state(rng_key, priors, gaussians, *params, bound, sites)
+        samplers = {key: own.sampler for key, own in as_dict(prior).items()}
+        conditions = {
+            "the random key": describe_arrays(rng_key),
+            "the E-step": describe((self.e_step, samplers)),
+            "the M-step": describe(self.m_step),
+            "the start": describe(self.start) if init_state is None else describe_arrays(template),
+            "the held-out data": describe_arrays(heldout),
+            "the optimizer": describe_optimizers(self.optimizer, template),
+            **describe_model(bound, self.model, (prior, *args), kwargs),
+        }
+        return template, conditions
+
+    def _first_state(
+        self,
+        rng_key: jax.Array,
+        priors: Priors,
+        gaussians: Mapping[str, Gaussian],
+        params: dict[str, jax.Array],
+        params_opt_state: optax.OptState,
+        model: BoundModel,
+        sites: Sites,
+    ) -> EMState:
+        """Return the state before the first iteration, given the fitted Gaussians."""
+        initial = {
+            key: cast(NetworkDenoiser, prior.denoiser).with_gaussian(*gaussians[key])
+            for key, prior in with_network(priors).items()
+        }
+        learned = {key: priors[key].replace_denoiser(own) for key, own in initial.items()}
+        return EMState(
+            priors=priors | learned,
+            training={k: init_training(d, self.optimizer) for k, d in initial.items()},
+            initial=initial,
+            params=params,
+            params_opt_state=params_opt_state,
+            draws=no_draws(model, self.e_step.num_draws),
+            rng_key=rng_key,
+            num_iterations=0,
+            sites=sites,
         )
 
     def _check_run(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, set_fields
-from numpyro_diffprior.denoisers.denoiser import choose_unit
+from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.e_step import EStep, draw_events
@@ -28,7 +28,9 @@ from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
 __all__ = [
+    "Gaussian",
     "GaussianStart",
+    "blank_gaussian",
     "choose_units",
     "fit_by_sampling",
     "fit_in_closed_form",
@@ -65,6 +67,14 @@ class GaussianStart:
 
 
 Gaussian = tuple[jax.Array, Covariance]
+
+
+def blank_gaussian(denoiser: Denoiser, summary: GaussianSummary) -> Gaussian:
+    """Return a Gaussian of the form of a summary, all of whose numbers are one."""
+    events = jax.ShapeDtypeStruct((2, *denoiser.event_shape), denoiser.dtype)
+    form = jax.eval_shape(summary, events)
+    blank: Gaussian = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), form)
+    return blank
 
 
 def has_closed_form(model: BoundModel, start: GaussianStart) -> bool:

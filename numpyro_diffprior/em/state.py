@@ -1,15 +1,17 @@
 r"""The state, metrics and result of expectation maximization."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import TrainState
 from numpyro_diffprior.em.sites import Priors, Sites
 
-__all__ = ["EMMetrics", "EMResult", "EMState"]
+__all__ = ["Best", "EMMetrics", "EMResult", "EMState", "Progress"]
 
 
 class EMState(NamedTuple):
@@ -105,3 +107,72 @@ class EMResult(NamedTuple):
     best: Any
     params: dict[str, jax.Array]
     best_params: dict[str, jax.Array]
+
+
+class Best(NamedTuple):
+    """What the held-out log-evidence selects.
+
+    Attributes:
+        priors: The priors of the best iteration so far.
+        params: The values of the model's ``numpyro.param`` sites then.
+        log_evidence: Their held-out log-evidence.
+        num_waited: The number of iterations since.
+    """
+
+    priors: Priors
+    params: dict[str, jax.Array]
+    log_evidence: float
+    num_waited: int
+
+    @classmethod
+    def of(cls, state: EMState, log_evidence: float = -math.inf) -> "Best":
+        """Return a state as the best one so far."""
+        return cls(state.priors, state.params, log_evidence, 0)
+
+    def after(self, state: EMState, log_evidence: float | None) -> "Best":
+        """Return the best after an iteration: the iteration itself without held-out events."""
+        if log_evidence is None:
+            return Best.of(state)
+        if log_evidence > self.log_evidence:
+            return Best.of(state, log_evidence)
+        return self._replace(num_waited=self.num_waited + 1)
+
+
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        state: The current state.
+        best: The best priors so far.
+        history: The metrics of each iteration.
+    """
+
+    state: EMState
+    best: Best
+    history: list[EMMetrics]
+
+    @property
+    def columns(self) -> EMMetrics:
+        """The metrics as arrays, with shape ``(num_iterations,)``."""
+        columns = (
+            zip(*self.history, strict=True) if self.history else [[]] * len(EMMetrics._fields)
+        )
+        return EMMetrics(*(jnp.stack(c) if c else jnp.zeros(0) for c in columns))
+
+    def is_over(self, num_iterations: int, patience: int | None) -> bool:
+        """Whether a run of at most this number of iterations ends here."""
+        has_diverged = bool(self.history) and bool(self.history[-1].diverged)
+        is_worse = patience is not None and self.best.num_waited >= patience
+        return len(self.history) >= num_iterations or has_diverged or is_worse
+
+    def result(self) -> EMResult:
+        """Return the result of the iterations so far."""
+        state, best, _ = self
+        return EMResult(
+            prior=state.prior,
+            state=state,
+            history=self.columns,
+            best=state.sites.as_passed(best.priors),
+            params=state.params,
+            best_params=best.params,
+        )

@@ -1,0 +1,323 @@
+"""Runs of EM that stop and go on, with the same numbers as if they had not stopped."""
+
+import io
+import json
+import pickle
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+from safetensors import numpy as safetensors
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.em import em as em_module
+from numpyro_diffprior.infer.evidence import LogEvidence
+
+N, D, NOISE = 60, 2, 0.3
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+Y = jnp.asarray(RNG.normal(size=(N, D)) * [1.0, 2.0] + 1, "float32")
+
+
+def model(prior, y=None):
+    noise = numpyro.param("noise", NOISE, constraint=dist.constraints.positive)
+    with numpyro.plate("n", N):
+        y = None if y is None else numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def make_prior(features=8):
+    net = ndp.MLP((D,), features=(features,), embedding=8, dropout=0.1, rngs=nnx.Rngs(0))
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(4))
+
+
+def make_em(model=model, learning_rate=1e-3, num_particles=2, **options):
+    return ndp.EM(
+        model,
+        optax.adam(learning_rate),
+        e_step=ndp.EStep(num_particles, max_batch_size=32),
+        m_step=ndp.MStep(num_steps=4, batch_size=16),
+        start=ndp.GaussianStart(num_iterations=4),
+        **options,
+    )
+
+
+def run(em, num_iterations, folder=None, prior=None, y=Y, key=KEY, **options):
+    return em.run(
+        key,
+        num_iterations,
+        make_prior() if prior is None else prior,
+        y,
+        progress_bar=False,
+        checkpoint=folder,
+        **options,
+    )
+
+
+def assert_same(a, b):
+    """Bit by bit, except for times."""
+    a, b = (
+        r._replace(history=r.history._replace(e_step_seconds=0, m_step_seconds=0)) for r in (a, b)
+    )
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(*(ndp.to_arrays(r).values() for r in (a, b)), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The result of a run of four iterations without checkpoints."""
+    return run(make_em(), 4, heldout=(Y,))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run that was stopped after two iterations."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    assert run(make_em(), 2, folder, heldout=(Y,)).history.loss.shape == (2,)
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_same_numbers(folder, whole):
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "2"]
+    for _ in range(2):  # at its end, it returns what it ended with
+        assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+
+def test_a_run_goes_on_from_what_was_not_yet_saved(tmp_path, whole):
+    """Every third iteration is saved, and the one before an error."""
+
+    def fail(state, metrics):
+        if state.num_iterations == 2:
+            raise RuntimeError("my own mistake")
+
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        run(make_em(), 4, folder, heldout=(Y,), save_every=3, callback=fail)
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "2"]
+    assert_same(run(make_em(), 4, folder, heldout=(Y,), save_every=3), whole)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+
+def test_the_best_priors_are_kept(tmp_path, monkeypatch):
+    """Those of the second iteration, after which the run was stopped twice."""
+
+    def judge(values):
+        def known(*_, **__):
+            return LogEvidence(jnp.asarray([next(values)]), jnp.ones(1))
+
+        monkeypatch.setattr(em_module, "estimate_evidence", known)
+
+    judge(iter([-3.0, -1.0, -2.0, -2.5]))
+    expected = run(make_em(), 4, heldout=(Y,))
+    judge(iter([-3.0, -1.0, -2.0, -2.5]))
+    for num_iterations in (2, 3, 4):
+        found = run(make_em(), num_iterations, tmp_path, heldout=(Y,), patience=2)
+    assert_same(found, expected)
+    assert_same(run(make_em(), 9, tmp_path, heldout=(Y,), patience=2), expected)
+
+
+def test_a_state_goes_on_under_other_conditions(folder):
+    em = make_em(learning_rate=3e-4, num_particles=3)
+    state = em.load_state(folder, make_prior(), Y)
+    assert state.num_iterations == 2
+    result = run(em, 1, init_state=state)
+    assert result.state.num_iterations == 3
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        em.load_state(folder / "other", make_prior(), Y)
+    (folder.parent / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        em.load_state(folder.parent / "empty", make_prior(), Y)
+
+
+def test_a_run_from_a_state_goes_on(folder, tmp_path):
+    em = make_em()
+    state = em.load_state(folder, make_prior(), Y)
+    expected = run(em, 2, init_state=state)
+    run(em, 1, tmp_path / "other", init_state=state)
+    assert_same(run(em, 2, tmp_path / "other", init_state=state), expected)
+    with pytest.raises(ValueError, match="the start differs from that of the checkpoint"):
+        run(em, 2, tmp_path / "other", init_state=state._replace(num_iterations=0))
+
+
+def other_model(prior, y=None):
+    with numpyro.handlers.scale(scale=0.5):
+        model(prior, y)
+
+
+OTHERS = {
+    "the random key differs": lambda f: run(make_em(), 4, f, heldout=(Y,), key=jax.random.key(1)),
+    "the argument 'y' differs": lambda f: run(make_em(), 4, f, y=Y.at[3, 1].add(1), heldout=(Y,)),
+    "the held-out data differs": lambda f: run(make_em(), 4, f, heldout=(Y + 1,)),
+    "the E-step differs.*num_particles=2.*num_particles=3": lambda f: run(
+        make_em(num_particles=3), 4, f, heldout=(Y,)
+    ),
+    "the optimizer differs": lambda f: run(make_em(learning_rate=2e-3), 4, f, heldout=(Y,)),
+    "the model differs": lambda f: run(make_em(other_model), 4, f, heldout=(Y,)),
+    r"another prior or .*: 'initial.* \(8,\) there, .* \(4,\) here": lambda f: run(
+        make_em(), 4, f, make_prior(features=4), heldout=(Y,)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_a_run_under_other_conditions_is_refused(folder, message):
+    with pytest.raises(ValueError, match=message):
+        OTHERS[message](folder)
+
+
+def damage_header(step):
+    (step / "header" / "metadata").write_text("{")
+
+
+def damage_array(step):
+    largest = max((step / "arrays").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 255
+    largest.write_bytes(content)
+
+
+def truncate(step):
+    for path in (step / "arrays").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:500])
+
+
+def lose(step):
+    shutil.rmtree(step / "arrays")
+
+
+def edit(step, **fields):
+    path = step / "header" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+DAMAGES = {
+    "it has no header": damage_header,
+    "its arrays": damage_array,
+    "its arrays are damaged": truncate,
+    "its arrays are damaged ": lose,
+    "it was not written by EM": lambda step: edit(step, format="mine"),
+    "its arrays do not match their digest": lambda step: edit(step, digest="0"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_checkpoints_name_the_one_before(folder, message, whole):
+    DAMAGES[message](folder / "2")
+    with pytest.raises(ValueError, match=f"run/2' cannot be read: {message.strip()}") as caught:
+        run(make_em(), 4, folder, heldout=(Y,))
+    assert f"To go on from '{folder / '1'}', remove the folder '{folder / '2'}'" in str(
+        caught.value
+    )
+    shutil.rmtree(folder / "2")
+    assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
+
+
+def test_the_only_checkpoint_is_damaged(folder):
+    for name in ("0", "1"):
+        shutil.rmtree(folder / name)
+    damage_header(folder / "2")
+    with pytest.raises(ValueError, match=r"\. Remove the folder"):
+        run(make_em(), 4, folder, heldout=(Y,))
+
+
+def test_checkpoints_of_a_later_version(folder):
+    edit(folder / "2", version=2)
+    with pytest.raises(ValueError, match="has version 2 of the format, expected 1.*upgrade"):
+        run(make_em(), 4, folder, heldout=(Y,))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(make_em(), 1, tmp_path / "file" / "run")
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch, whole):
+    def save(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    with pytest.warns(UserWarning, match="No space left on device.*goes on in memory") as caught:
+        result = run(make_em(), 4, tmp_path / "run", heldout=(Y,))
+    assert len(caught) == 1
+    assert_same(result, whole)
+
+
+def by_orbax(arrays, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, arrays)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path, arrays)
+
+
+def by_equinox(arrays, path):
+    eqx.tree_serialise_leaves(path, arrays)
+    return eqx.tree_deserialise_leaves(path, arrays)
+
+
+def by_safetensors(arrays, path):
+    return safetensors.load(safetensors.save({n: np.asarray(x) for n, x in arrays.items()}))
+
+
+def by_numpy(arrays, path):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    file.seek(0)
+    return dict(np.load(file))
+
+
+STORES = {
+    "orbax": by_orbax,
+    "equinox": by_equinox,
+    "flax": lambda arrays, path: serialization.from_bytes(arrays, serialization.to_bytes(arrays)),
+    "pickle": lambda arrays, path: pickle.loads(pickle.dumps(arrays)),
+    "safetensors": by_safetensors,
+    "numpy": by_numpy,
+}
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_other_libraries_store_states_and_priors(name, tmp_path, whole):
+    for i, (tree, like) in enumerate(
+        [(whole.state, make_em().init(KEY, make_prior(), Y)), (whole.prior, whole.state.prior)]
+    ):
+        arrays = STORES[name](ndp.to_arrays(tree), tmp_path / str(i))
+        again = ndp.from_arrays(like, arrays)
+        assert jax.tree.structure(again) == jax.tree.structure(tree)
+        expected = ndp.to_arrays(tree)
+        for key, array in ndp.to_arrays(again).items():
+            assert array.dtype == expected[key].dtype
+            np.testing.assert_array_equal(array, expected[key])
+
+
+def test_arrays_that_do_not_fit():
+    prior = make_prior()
+    arrays = ndp.to_arrays(prior)
+    name = next(name for name in arrays if name.endswith("mean"))
+    with pytest.raises(
+        ValueError, match=f"'{name}': expected float32 of shape \\(2,\\), got float32"
+    ):
+        ndp.from_arrays(prior, arrays | {name: np.zeros(3, "float32")})
+    with pytest.raises(ValueError, match="got \\['other'\\] in excess"):
+        ndp.from_arrays(prior, arrays | {"other": arrays[name]})
+    with pytest.raises(ValueError, match=f"expected arrays named \\['{name}'\\] too"):
+        ndp.from_arrays(prior, {key: x for key, x in arrays.items() if key != name})
