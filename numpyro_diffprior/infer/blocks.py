@@ -1,6 +1,6 @@
 r"""Posterior draws in compiled blocks of bounded size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
+from numpyro_diffprior.infer.progress import Monitor
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
 from numpyro_diffprior.reading.latent import LatentGroup
@@ -75,11 +76,13 @@ def sample_blocks(
     num_draws: int,
     limit: BatchLimit,
     mesh: Mesh | None = None,
+    monitor: Monitor = Monitor(),
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
     Changed arrays (a prior's weights too) do not recompile. The model must be read with the
-    `block_size` for these options, and the devices of the mesh must have all data.
+    `block_size` for these options, and the devices of the mesh must have all data. A monitor
+    follows the draws, which are made in parts of some blocks.
 
     Returns:
         Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
@@ -87,7 +90,7 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     drawn = [
-        _sample_group(key, model, _Plan.of(model, i, options, num_draws, limit, mesh))
+        _sample_group(key, model, _Plan.of(model, i, options, num_draws, limit, mesh), monitor)
         for i, key in enumerate(keys)
     ]
     samples = {name: x for group in drawn for name, x in group.samples.items()}
@@ -106,7 +109,7 @@ def sample_first_block(
     keys = jax.random.split(rng_key, len(model.reading.groups))
     for i, (key, group) in enumerate(zip(keys, model.reading.groups, strict=True)):
         plan = _Plan(i, options, num_draws, num_draws * group.latents.num_events, None)
-        part = next(split_into_parts(model, i))
+        part = split_into_parts(model, i)[0]
         if part.indices is None:
             samples |= _draw_whole(key, part.model, plan).samples
         else:
@@ -167,15 +170,33 @@ class _Plan(NamedTuple):
         return cls(position, options, num_draws, num_systems, mesh)
 
 
-def _sample_group(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> PosteriorSamples:
+def _sample_group(
+    rng_key: jax.Array, model: BoundModel, plan: _Plan, monitor: Monitor
+) -> PosteriorSamples:
     group = model.reading.groups[plan.position]
+    known = monitor.drawn(plan.position)
     if group.divided is None:
-        return _draw_whole(rng_key, model, plan)
+        draws = known[0] if known else _draw_whole(rng_key, model, plan)
+        if not known:
+            monitor.finish(plan.position, draws, 1)
+        return draws
     plate, size = group.divided
     keys = jax.random.split(rng_key, -(-plate.size // size))
-    parts = split_into_parts(model, plan.position, plan.mesh)
-    drawn = (_draw_part(keys[part.blocks], part.indices, part.model, plan) for part in parts)
-    return join_parts(drawn, 1 + len(group.latents.batch_shape) + plate.dim, plate.size)
+    max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else _MAX_PARTS
+    parts = split_into_parts(model, plan.position, plan.mesh, max_parts)
+
+    def draw() -> Iterator[PosteriorSamples]:
+        yield from known
+        for number in range(len(known), len(parts)):
+            part = parts[number]
+            draws = _draw_part(keys[part.blocks], part.indices, part.model, plan)
+            monitor.finish(plan.position, draws, len(parts))
+            yield draws
+
+    return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, plate.size)
+
+
+_MAX_PARTS = 64
 
 
 def _advise(factor: float, *args: Any) -> str:

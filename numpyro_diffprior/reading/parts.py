@@ -3,10 +3,11 @@
 Arrays of type `numpy.memmap` are read a few blocks at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,46 +37,89 @@ class Part(NamedTuple):
     indices: np.ndarray | None
 
 
-def split_into_parts(model: BoundModel, position: int, mesh: Mesh | None = None) -> Iterator[Part]:
-    """Yield the blocks of a group with the data that they need, in parts of equal shape.
+def split_into_parts(
+    model: BoundModel, position: int, mesh: Mesh | None = None, max_parts: int = 1
+) -> Sequence[Part]:
+    """Return the blocks of a group with the data that they need, in parts of equal shape.
 
-    All blocks form one part, unless arrays are memory-mapped. The last block is repeated to fill
-    the last part. The devices of a mesh get copies of the arrays, and can share a part's blocks.
+    Data of a part are read when it is taken. The last block is repeated to fill the last part. The
+    devices of a mesh get copies of the arrays, and can share a part's blocks.
+
+    Args:
+        model: The model.
+        position: The position of the group in the reading.
+        mesh: The devices, or None.
+        max_parts: The largest number of parts, if no array is memory-mapped.
     """
-    divided = model.reading.groups[position].divided
-    if divided is None:
-        yield Part(model, np.zeros(1, np.int32), None)
-        return
-    plate, size = divided
-    arrays = model.data.arrays
-    axes = {
-        i: axis
-        for i, axis in _axes_of(plate.name, model.reading).items()
-        if isinstance(arrays[i], np.ndarray)
-    }
-    num_blocks = -(-plate.size // size)
-    if not any(isinstance(arrays[i], np.memmap) for i in axes):
-        count = round_up(num_blocks, mesh)
-        blocks = np.minimum(np.arange(count), num_blocks - 1)
-        yield Part(model, blocks, block_indices(plate.size, size, count))
-        return
-    num_parts = -(-num_blocks // _MAX_BLOCKS)
-    count = round_up(-(-num_blocks // num_parts), mesh)
-    indices = block_indices(plate.size, size, num_parts * count).reshape(num_parts, count, size)
-    others = {i: jnp.asarray(array) for i, array in enumerate(arrays) if i not in axes}
-    for number in range(num_parts):
-        blocks = np.minimum(np.arange(number * count, (number + 1) * count), num_blocks - 1)
-        start = max(0, min(number * count * size, plate.size - count * size))
-        taken = slice(start, start + count * size)
-        own = {
-            i: replicate(jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), mesh)
-            for i, axis in axes.items()
+    if model.reading.groups[position].divided is None:
+        return [Part(model, np.zeros(1, np.int32), None)]
+    return _Parts(model, position, mesh, max_parts)
+
+
+class _Parts(Sequence[Part]):
+    """The parts of a group with a divided plate."""
+
+    def __init__(
+        self, model: BoundModel, position: int, mesh: Mesh | None, max_parts: int
+    ) -> None:
+        divided = model.reading.groups[position].divided
+        assert divided is not None
+        self._model, self._mesh = model, mesh
+        self._plate, size = divided
+        arrays = model.data.arrays
+        self._axes = {
+            i: axis
+            for i, axis in _axes_of(self._plate.name, model.reading).items()
+            if isinstance(arrays[i], np.ndarray)
         }
-        data = model.data._replace(
-            arrays=[(own | others)[i] for i in range(len(arrays))],
-            starts={(i, plate.name): jnp.asarray(start) for i in axes},
+        self._is_mapped = any(isinstance(arrays[i], np.memmap) for i in self._axes)
+        num_blocks = -(-self._plate.size // size)
+        num_parts = -(-num_blocks // _MAX_BLOCKS) if self._is_mapped else max_parts
+        count = round_up(-(-num_blocks // num_parts), mesh)
+        num_parts = -(-num_blocks // count)
+        self._blocks = np.minimum(np.arange(num_parts * count), num_blocks - 1)
+        self._blocks = self._blocks.reshape(num_parts, count)
+        elements = block_indices(self._plate.size, size, num_parts * count)
+        self._indices = elements.reshape(num_parts, count, size)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @overload
+    def __getitem__(self, number: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Part]: ...
+
+    def __getitem__(self, number: int | slice) -> Part | list[Part]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        blocks, indices, model = self._blocks[number], self._indices[number], self._model
+        return Part(self._read(number) if self._is_mapped else model, blocks, indices)
+
+    def _read(self, number: int) -> BoundModel:
+        """Return the model with the slices of mapped arrays that a part needs."""
+        arrays, plate = self._model.data.arrays, self._plate
+        num_elements = self._indices[number].size
+        start = max(0, min(number * num_elements, plate.size - num_elements))
+        taken = slice(start, start + num_elements)
+        own = {
+            i: replicate(
+                jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), self._mesh
+            )
+            for i, axis in self._axes.items()
+        }
+        data = self._model.data._replace(
+            arrays=[own[i] if i in own else x for i, x in enumerate(self._others)],
+            starts={(i, plate.name): jnp.asarray(start) for i in self._axes},
         )
-        yield Part(replace(model, data=data), blocks, indices[number])
+        return replace(self._model, data=data)
+
+    @cached_property
+    def _others(self) -> list[Any]:
+        """The arrays, those that are not sliced on the device."""
+        arrays = self._model.data.arrays
+        return [x if i in self._axes else jnp.asarray(x) for i, x in enumerate(arrays)]
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
