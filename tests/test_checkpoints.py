@@ -18,7 +18,9 @@ from flax import nnx, serialization
 from safetensors import numpy as safetensors
 
 import numpyro_diffprior as ndp
+from numpyro_diffprior.em import checkpoints as checkpoints_module
 from numpyro_diffprior.em import em as em_module
+from numpyro_diffprior.infer import blocks
 from numpyro_diffprior.infer.evidence import LogEvidence
 
 N, D, NOISE = 60, 2, 0.3
@@ -44,7 +46,7 @@ def make_em(model=model, learning_rate=1e-3, num_particles=2, **options):
     return ndp.EM(
         model,
         optax.adam(learning_rate),
-        e_step=ndp.EStep(num_particles, max_batch_size=32),
+        e_step=ndp.EStep(num_particles, max_batch_size=32),  # four parts
         m_step=ndp.MStep(num_steps=4, batch_size=16),
         start=ndp.GaussianStart(num_iterations=4),
         **options,
@@ -74,6 +76,11 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def numbers(folder):
+    """The numbers of the iterations that are saved."""
+    return sorted(int(path.name) for path in (folder / "iterations").iterdir())
+
+
 @pytest.fixture(scope="module")
 def whole():
     """The result of a run of four iterations without checkpoints."""
@@ -95,10 +102,10 @@ def folder(stopped, tmp_path):
 
 
 def test_a_run_goes_on_with_the_same_numbers(folder, whole):
-    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "2"]
+    assert numbers(folder) == [0, 1, 2]
     for _ in range(2):  # at its end, it returns what it ended with
         assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+    assert numbers(folder) == [2, 3, 4]
 
 
 def test_a_run_goes_on_from_what_was_not_yet_saved(tmp_path, whole):
@@ -111,9 +118,38 @@ def test_a_run_goes_on_from_what_was_not_yet_saved(tmp_path, whole):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="my own mistake"):
         run(make_em(), 4, folder, heldout=(Y,), save_every=3, callback=fail)
-    assert sorted(path.name for path in folder.iterdir()) == ["0", "2"]
+    assert numbers(folder) == [0, 2]
     assert_same(run(make_em(), 4, folder, heldout=(Y,), save_every=3), whole)
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+    assert numbers(folder) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
+    """After an error in one of the parts of the second one; earlier parts are not drawn anew."""
+    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0 if num_parts > 1 else 1e6)
+    draw, drawn = blocks._draw_part, []
+
+    def fail(*args):
+        drawn.append(args)
+        if len(drawn) == 4 + num_parts:
+            raise RuntimeError("no more")
+        return draw(*args)
+
+    def count(*args):
+        drawn.append(args)
+        return draw(*args)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(blocks, "_draw_part", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        run(make_em(), 4, folder, save_every=9)
+    assert numbers(folder) == [0, 1]
+    drawn.clear()
+    monkeypatch.setattr(blocks, "_draw_part", count)
+    result = run(make_em(), 2, folder, save_every=9)
+    assert len(drawn) == 4 - (num_parts - 1)
+    assert not list((folder / "draws").iterdir())
+    assert_same(result, run(make_em(), 2))
 
 
 def test_the_best_priors_are_kept(tmp_path, monkeypatch):
@@ -221,26 +257,25 @@ DAMAGES = {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_damaged_checkpoints_name_the_one_before(folder, message, whole):
-    DAMAGES[message](folder / "2")
-    with pytest.raises(ValueError, match=f"run/2' cannot be read: {message.strip()}") as caught:
+    DAMAGES[message](folder / "iterations" / "2")
+    one, two = (folder / "iterations" / name for name in ("1", "2"))
+    with pytest.raises(ValueError, match=f"{two}' cannot be read: {message.strip()}") as caught:
         run(make_em(), 4, folder, heldout=(Y,))
-    assert f"To go on from '{folder / '1'}', remove the folder '{folder / '2'}'" in str(
-        caught.value
-    )
-    shutil.rmtree(folder / "2")
+    assert f"To go on from '{one}', remove the folder '{two}'" in str(caught.value)
+    shutil.rmtree(two)
     assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
 
 
 def test_the_only_checkpoint_is_damaged(folder):
     for name in ("0", "1"):
-        shutil.rmtree(folder / name)
-    damage_header(folder / "2")
+        shutil.rmtree(folder / "iterations" / name)
+    damage_header(folder / "iterations" / "2")
     with pytest.raises(ValueError, match=r"\. Remove the folder"):
         run(make_em(), 4, folder, heldout=(Y,))
 
 
 def test_checkpoints_of_a_later_version(folder):
-    edit(folder / "2", version=2)
+    edit(folder / "iterations" / "2", version=2)
     with pytest.raises(ValueError, match="has version 2 of the format, expected 1.*upgrade"):
         run(make_em(), 4, folder, heldout=(Y,))
 

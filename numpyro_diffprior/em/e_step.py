@@ -17,6 +17,7 @@ from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.infer.blocks import PosteriorSamples, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
+from numpyro_diffprior.infer.progress import Monitor
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.reading.model import BoundModel
@@ -70,7 +71,11 @@ class EStep:
 
 
 def draw_events(
-    rng_key: jax.Array, model: BoundModel, e_step: EStep, mesh: Mesh | None
+    rng_key: jax.Array,
+    model: BoundModel,
+    e_step: EStep,
+    mesh: Mesh | None,
+    monitor: Monitor = Monitor(),
 ) -> PosteriorSamples:
     """Draw all events of a model that was read with the options of the E-step."""
     return sample_blocks(
@@ -80,6 +85,7 @@ def draw_events(
         num_draws=e_step.num_draws,
         limit=e_step.limit,
         mesh=mesh,
+        monitor=monitor,
     )
 
 

@@ -31,14 +31,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import init_training
-from numpyro_diffprior.em.checkpoints import (
-    Checkpoints,
+from numpyro_diffprior.em.checkpoints import Checkpoints
+from numpyro_diffprior.em.conditions import (
     describe,
     describe_arrays,
     describe_model,
@@ -66,6 +65,7 @@ from numpyro_diffprior.em.sites import (
     with_network,
 )
 from numpyro_diffprior.em.state import Best, EMMetrics, EMResult, EMState, Progress
+from numpyro_diffprior.em.watch import Watch
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_options
@@ -201,11 +201,18 @@ class EM:
         Raises:
             ValueError: If no draw of a site is finite.
         """
+        return self._iterate(state, (args, kwargs), Watch())
+
+    def _iterate(
+        self, state: EMState, arguments: Arguments, watch: Watch
+    ) -> tuple[EMState, EMMetrics]:
+        """Make one iteration, see `update`."""
         rng_key, *keys = jax.random.split(state.rng_key, 5)
         key_draw, key_compare, key_train, key_params = keys
         started = time.perf_counter()
-        bound = self._read(state.prior, (args, kwargs), state.params)
-        draws = draw_events(key_draw, bound, self.e_step, self.mesh)
+        bound = self._read(state.prior, arguments, state.params)
+        watch.enter("E-step")
+        draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch)
         samples, num_failed = replace_non_finite(
             draws.samples, state.draws, state.priors, state.sites
         )
@@ -214,12 +221,13 @@ class EM:
                 f"EM: {num_failed} draws of iteration {state.num_iterations + 1} are not finite; "
                 "their events keep the previous ones. Try more steps of the sampler, or another "
                 "guidance.",
-                stacklevel=2,
+                stacklevel=3,
             )
         distance = jax.block_until_ready(
             compare_draws(key_compare, samples, state.draws, state.priors, state.sites)
         )
         between = time.perf_counter()
+        watch.enter("M-step")
         trained = fit_priors(
             key_train,
             state,
@@ -232,9 +240,7 @@ class EM:
         )
         params, params_opt_state = state.params, state.params_opt_state
         if params:
-            batch = self._read(
-                state.prior, (args, kwargs), params, batch_size=self.m_step.batch_size
-            )
+            batch = self._read(state.prior, arguments, params, batch_size=self.m_step.batch_size)
             params, params_opt_state = fit_params(
                 key_params,
                 batch,
@@ -333,10 +339,12 @@ class EM:
             template, conditions = self._describe(rng_key, prior, arguments, init_state, heldout)
             checkpoints = Checkpoints(checkpoint, every, conditions)
             progress = checkpoints.load(template)
+        watch = Watch(progress_bar, num_iterations, checkpoints)
         if progress is None:
-            state = (
-                self.init(rng_key, prior, *args, **kwargs) if init_state is None else init_state
-            )
+            state = init_state
+            if state is None:
+                watch.enter("Gaussian start")
+                state = self.init(rng_key, prior, *args, **kwargs)
             progress = Progress(state, Best.of(state), [])
         try:
             if heldout is not None and init_state is not None and not progress.history:
@@ -345,39 +353,32 @@ class EM:
                 progress = progress._replace(
                     best=Best.of(init_state, max(-math.inf, float(first.total)))
                 )
-            if checkpoints is not None:
-                checkpoints.save(progress)
-            done = len(progress.history)
-            with tqdm(
-                total=num_iterations, initial=done, disable=not progress_bar, desc="EM"
-            ) as bar:
-                while not progress.is_over(num_iterations, patience):
-                    state, metrics = self.update(progress.state, *args, **kwargs)
-                    evidence = None
-                    if heldout is not None:
-                        found = self._evaluate_heldout(key_heldout, state, heldout, arguments)
-                        evidence = float(found.total)
-                        metrics = metrics._replace(
-                            heldout_log_evidence=found.total,
-                            heldout_standard_error=found.total_standard_error,
-                        )
-                    best = progress.best.after(state, evidence)
-                    progress = Progress(state, best, [*progress.history, metrics])
-                    bar.update()
-                    bar.set_postfix(loss=f"{metrics.loss:.3f}", ess=f"{metrics.ess:.1f}")
-                    if checkpoints is not None:
-                        checkpoints.save(progress)
-                    if metrics.diverged:
-                        warnings.warn(
-                            f"EM: the training of iteration {state.num_iterations} diverged: its "
-                            "loss is not finite. The run ends with the previous weights. Try a "
-                            "smaller learning rate, or clip gradients with "
-                            "`optax.clip_by_global_norm`.",
-                            stacklevel=2,
-                        )
-                        break
-                    if callback is not None and callback(state, metrics):
-                        break
+            watch.start(progress)
+            while not progress.is_over(num_iterations, patience):
+                state, metrics = self._iterate(progress.state, arguments, watch)
+                evidence = None
+                if heldout is not None:
+                    watch.enter("held out")
+                    found = self._evaluate_heldout(key_heldout, state, heldout, arguments)
+                    evidence = float(found.total)
+                    metrics = metrics._replace(
+                        heldout_log_evidence=found.total,
+                        heldout_standard_error=found.total_standard_error,
+                    )
+                best = progress.best.after(state, evidence)
+                progress = Progress(state, best, [*progress.history, metrics])
+                watch.advance(progress)
+                if metrics.diverged:
+                    warnings.warn(
+                        f"EM: the training of iteration {state.num_iterations} diverged: its "
+                        "loss is not finite. The run ends with the previous weights. Try a "
+                        "smaller learning rate, or clip gradients with "
+                        "`optax.clip_by_global_norm`.",
+                        stacklevel=2,
+                    )
+                    break
+                if callback is not None and callback(state, metrics):
+                    break
         except KeyboardInterrupt:
             warnings.warn(
                 f"EM: interrupted in iteration {progress.state.num_iterations + 1}; the result is "
@@ -388,9 +389,7 @@ class EM:
             error.em_state = progress.state  # type: ignore[attr-defined]
             raise
         finally:
-            if checkpoints is not None:
-                checkpoints.save(progress, now=True)
-                checkpoints.close()
+            watch.close(progress)
         return progress.result()
 
     def load_state(

@@ -1,0 +1,80 @@
+r"""Descriptions of all that the numbers of a run depend on, to be compared by a later run."""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from numpyro_diffprior.em.state import EMState
+from numpyro_diffprior.nets.adapters import split_network
+from numpyro_diffprior.reading.model import BoundModel
+from numpyro_diffprior.reading.tracing import Model
+
+__all__ = ["describe", "describe_arrays", "describe_model", "describe_optimizers"]
+
+_MAX_HASHED = 2**22  # elements of an array
+
+
+def describe(value: Any) -> str:
+    """Return the representation of a setting, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def describe_arrays(tree: Any) -> str:
+    """Return a digest of a pytree of arrays and other values.
+
+    Of arrays with more than 2^22 elements, evenly spaced ones of the first axis are taken.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode())
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array | np.ndarray | np.number | np.bool_):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+            some = (slice(None, None, -(-leaf.size // _MAX_HASHED) or 1),) * min(leaf.ndim, 1)
+            digest.update(np.asarray(leaf)[some].tobytes())
+        else:
+            digest.update(describe(leaf).encode())
+    return digest.hexdigest()[:16]
+
+
+def describe_model(
+    bound: BoundModel, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return digests of a model's program and sites, of its arguments and of its closure.
+
+    Its first argument is left out.
+    """
+    form = bound.reading.form
+    text = describe((bound.reading.program.jaxpr, form.latents, form.observed, form.params))
+    found = {"the model": _hash(text)}
+    try:
+        named = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # a callable without a signature
+        named = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
+    for name, value in list(named.items())[1:]:
+        found[f"the argument '{name}'"] = describe_arrays(value)
+    passed = set(bound.positions)
+    closure = [x for i, x in enumerate(bound.data.arrays) if i not in passed]
+    return found | {"the data that the model reads": describe_arrays(closure)}
+
+
+def describe_optimizers(optimizer: optax.GradientTransformation, state: EMState) -> str:
+    """Return a digest of the programs of an optimizer's updates of all networks."""
+    text = ""
+    for key, training in sorted(state.training.items()):
+        weights = split_network(training.denoiser.net)[0]
+        closed = jax.make_jaxpr(optimizer.update)(weights, training.opt_state, weights)
+        text += key + describe(closed.jaxpr) + describe_arrays(closed.consts)
+    return _hash(text)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

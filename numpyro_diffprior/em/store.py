@@ -1,0 +1,171 @@
+"""Arrays by name with a header, in numbered folders, written in the background by orbax.
+
+A folder is written under another name and moved to its place when it is complete. The header has a
+digest of the arrays, so that damage is found. No code is stored and none is executed.
+
+References:
+    Orbax, https://orbax.readthedocs.io.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Arrays", "Store", "specs_of"]
+
+_FORMAT = "numpyro_diffprior.checkpoint"
+_VERSION = 1
+
+Arrays = dict[str, np.ndarray]
+
+
+class Store:
+    """Numbered entries in a folder, each of arrays by name and a header.
+
+    Args:
+        folder: The folder; it is made if it does not exist.
+        num_kept: The number of entries to keep, the last ones; None for all.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path, num_kept: int | None) -> None:
+        import orbax.checkpoint as ocp  # slow to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(
+                f"EM.run: the folder of checkpoints '{folder}' cannot be written to; choose "
+                "another one."
+            )
+        self.folder = folder
+        self._orbax = ocp
+        self._manager = ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(max_to_keep=num_kept)
+        )
+        self._has_failed = False
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the complete entries, in order."""
+        return sorted(self._manager.all_steps())
+
+    def at(self, number: int) -> Path:
+        """Return the folder of an entry."""
+        return self.folder / str(number)
+
+    def write(self, number: int, arrays: Arrays, **header: Any) -> None:
+        """Write an entry in the background.
+
+        If that fails, now or later, a warning says why, once.
+        """
+        header |= {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "jax": jax.__version__,
+            "arrays": specs_of(arrays),
+            "digest": _digest(arrays),
+        }
+        # Orbax refuses arrays without elements.
+        filled = {name: array for name, array in arrays.items() if array.size}
+        ocp = self._orbax
+        items = ocp.args.Composite(
+            header=ocp.args.JsonSave(header), arrays=ocp.args.PyTreeSave(filled)
+        )
+        self._try(lambda: self._manager.save(number, args=items, force=True))
+
+    def read_header(self, number: int) -> dict[str, Any]:
+        """Return the header of an entry.
+
+        Raises:
+            ValueError: If there is none, or one of another format or version.
+        """
+        items = self._orbax.args.Composite(header=self._orbax.args.JsonRestore())
+        try:
+            header = self._manager.restore(number, args=items).header
+        except Exception as error:  # orbax and tensorstore raise many types
+            raise self._damaged(number, f"it has no header ({type(error).__name__})") from error
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            raise self._damaged(number, "it was not written by EM")
+        if header.get("version") != _VERSION:
+            raise ValueError(
+                f"EM.run: the checkpoint '{self.at(number)}' has version {header.get('version')} "
+                f"of the format, expected {_VERSION}; use the release of numpyro_diffprior that "
+                "wrote it, or upgrade this one."
+            )
+        return header
+
+    def read_arrays(self, number: int, header: Mapping[str, Any]) -> Arrays:
+        """Return the arrays of an entry with this header.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
+        ocp, specs = self._orbax, header["arrays"]
+        filled = [name for name, (_, shape) in specs.items() if np.prod(shape, dtype=int)]
+        how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in filled}
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=how))
+        try:
+            arrays = dict(self._manager.restore(number, args=items).arrays)
+        except Exception as error:
+            why = f"its arrays are damaged ({type(error).__name__})"
+            raise self._damaged(number, why) from error
+        for name in specs.keys() - arrays.keys():
+            dtype, shape = specs[name]
+            arrays[name] = np.empty(shape, jnp.dtype(dtype))
+        if _digest(arrays) != header["digest"]:
+            raise self._damaged(number, "its arrays do not match their digest")
+        return arrays
+
+    def delete(self, number: int) -> None:
+        """Delete an entry."""
+        self._try(lambda: self._manager.delete(number))
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._try(self._manager.wait_until_finished)
+        self._try(self._manager.close)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if not self._has_failed:
+                warnings.warn(
+                    f"EM.run: a checkpoint could not be written to '{self.folder}' "
+                    f"({type(error).__name__}: {str(error)[:200]}); the run goes on in memory. "
+                    "Free some space, or interrupt it and save its result.",
+                    stacklevel=5,
+                )
+            self._has_failed = True
+
+    def _damaged(self, number: int, why: str) -> ValueError:
+        """Return the error of a damaged entry, which names the one before."""
+        others = [other for other in self.numbers() if other < number]
+        remedy = f"To go on from '{self.at(max(others))}', r" if others else "R"
+        return ValueError(
+            f"EM.run: the checkpoint '{self.at(number)}' cannot be read: {why}. {remedy}emove the "
+            f"folder '{self.at(number)}'."
+        )
+
+
+def specs_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return types and shapes by name, as JSON has them."""
+    return {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+
+
+def _digest(arrays: Arrays) -> str:
+    """Return the SHA-256 of arrays with their names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

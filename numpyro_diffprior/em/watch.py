@@ -1,0 +1,74 @@
+"""What a run of EM shows of its progress, and what of it is saved."""
+
+from typing import Any
+
+from numpyro_diffprior.em.checkpoints import Checkpoints
+from numpyro_diffprior.em.state import Progress
+from numpyro_diffprior.infer.progress import Monitor, make_bar
+
+__all__ = ["Watch"]
+
+
+class Watch(Monitor):
+    """Follows a run: a bar of its iterations, and its checkpoints.
+
+    Args:
+        show: Whether to show a bar.
+        num_iterations: The number of iterations.
+        checkpoints: Where to save, or None.
+    """
+
+    def __init__(
+        self,
+        show: bool = False,
+        num_iterations: int | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self._bar = make_bar("EM", show, num_iterations)
+        self._checkpoints = checkpoints
+        self._progress: Progress | None = None
+        self._known: dict[int, list[Any]] = {}
+        self._num_drawn = 0
+        self._metrics = ""
+
+    def start(self, progress: Progress) -> None:
+        """Begin, or go on, from here."""
+        self._progress = progress
+        self._bar.update(len(progress.history))
+        if self._checkpoints is not None:
+            self._checkpoints.save(progress)
+            self._known = self._checkpoints.load_draws(progress)
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase of an iteration."""
+        self._num_drawn = 0
+        self._bar.set_postfix_str(phase + self._metrics)
+
+    def drawn(self, group: int) -> list[Any]:
+        known = self._known.pop(group, [])
+        self._num_drawn = len(known)
+        return known
+
+    def finish(self, group: int, part: Any, num_parts: int) -> None:
+        self._num_drawn += 1
+        self._bar.set_postfix_str(f"E-step {self._num_drawn}/{num_parts}{self._metrics}")
+        if self._checkpoints is not None and self._progress is not None:
+            self._checkpoints.add_draws(self._progress, group, part)
+
+    def advance(self, progress: Progress) -> None:
+        """Take the result of an iteration."""
+        self._progress = progress
+        metrics = progress.history[-1]
+        self._metrics = f", loss={metrics.loss:.3f}, ess={metrics.ess:.1f}"
+        self._bar.update()
+        if self._checkpoints is not None:
+            self._checkpoints.forget_draws()
+            self._checkpoints.save(progress)
+
+    def close(self, progress: Progress) -> None:
+        """Save what is not saved yet, and wait until all is written."""
+        if self._checkpoints is not None:
+            self._checkpoints.save(progress, now=True)
+            self._checkpoints.save_draws(progress)
+            self._checkpoints.close()
+        self._bar.close()
