@@ -193,7 +193,12 @@ def test_a_run_from_a_state_goes_on(folder, tmp_path):
         run(em, 2, tmp_path / "other", init_state=state._replace(num_iterations=0))
 
 
-def other_model(prior, y=None):
+def renamed_model(prior, y=None):
+    with numpyro.handlers.scope(prefix="my", divider="_"):
+        model(prior, y)
+
+
+def scaled_model(prior, y=None):
     with numpyro.handlers.scale(scale=0.5):
         model(prior, y)
 
@@ -206,7 +211,8 @@ OTHERS = {
         make_em(num_particles=3), 4, f, heldout=(Y,)
     ),
     "the optimizer differs": lambda f: run(make_em(learning_rate=2e-3), 4, f, heldout=(Y,)),
-    "the model differs": lambda f: run(make_em(other_model), 4, f, heldout=(Y,)),
+    "the density of the model differs": lambda f: run(make_em(scaled_model), 4, f, heldout=(Y,)),
+    "the model differs.*'x'.*'my_x'": lambda f: run(make_em(renamed_model), 4, f, heldout=(Y,)),
     r"another prior or .*: 'initial.* \(8,\) there, .* \(4,\) here": lambda f: run(
         make_em(), 4, f, make_prior(features=4), heldout=(Y,)
     ),

@@ -24,7 +24,6 @@ from numpyro_diffprior.infer.blocks import PosteriorSamples
 __all__ = ["Checkpoints"]
 
 _NUM_KEPT = 3
-_PROGRAMS = ("the model", "the optimizer")  # conditions that are digests of programs
 _DRAWS_SECONDS = 300.0  # from one save of draws to the next
 
 
@@ -44,7 +43,7 @@ class Checkpoints:
         self,
         folder: str | os.PathLike[str],
         save_every: int = 1,
-        conditions: Mapping[str, str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         path = Path(folder).absolute()
         self._save_every = save_every
@@ -170,13 +169,16 @@ class Checkpoints:
                     f"{_say(now)} here. Pass those of its run, or another folder."
                 )
 
-    def _check_conditions(self, header: dict[str, Any], conditions: Mapping[str, str]) -> None:
-        """Compare the conditions; programs are comparable for one version of JAX."""
+    def _check_conditions(self, header: dict[str, Any], conditions: Mapping[str, Any]) -> None:
+        """Compare the conditions; an optimizer's program is comparable for one version of JAX."""
         stored = header["conditions"]
         for name in sorted(stored.keys() | conditions.keys()):
             then, now = stored.get(name), conditions.get(name)
-            if then == now or (name in _PROGRAMS and header["jax"] != jax.__version__):
+            if _agree(then, now) or (name == "the optimizer" and header["jax"] != jax.__version__):
                 continue
+            if isinstance(then, list) and isinstance(now, list):
+                pairs = zip(then, now, strict=True)
+                then, now = next((a, b) for a, b in pairs if not _agree([a], [b]))
             raise ValueError(
                 f"EM.run: {name} differs from that of the checkpoint '{self._path}': expected "
                 f"{then}, got {now}. Pass another folder, or go on under other conditions with "
@@ -220,6 +222,13 @@ def _of_group(arrays: Arrays, group: str) -> Arrays:
     """Return the arrays whose names start with that of a group, without it."""
     prefix = f"{group}."
     return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
+
+
+def _agree(then: Any, now: Any) -> bool:
+    """Whether two descriptions are equal; numbers may differ by rounding."""
+    if isinstance(then, list) and isinstance(now, list):
+        return np.allclose(then, now, rtol=1e-3, equal_nan=True)
+    return bool(then == now)
 
 
 def _say(spec: Any) -> str:

@@ -303,7 +303,8 @@ class EM:
             num_iterations: The number of iterations.
             prior: The prior to start from, or several in a dict.
             *args: The model's arguments after the prior.
-            progress_bar: Whether to show a progress bar.
+            progress_bar: Whether to show the iterations, and the phase of the current one, in a
+                terminal or a notebook.
             callback: A function of state and metrics, called after every iteration; if it returns
                 True, the run ends.
             checkpoint: A folder for checkpoints. If it holds one of this run, the run goes on from
@@ -429,7 +430,7 @@ class EM:
         arguments: Arguments,
         init_state: EMState | None = None,
         heldout: tuple[Any, ...] | Mapping[str, Any] | None = None,
-    ) -> tuple[EMState, dict[str, str]]:
+    ) -> tuple[EMState, dict[str, Any]]:
         """Describe a run for its checkpoints.
 
         Returns:

@@ -19,6 +19,7 @@ from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import block_size, sample_blocks
 from numpyro_diffprior.infer.posterior import resolve_options
+from numpyro_diffprior.infer.progress import Monitor, ProgressBar
 from numpyro_diffprior.prior import DiffusionPrior
 from numpyro_diffprior.reading.checks import check_data
 from numpyro_diffprior.reading.reader import read
@@ -90,6 +91,7 @@ def log_evidence(
     guidance: Guidance | None = None,
     max_batch_size: int | None = None,
     mesh: Mesh | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> LogEvidence:
     r"""Estimate :math:`\log p(y)` for every event of the plate of a model's diffusion site.
@@ -109,6 +111,7 @@ def log_evidence(
         max_batch_size: The number of particles in memory at once on one device (default: 1,024,
             or fewer with 2^18 elements in all).
         mesh: Devices to spread the work over, see `sample_posterior`.
+        progress_bar: Whether to show a bar in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -121,18 +124,20 @@ def log_evidence(
         MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(log_evidence, model, 1 + len(args), locals())
-    return estimate_evidence(
-        rng_key,
-        model,
-        (prior, *args),
-        kwargs,
-        num_estimates=num_estimates,
-        num_particles=num_particles,
-        sampler=sampler,
-        guidance=guidance,
-        max_batch_size=max_batch_size,
-        mesh=mesh,
-    )
+    with ProgressBar("log_evidence", progress_bar) as bar:
+        return estimate_evidence(
+            rng_key,
+            model,
+            (prior, *args),
+            kwargs,
+            num_estimates=num_estimates,
+            num_particles=num_particles,
+            sampler=sampler,
+            guidance=guidance,
+            max_batch_size=max_batch_size,
+            mesh=mesh,
+            monitor=bar,
+        )
 
 
 def estimate_evidence(
@@ -148,6 +153,7 @@ def estimate_evidence(
     max_batch_size: int | None,
     mesh: Mesh | None,
     params: Mapping[str, jax.Array] | None = None,
+    monitor: Monitor = Monitor(),
 ) -> LogEvidence:
     """Estimate log-evidences, with values of the model's parameters; see `log_evidence`."""
     num_estimates = check_count("log_evidence", "num_estimates", num_estimates, 2)
@@ -163,7 +169,15 @@ def estimate_evidence(
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance)
     check_data(bound, options.sampler)
-    draws = sample_blocks(rng_key, bound, options, num_draws=num_estimates, limit=limit, mesh=mesh)
+    draws = sample_blocks(
+        rng_key,
+        bound,
+        options,
+        num_draws=num_estimates,
+        limit=limit,
+        mesh=mesh,
+        monitor=monitor,
+    )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)
     relative = jnp.exp(estimates - value)

@@ -26,6 +26,7 @@ from numpyro_diffprior.infer.blocks import (
     sample_blocks,
 )
 from numpyro_diffprior.infer.diagnostics import warn_of_bias
+from numpyro_diffprior.infer.progress import ProgressBar
 from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.prior import DiffusionPrior, check_sampler
 from numpyro_diffprior.reading.checks import check_data
@@ -81,6 +82,7 @@ def sample_posterior(
     independent: bool = True,
     max_batch_size: int | None = None,
     mesh: Mesh | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> PosteriorSamples:
     """Draw from the posterior of a model's diffusion sites, for all events of their plate.
@@ -106,6 +108,7 @@ def sample_posterior(
         mesh: Devices to spread the work over (`jax.make_mesh`): by elements of the largest plate,
             or by draws if these elements are fewer than the devices. Data and prior are copied to
             every device. Draws depend on the mesh.
+        progress_bar: Whether to show a bar in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -131,9 +134,10 @@ def sample_posterior(
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
     num_residuals = check_data(bound, options.sampler)
-    samples, stats = sample_blocks(
-        rng_key, bound, options, num_draws=num_samples, limit=limit, mesh=mesh
-    )
+    with ProgressBar("sample_posterior", progress_bar) as bar:
+        samples, stats = sample_blocks(
+            rng_key, bound, options, num_draws=num_samples, limit=limit, mesh=mesh, monitor=bar
+        )
     _warn_of_misfit(stats["reduced_chi_square"], num_residuals)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)

@@ -1,0 +1,95 @@
+"""Progress bars: what they count, and where they are quiet."""
+
+import io
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.infer import progress
+
+N, D = 40, 2
+KEY = jax.random.key(0)
+Y = jnp.ones((N, D))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def open_terminal(monkeypatch):
+    """Make standard error a terminal, where bars are drawn at once."""
+    terminal, make_bar = Terminal(), progress.make_bar
+    monkeypatch.setattr(sys, "stderr", terminal)
+    options = {"delay": 0, "mininterval": 0, "miniters": 1}
+    monkeypatch.setattr(
+        progress, "make_bar", lambda *args, **kwargs: make_bar(*args, **(kwargs | options))
+    )
+    return terminal
+
+
+def model(prior, y):
+    with numpyro.plate("n", N):
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+GAUSSIAN = ndp.DiffusionPrior(
+    ndp.GaussianDenoiser(jnp.zeros(D), jnp.eye(D)), sampler=ndp.samplers.MultistepSDE(4)
+)
+CALLS = {
+    "sample_posterior": partial(ndp.sample_posterior, KEY, model, GAUSSIAN, Y, max_batch_size=16),
+    "log_evidence": partial(
+        ndp.log_evidence, KEY, model, GAUSSIAN, Y, num_particles=4, max_batch_size=64
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "num_parts"), [("sample_posterior", 3), ("log_evidence", 10)])
+def test_the_parts_of_draws_are_counted(monkeypatch, name, num_parts):
+    terminal = open_terminal(monkeypatch)
+    CALLS[name]()
+    assert f"{name}: 100%" in terminal.getvalue()
+    assert f"{num_parts}/{num_parts} " in terminal.getvalue()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bars_that_are_not_wanted(monkeypatch, name):
+    terminal = open_terminal(monkeypatch)
+    CALLS[name](progress_bar=False)
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bars_are_quiet_in_logs(monkeypatch, name):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    CALLS[name]()
+    assert log.getvalue() == ""
+
+
+def test_the_phases_of_expectation_maximization(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    net = ndp.MLP((D,), features=(4,), embedding=4, rngs=nnx.Rngs(0))
+    prior = ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(4))
+    em = ndp.EM(
+        model, optax.adam(1e-3), e_step=ndp.EStep(1, max_batch_size=16), m_step=ndp.MStep(2, 8)
+    )
+    em.run(KEY, 2, prior, Y, heldout=(Y,))
+    shown = terminal.getvalue()
+    phases = ["Gaussian start", "E-step", "E-step 1/3", "E-step 3/3", "M-step", "held out"]
+    places = [shown.index(phase) for phase in phases]
+    assert places == sorted(places)
+    assert "0/2 " in shown
+    assert "2/2 " in shown
+    assert "loss=" in shown
