@@ -380,6 +380,65 @@ def test_options(options):
     assert result.state.training["prior"].num_steps == count
 
 
+def test_some_events_are_drawn_in_turn():
+    num = 90  # 96 with whole blocks of 32, the last of which overlaps with the one before
+    em = make_em(e_step={"num_events": num, "max_batch_size": 64})
+    state = em.init(jax.random.key(0), make_prior(), MASK, Y)
+    counts = np.zeros(N, int)
+    for iteration in range(4):
+        last = state.draws["x"]
+        state, metrics = em.update(state, MASK, Y)
+        changed = ~np.isclose(state.draws["x"], last, equal_nan=True).all(axis=(0, 2))
+        assert changed.sum() == 96
+        counts += changed
+        assert np.isfinite(state.draws["x"]).all(axis=(0, 2)).sum() == min(96 * (iteration + 1), N)
+        assert np.isfinite(metrics.loss)
+        assert np.isnan(metrics.sliced_wasserstein) == (iteration < 4)
+    assert counts.min() == 1
+    assert (counts == 2).sum() == 4 * 96 - N
+    # Each event has the draws of its own posterior.
+    seen = np.asarray(MASK)
+    error = np.where(seen, state.draws["x"][0] - Y, 0)
+    assert np.sqrt((error**2).sum() / seen.sum()) < 1.2 * NOISE
+
+
+def test_some_events_are_as_good_as_all():
+    """The Gaussian of a prior that learns from a quarter of the events at a time."""
+    found = []
+    for num, num_iterations in ((None, 4), (75, 16)):
+        em = make_em(
+            e_step={"num_events": num, "num_draws": 4, "max_batch_size": 600},
+            start=GaussianStart(1),
+        )
+        result = em.run(
+            jax.random.key(0), num_iterations, make_prior(), MASK, Y, progress_bar=False
+        )
+        found.append(result.prior)
+    whole, parts = found
+    np.testing.assert_allclose(parts.mean, whole.mean, atol=0.05)
+    np.testing.assert_allclose(parts.variance, whole.variance, rtol=0.1)
+
+
+def test_parameters_wait_for_all_events():
+    def unknown_noise(prior, y=None):
+        noise = numpyro.param("noise", 2 * NOISE, constraint=dist.constraints.positive)
+        with numpyro.plate("n", N):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+    y = jnp.asarray(X + NOISE * RNG.normal(size=X.shape), "float32")
+    em = make_em(unknown_noise, {"num_particles": 1, "num_events": N // 2})
+    state = em.init(jax.random.key(0), make_prior(), y)
+    values = []
+    for _ in range(3):
+        state, _ = em.update(state, y)
+        values.append(float(state.params["noise"]))
+    assert values[0] == pytest.approx(2 * NOISE)
+    assert values[1] != values[0]
+    assert np.isfinite(values).all()
+
+
 def test_moments_stay_at_the_fixed_point():
     """A Gaussian refitted from its posterior draws keeps its covariance (no bias compounds)."""
     em = make_em(start=GaussianStart(200))

@@ -43,7 +43,14 @@ from numpyro_diffprior.em.conditions import (
     describe_model,
     describe_optimizers,
 )
-from numpyro_diffprior.em.e_step import EStep, compare_draws, draw_events, no_draws
+from numpyro_diffprior.em.e_step import (
+    EStep,
+    compare_draws,
+    draw_events,
+    no_draws,
+    put_draws,
+    take_draws,
+)
 from numpyro_diffprior.em.initial import (
     Gaussian,
     GaussianStart,
@@ -66,7 +73,6 @@ from numpyro_diffprior.em.sites import (
 )
 from numpyro_diffprior.em.state import Best, EMMetrics, EMResult, EMState, Progress
 from numpyro_diffprior.em.watch import Watch
-from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.infer.evidence import LogEvidence, estimate_evidence
 from numpyro_diffprior.infer.posterior import resolve_options
 from numpyro_diffprior.prior import DiffusionPrior
@@ -212,9 +218,11 @@ class EM:
         started = time.perf_counter()
         bound = self._read(state.prior, arguments, state.params)
         watch.enter("E-step")
-        draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch)
+        chosen = self.e_step.choose(bound, state.num_iterations)
+        draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch, chosen)
+        previous = take_draws(state.draws, bound, chosen)
         samples, num_failed = replace_non_finite(
-            draws.samples, state.draws, state.priors, state.sites
+            draws.samples, previous, state.priors, state.sites
         )
         if num_failed:
             warnings.warn(
@@ -224,8 +232,9 @@ class EM:
                 stacklevel=3,
             )
         distance = jax.block_until_ready(
-            compare_draws(key_compare, samples, state.draws, state.priors, state.sites)
+            compare_draws(key_compare, samples, previous, state.priors, state.sites)
         )
+        samples = put_draws(state.draws, samples, bound, chosen)
         between = time.perf_counter()
         watch.enter("M-step")
         trained = fit_priors(
@@ -239,7 +248,7 @@ class EM:
             mesh=self.mesh,
         )
         params, params_opt_state = state.params, state.params_opt_state
-        if params:
+        if params and all(bool(jnp.isfinite(x).all()) for x in samples.values()):
             batch = self._read(state.prior, arguments, params, batch_size=self.m_step.batch_size)
             params, params_opt_state = fit_params(
                 key_params,
@@ -439,7 +448,7 @@ class EM:
         """
         args, kwargs = arguments
         # Read as on one device, since a run may go on on others.
-        size = block_size(self.e_step.num_particles, self.e_step.num_draws, self.e_step.limit)
+        size = self.e_step.block_size(None)
         bound = read(self.model, (prior, *args), kwargs, block_size=size)
         template = init_state
         if template is None:
@@ -532,9 +541,7 @@ class EM:
     ) -> BoundModel:
         """Read the model, in blocks of the E-step or of a batch size."""
         args, kwargs = arguments
-        size = block_size(
-            self.e_step.num_particles, self.e_step.num_draws, self.e_step.limit, self.mesh
-        )
+        size = self.e_step.block_size(self.mesh)
         return read(
             self.model,
             (prior, *args),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -114,18 +115,31 @@ def fit_priors(
             continue
         prior = state.priors[key]
         shape = prior.denoiser.context_shape
+        x = pool(draws, state.sites, key, prior.event_shape)
+        context = None if shape is None else pool(contexts, state.sites, key, shape)
+        if not jnp.isfinite(x).all():
+            x, context = _repeat_drawn(x, context)
         trained[key] = _fit_prior(
             jax.random.fold_in(rng_key, i),
             state.training[key],
             state.initial[key],
-            pool(draws, state.sites, key, prior.event_shape),
-            None if shape is None else pool(contexts, state.sites, key, shape),
+            x,
+            context,
             optimizer,
             m_step,
             summary,
             mesh,
         )
     return trained
+
+
+@jax.jit
+def _repeat_drawn(x: jax.Array, context: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Put the events that were drawn, again and again, in the place of those that were not."""
+    drawn = jnp.isfinite(x.reshape(len(x), -1)).all(-1)
+    first = jnp.argsort(~drawn, stable=True)
+    index = first[jnp.arange(len(x)) % drawn.sum()]
+    return x[index], None if context is None else context[index]
 
 
 def _fit_prior(

@@ -1,11 +1,13 @@
 r"""Posterior draws in compiled blocks of bounded size."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
@@ -77,12 +79,14 @@ def sample_blocks(
     limit: BatchLimit,
     mesh: Mesh | None = None,
     monitor: Monitor = Monitor(),
+    chosen: Mapping[int, np.ndarray] = MappingProxyType({}),
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
     Changed arrays (a prior's weights too) do not recompile. The model must be read with the
     `block_size` for these options, and the devices of the mesh must have all data. A monitor
-    follows the draws, which are made in parts of some blocks.
+    follows the draws, which are made in parts of some blocks. Groups of latent sites, by position,
+    may be drawn for some elements of their divided plate only, given in order.
 
     Returns:
         Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
@@ -90,7 +94,9 @@ def sample_blocks(
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     drawn = [
-        _sample_group(key, model, _Plan.of(model, i, options, num_draws, limit, mesh), monitor)
+        _sample_group(
+            key, model, _Plan.of(model, i, options, num_draws, limit, mesh), monitor, chosen.get(i)
+        )
         for i, key in enumerate(keys)
     ]
     samples = {name: x for group in drawn for name, x in group.samples.items()}
@@ -171,7 +177,11 @@ class _Plan(NamedTuple):
 
 
 def _sample_group(
-    rng_key: jax.Array, model: BoundModel, plan: _Plan, monitor: Monitor
+    rng_key: jax.Array,
+    model: BoundModel,
+    plan: _Plan,
+    monitor: Monitor,
+    chosen: np.ndarray | None,
 ) -> PosteriorSamples:
     group = model.reading.groups[plan.position]
     known = monitor.drawn(plan.position)
@@ -181,9 +191,10 @@ def _sample_group(
             monitor.finish(plan.position, draws, 1)
         return draws
     plate, size = group.divided
-    keys = jax.random.split(rng_key, -(-plate.size // size))
+    num_elements = plate.size if chosen is None else len(chosen)
+    keys = jax.random.split(rng_key, -(-num_elements // size))
     max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else _MAX_PARTS
-    parts = split_into_parts(model, plan.position, plan.mesh, max_parts)
+    parts = split_into_parts(model, plan.position, plan.mesh, max_parts, chosen)
 
     def draw() -> Iterator[PosteriorSamples]:
         yield from known
@@ -193,7 +204,7 @@ def _sample_group(
             monitor.finish(plan.position, draws, len(parts))
             yield draws
 
-    return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, plate.size)
+    return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, num_elements)
 
 
 _MAX_PARTS = 64
@@ -244,7 +255,7 @@ def _draw_part(
 
     draws = on_devices(draw_blocks, model, (rng_keys, indices), plan.mesh)
     axis = 1 + len(group.latents.batch_shape) + plate.dim  # of the plate, behind the draws
-    joined: PosteriorSamples = join_blocks(draws, axis, min(indices.size, plate.size))
+    joined: PosteriorSamples = join_blocks(draws, axis, indices.size)
     return joined
 
 

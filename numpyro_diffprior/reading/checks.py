@@ -96,11 +96,11 @@ def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Checks:
     inspected = (
         _inspect_part(part, position, sampler) for part in split_into_parts(model, position)
     )
-    axis, size = 0, 0
-    if group.divided is not None:
-        plate, _ = group.divided
-        axis, size = len(group.latents.batch_shape) + plate.dim, plate.size
-    return _conclude(join_parts(inspected, axis, size))
+    if group.divided is None:
+        return _conclude(*inspected)
+    plate, _ = group.divided
+    axis = len(group.latents.batch_shape) + plate.dim
+    return _conclude(join_parts(inspected, axis, plate.size))
 
 
 @jax.jit

@@ -53,13 +53,13 @@ class ModelData(NamedTuple):
         arrays: Its arguments, and the arrays that it closes over.
         params: The values of its ``numpyro.param`` sites, by name; those that are missing have
             their first values.
-        starts: The first element that an array holds of a divided plate, by the array's position
-            and the plate's name; absent if it holds all.
+        held: The elements that an array holds of a divided plate, in order, by the array's
+            position and the plate's name; absent if it holds all.
     """
 
     arrays: list[jax.Array]
     params: dict[str, jax.Array]
-    starts: dict[tuple[int, str], jax.Array] = {}
+    held: dict[tuple[int, str], jax.Array] = {}
 
 
 @jax.tree_util.register_dataclass
@@ -216,8 +216,10 @@ class ModelReading:
                 return None if source.param is None else data.params.get(source.param)
             array = jnp.asarray(data.arrays[source.position])
             for axis, plate in source.axes:
-                start = data.starts.get((source.position, plate), 0)
-                array = jnp.take(array, elements(plate) - start, axis)
+                index, held = elements(plate), data.held.get((source.position, plate))
+                if held is not None:
+                    index = jnp.searchsorted(held, index)
+                array = jnp.take(array, index, axis)
             return array
 
         inputs = [make(source) for source in self.sources]

@@ -38,7 +38,11 @@ class Part(NamedTuple):
 
 
 def split_into_parts(
-    model: BoundModel, position: int, mesh: Mesh | None = None, max_parts: int = 1
+    model: BoundModel,
+    position: int,
+    mesh: Mesh | None = None,
+    max_parts: int = 1,
+    chosen: np.ndarray | None = None,
 ) -> Sequence[Part]:
     """Return the blocks of a group with the data that they need, in parts of equal shape.
 
@@ -50,17 +54,23 @@ def split_into_parts(
         position: The position of the group in the reading.
         mesh: The devices, or None.
         max_parts: The largest number of parts, if no array is memory-mapped.
+        chosen: The elements of the divided plate, in order (default: all).
     """
     if model.reading.groups[position].divided is None:
         return [Part(model, np.zeros(1, np.int32), None)]
-    return _Parts(model, position, mesh, max_parts)
+    return _Parts(model, position, mesh, max_parts, chosen)
 
 
 class _Parts(Sequence[Part]):
     """The parts of a group with a divided plate."""
 
     def __init__(
-        self, model: BoundModel, position: int, mesh: Mesh | None, max_parts: int
+        self,
+        model: BoundModel,
+        position: int,
+        mesh: Mesh | None,
+        max_parts: int,
+        chosen: np.ndarray | None,
     ) -> None:
         divided = model.reading.groups[position].divided
         assert divided is not None
@@ -73,14 +83,15 @@ class _Parts(Sequence[Part]):
             if isinstance(arrays[i], np.ndarray)
         }
         self._is_mapped = any(isinstance(arrays[i], np.memmap) for i in self._axes)
-        num_blocks = -(-self._plate.size // size)
+        chosen = np.arange(self._plate.size) if chosen is None else chosen
+        num_blocks = -(-len(chosen) // size)
         num_parts = -(-num_blocks // _MAX_BLOCKS) if self._is_mapped else max_parts
         count = round_up(-(-num_blocks // num_parts), mesh)
         num_parts = -(-num_blocks // count)
         self._blocks = np.minimum(np.arange(num_parts * count), num_blocks - 1)
         self._blocks = self._blocks.reshape(num_parts, count)
-        elements = block_indices(self._plate.size, size, num_parts * count)
-        self._indices = elements.reshape(num_parts, count, size)
+        elements = block_indices(len(chosen), size, num_parts * count)
+        self._indices = chosen.astype(np.int32)[elements].reshape(num_parts, count, size)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -100,9 +111,9 @@ class _Parts(Sequence[Part]):
     def _read(self, number: int) -> BoundModel:
         """Return the model with the slices of mapped arrays that a part needs."""
         arrays, plate = self._model.data.arrays, self._plate
-        num_elements = self._indices[number].size
-        start = max(0, min(number * num_elements, plate.size - num_elements))
-        taken = slice(start, start + num_elements)
+        held = self._indices[number].ravel()  # in order; the last one may be repeated
+        is_whole = held[-1] - held[0] == len(held) - 1
+        taken = slice(held[0], held[-1] + 1) if is_whole else held
         own = {
             i: replicate(
                 jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), self._mesh
@@ -111,7 +122,7 @@ class _Parts(Sequence[Part]):
         }
         data = self._model.data._replace(
             arrays=[own[i] if i in own else x for i, x in enumerate(self._others)],
-            starts={(i, plate.name): jnp.asarray(start) for i in self._axes},
+            held={(i, plate.name): jnp.asarray(held) for i in self._axes},
         )
         return replace(self._model, data=data)
 
@@ -125,13 +136,14 @@ class _Parts(Sequence[Part]):
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
     """Join the results of parts, trees of arrays, along the axis of the divided plate.
 
-    Several results are collected in host memory, one at a time.
+    Elements beyond ``size`` are cut off. Several results are collected in host memory, one at a
+    time.
     """
     remaining = iter(results)
     first = next(remaining)
     second = next(remaining, None)
     if second is None:
-        return first
+        return jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, size, axis=axis), first)
     results = chain([first, second], remaining)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((first, second))):
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *results)
