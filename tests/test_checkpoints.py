@@ -53,6 +53,14 @@ def make_em(model=model, learning_rate=1e-3, num_particles=2, **options):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Parts of an E-step have one block each, as those of a long one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_PART_WORK", 1)
+        yield
+
+
 def run(em, num_iterations, folder=None, prior=None, y=Y, key=KEY, **options):
     return em.run(
         key,
@@ -199,8 +207,12 @@ def renamed_model(prior, y=None):
 
 
 def scaled_model(prior, y=None):
-    with numpyro.handlers.scale(scale=0.5):
-        model(prior, y)
+    noise = numpyro.param("noise", NOISE, constraint=dist.constraints.positive)
+    with numpyro.plate("n", N):
+        y = None if y is None else numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        with numpyro.handlers.scale(scale=0.5):
+            numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
 
 
 OTHERS = {

@@ -117,3 +117,21 @@ def test_replayed_models():
     """What a trace would replay gives way to what is drawn."""
     trace = handlers.trace(handlers.seed(model, 0)).get_trace(PRIOR, Y)
     same(read(handlers.replay(model, trace), PRIOR, Y)[1], read(model, PRIOR, Y)[1])
+
+
+@pytest.mark.parametrize("subsample_size", [None, 2])
+def test_scaled_priors_are_refused(subsample_size):
+    """The scale of a plate that subsamples is its own, and no other."""
+
+    def scaled(prior, scale=None):
+        with numpyro.plate("n", N, subsample_size=subsample_size):
+            y = numpyro.subsample(Y, event_dim=1)
+            with handlers.scale(scale=1.0 if scale is None else scale):
+                x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    draws = sample_posterior(jax.random.key(0), scaled, PRIOR)
+    assert draws.samples["x"].shape == (1, N, D)
+    for scale in (0.5, jnp.asarray(0.5)):
+        with pytest.raises(ValueError, match="'x' is under `numpyro.handlers.scale`.*observed"):
+            sample_posterior(jax.random.key(0), scaled, PRIOR, scale)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer import progress
+from numpyro_diffprior.infer import blocks, progress
 
 N, D = 40, 2
 KEY = jax.random.key(0)
@@ -34,6 +34,14 @@ def open_terminal(monkeypatch):
         progress, "make_bar", lambda *args, **kwargs: make_bar(*args, **(kwargs | options))
     )
     return terminal
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Parts have one block each, as those of long calculations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_PART_WORK", 1)
+        yield
 
 
 def model(prior, y):

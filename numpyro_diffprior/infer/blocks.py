@@ -114,7 +114,9 @@ def sample_first_block(
     samples: dict[str, jax.Array] = {}
     keys = jax.random.split(rng_key, len(model.reading.groups))
     for i, (key, group) in enumerate(zip(keys, model.reading.groups, strict=True)):
-        plan = _Plan(i, options, num_draws, num_draws * group.latents.num_events, None)
+        latents = group.latents
+        num_systems = num_draws * latents.num_events
+        plan = _Plan(i, options, num_draws, num_systems, latents.event_size, None)
         part = split_into_parts(model, i)[0]
         if part.indices is None:
             samples |= _draw_whole(key, part.model, plan).samples
@@ -151,6 +153,7 @@ class _Plan(NamedTuple):
         options: The options of sampling.
         num_draws: The number of draws per event.
         num_systems: The number of particle systems in memory at once on one device.
+        num_elements: The number of elements of an event.
         mesh: The devices, or None.
     """
 
@@ -158,7 +161,15 @@ class _Plan(NamedTuple):
     options: SamplingOptions
     num_draws: int
     num_systems: int
+    num_elements: int
     mesh: Mesh | None
+
+    def max_parts(self, num_events: int) -> int:
+        """Return the largest number of parts, which take a few milliseconds each to start."""
+        options = self.options
+        num_evaluations = options.num_particles * options.sampler.num_evaluations
+        work = num_events * self.num_elements * self.num_draws * num_evaluations
+        return min(_MAX_PARTS, -(-work // _PART_WORK))
 
     @classmethod
     def of(
@@ -173,7 +184,11 @@ class _Plan(NamedTuple):
         """Return the plan of a group, within a limit."""
         group = model.reading.groups[position].latents
         num_systems = limit.num_groups(group.event_size, options.num_particles)
-        return cls(position, options, num_draws, num_systems, mesh)
+        return cls(position, options, num_draws, num_systems, group.event_size, mesh)
+
+
+_MAX_PARTS = 64
+_PART_WORK = 2**22  # elements of evaluations: for a U-Net, some seconds of a CPU
 
 
 def _sample_group(
@@ -193,7 +208,7 @@ def _sample_group(
     plate, size = group.divided
     num_elements = plate.size if chosen is None else len(chosen)
     keys = jax.random.split(rng_key, -(-num_elements // size))
-    max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else _MAX_PARTS
+    max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else plan.max_parts(num_elements)
     parts = split_into_parts(model, plan.position, plan.mesh, max_parts, chosen)
 
     def draw() -> Iterator[PosteriorSamples]:
@@ -205,9 +220,6 @@ def _sample_group(
             yield draws
 
     return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, num_elements)
-
-
-_MAX_PARTS = 64
 
 
 def _advise(factor: float, *args: Any) -> str:

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.wrappers import PlateDenoiser, ProductDenoiser
@@ -147,7 +148,8 @@ def read_latent_site(
     """Read a diffusion site of a trace, given the full sizes of the model's plates.
 
     Raises:
-        ValueError: If ``to_event`` has made batch axes part of the event.
+        ValueError: If ``to_event`` has made batch axes part of the event, or the log-density of
+            the site is scaled.
     """
     fn = site["fn"]
     if fn.shape() != (*fn.batch_shape, *prior.event_shape):
@@ -157,6 +159,13 @@ def read_latent_site(
         )
     frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
     plates = tuple(Plate(frame.name, frame.dim, sizes[frame.name]) for frame in frames)
+    own = prod(sizes[frame.name] / frame.size for frame in frames)  # that of the plates
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    if isinstance(scale, jax.core.Tracer) or not np.allclose(scale, own, rtol=1e-5):
+        raise ValueError(
+            f"latent site '{name}' is under `numpyro.handlers.scale`, but its prior is drawn from "
+            "as it is; scale the observed sites only, whose likelihood is then tempered."
+        )
     return LatentSite(name, prior.event_shape, tuple(fn.batch_shape), plates, prior.sampler)
 
 
