@@ -19,11 +19,13 @@ from benchmarks import (
     guidance,
     heldout,
     joint,
+    kills,
     kspace,
     memory,
     mixture,
     noise,
     noise_level,
+    partial,
     particles,
     refresh,
     samplers,
@@ -415,3 +417,23 @@ def test_images(tmp_path):
     rows = images_benchmark.main(benchmark)
     assert [row["name"] for row in rows] == benchmark.cases
     assert all(np.isfinite([row["crps"], row["cover90"], row["cost"]]).all() for row in rows)
+
+
+def test_benchmark_of_kills(tmp_path):
+    """A kill in an E-step, one in an M-step, and one while a checkpoint is written."""
+    args = kills.parse_args(f"--num-kills 3 --num-iterations 12 --output {tmp_path}".split())
+    result = kills.main(args)
+    assert result["kills"] == {"E-step": 1, "M-step": 1, "write": 1}
+    assert result["findings"] == []
+    assert result["identical"]
+
+
+def test_benchmark_of_partial_e_steps(tmp_path):
+    args = partial.parse_args(
+        "--num-points 256 --num-iterations 2 --num-sgd-steps 8 --num-steps 4 --width 8"
+        f" --batch-size 64 --output {tmp_path}".split()
+    )
+    args.runs = ["all", "a quarter, 4 times as often"]
+    rows = partial.main(args)["rows"]
+    assert [row["run"] for row in rows] == args.runs
+    assert all(np.isfinite(row["sliced_w2"]) for row in rows)
