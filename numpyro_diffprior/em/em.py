@@ -349,58 +349,67 @@ class EM:
             template, conditions = self._describe(rng_key, prior, arguments, init_state, heldout)
             checkpoints = Checkpoints(checkpoint, every, conditions)
             progress = checkpoints.load(template)
-        watch = Watch(progress_bar, num_iterations, checkpoints)
-        if progress is None:
-            state = init_state
-            if state is None:
-                watch.enter("Gaussian start")
-                state = self.init(rng_key, prior, *args, **kwargs)
-            progress = Progress(state, Best.of(state), [])
-        try:
-            if heldout is not None and init_state is not None and not progress.history:
-                first = self._evaluate_heldout(key_heldout, init_state, heldout, arguments)
-                # In this order, `max` ignores NaN.
-                progress = progress._replace(
-                    best=Best.of(init_state, max(-math.inf, float(first.total)))
+        with Watch(progress_bar, num_iterations, checkpoints) as watch:
+            if progress is None:
+                state = init_state
+                if state is None:
+                    watch.enter("Gaussian start")
+                    state = self.init(rng_key, prior, *args, **kwargs)
+                progress = Progress(state, Best.of(state), [])
+            try:
+                if heldout is not None and init_state is not None and not progress.history:
+                    first = self._evaluate_heldout(key_heldout, init_state, heldout, arguments)
+                    # In this order, `max` ignores NaN.
+                    progress = progress._replace(
+                        best=Best.of(init_state, max(-math.inf, float(first.total)))
+                    )
+                watch.start(progress)
+                while not progress.is_over(num_iterations, patience):
+                    progress = self._advance(progress, arguments, key_heldout, heldout, watch)
+                    watch.advance(progress)
+                    if progress.has_diverged:
+                        warnings.warn(
+                            f"EM: the training of iteration {progress.state.num_iterations} "
+                            "diverged: its loss is not finite. The run ends with the previous "
+                            "weights. Try a smaller learning rate, or clip gradients with "
+                            "`optax.clip_by_global_norm`.",
+                            stacklevel=2,
+                        )
+                        break
+                    if callback is not None and callback(progress.state, progress.history[-1]):
+                        break
+            except KeyboardInterrupt:
+                warnings.warn(
+                    f"EM: interrupted in iteration {progress.state.num_iterations + 1}; the "
+                    "result is that of the iterations before.",
+                    stacklevel=2,
                 )
-            watch.start(progress)
-            while not progress.is_over(num_iterations, patience):
-                state, metrics = self._iterate(progress.state, arguments, watch)
-                evidence = None
-                if heldout is not None:
-                    watch.enter("held out")
-                    found = self._evaluate_heldout(key_heldout, state, heldout, arguments)
-                    evidence = float(found.total)
-                    metrics = metrics._replace(
-                        heldout_log_evidence=found.total,
-                        heldout_standard_error=found.total_standard_error,
-                    )
-                best = progress.best.after(state, evidence)
-                progress = Progress(state, best, [*progress.history, metrics])
-                watch.advance(progress)
-                if metrics.diverged:
-                    warnings.warn(
-                        f"EM: the training of iteration {state.num_iterations} diverged: its "
-                        "loss is not finite. The run ends with the previous weights. Try a "
-                        "smaller learning rate, or clip gradients with "
-                        "`optax.clip_by_global_norm`.",
-                        stacklevel=2,
-                    )
-                    break
-                if callback is not None and callback(state, metrics):
-                    break
-        except KeyboardInterrupt:
-            warnings.warn(
-                f"EM: interrupted in iteration {progress.state.num_iterations + 1}; the result is "
-                "that of the iterations before.",
-                stacklevel=2,
-            )
-        except Exception as error:
-            error.em_state = progress.state  # type: ignore[attr-defined]
-            raise
-        finally:
-            watch.close(progress)
+            except Exception as error:
+                error.em_state = progress.state  # type: ignore[attr-defined]
+                raise
         return progress.result()
+
+    def _advance(
+        self,
+        progress: Progress,
+        arguments: Arguments,
+        key_heldout: jax.Array,
+        heldout: tuple[Any, ...] | Mapping[str, Any] | None,
+        watch: Watch,
+    ) -> Progress:
+        """Make one iteration of a run, and evaluate its priors on held-out events."""
+        state, metrics = self._iterate(progress.state, arguments, watch)
+        evidence = None
+        if heldout is not None:
+            watch.enter("held out")
+            found = self._evaluate_heldout(key_heldout, state, heldout, arguments)
+            evidence = float(found.total)
+            metrics = metrics._replace(
+                heldout_log_evidence=found.total,
+                heldout_standard_error=found.total_standard_error,
+            )
+        best = progress.best.after(state, evidence)
+        return Progress(state, best, [*progress.history, metrics])
 
     def load_state(
         self, folder: str | os.PathLike[str], prior: Any, *args: Any, **kwargs: Any

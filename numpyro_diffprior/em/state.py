@@ -159,11 +159,15 @@ class Progress(NamedTuple):
         )
         return EMMetrics(*(jnp.stack(c) if c else jnp.zeros(0) for c in columns))
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the training of the last iteration diverged."""
+        return bool(self.history) and bool(self.history[-1].diverged)
+
     def is_over(self, num_iterations: int, patience: int | None) -> bool:
         """Whether a run of at most this number of iterations ends here."""
-        has_diverged = bool(self.history) and bool(self.history[-1].diverged)
         is_worse = patience is not None and self.best.num_waited >= patience
-        return len(self.history) >= num_iterations or has_diverged or is_worse
+        return len(self.history) >= num_iterations or self.has_diverged or is_worse
 
     def result(self) -> EMResult:
         """Return the result of the iterations so far."""

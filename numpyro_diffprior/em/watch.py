@@ -1,6 +1,7 @@
 """What a run of EM shows of its progress, and what of it is saved."""
 
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.state import Progress
@@ -65,10 +66,19 @@ class Watch(Monitor):
             self._checkpoints.forget_draws()
             self._checkpoints.save(progress)
 
-    def close(self, progress: Progress) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Save what is not saved yet, and wait until all is written."""
         if self._checkpoints is not None:
-            self._checkpoints.save(progress, now=True)
-            self._checkpoints.save_draws(progress)
+            if self._progress is not None:
+                self._checkpoints.save(self._progress, now=True)
+                self._checkpoints.save_draws(self._progress)
             self._checkpoints.close()
         self._bar.close()
