@@ -6,6 +6,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from flax import nnx
+from numpyro.contrib.module import nnx_module
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -549,6 +550,38 @@ def test_noise_level_is_learned():
     expected = np.asarray(y - y.mean(1, keepdims=True)).std() * np.sqrt(1.5)
     assert abs(result.params["noise"] / expected - 1) < 0.05
     np.testing.assert_array_equal(result.best_params["noise"], result.params["noise"])
+
+
+def test_a_module_is_learned(tmp_path):
+    """The offset of a linear layer, with checkpoints."""
+    layer = nnx.Linear(D, D, kernel_init=lambda *_: jnp.eye(D), rngs=nnx.Rngs(0))
+
+    def shifted(prior, y=None):
+        net = nnx_module("net", layer)
+        with numpyro.plate("n", N):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("direct", dist.Normal(x, NOISE).to_event(1), obs=y - 3.0)
+            numpyro.sample("y", dist.Normal(net(x), NOISE).to_event(1), obs=y)
+
+    y = jnp.asarray(X + 3.0, "float32")
+    em = make_em(shifted, {"num_particles": 1})
+    results = []
+    for num_iterations in (2, 12):
+        results.append(
+            em.run(
+                jax.random.key(0),
+                num_iterations,
+                make_prior(),
+                y,
+                progress_bar=False,
+                checkpoint=tmp_path,
+            )
+        )
+    learned = results[-1].params["net$params"]
+    assert results[-1].history.loss.shape == (12,)
+    residual = np.asarray(y) - np.asarray(X) @ np.asarray(learned["kernel"]) - learned["bias"]
+    assert np.sqrt(np.mean(residual**2)) < 1.0
 
 
 def fail(monkeypatch, events):

@@ -7,6 +7,10 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import linen, nnx
+from numpyro.contrib.module import flax_module, nnx_module
+from numpyro.handlers import substitute
+from numpyro.infer.util import log_density
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.em.params import fit_params, init_params
@@ -73,3 +77,61 @@ def test_a_value_that_is_given_is_no_parameter():
     assert set(bound.reading.constraints) == {"shares"}
     params, _ = init_params(bound, optax.adam(0.1))
     np.testing.assert_allclose(params["shares"], 1 / 3, rtol=1e-6)
+
+
+GAIN = np.array([[1.0, 0.5], [-0.3, 2.0]])
+OFFSET = np.array([0.5, -1.0])
+
+
+def linear(w, x):
+    return x @ w["gain"] + w["offset"]
+
+
+def tree(x):
+    first = {"gain": jnp.eye(D), "offset": jnp.zeros(D)}
+    return linear(numpyro.param("w", first), x)
+
+
+def by_nnx(x):
+    return nnx_module("net", nnx.Linear(D, D, rngs=nnx.Rngs(0)))(x)
+
+
+def by_linen(x):
+    return flax_module("net", linen.Dense(D), input_shape=(1, D))(x)
+
+
+@pytest.mark.parametrize("forward", [tree, by_nnx, by_linen])
+def test_trees_and_modules(forward):
+    """A linear map, from exact draws: least squares."""
+
+    def mapped(prior, y):
+        with numpyro.plate("rows", M, dim=-2), numpyro.plate("n", N, dim=-1):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(forward(x), 0.1).to_event(1), obs=y)
+
+    x = np.asarray(X[0])
+    noise = 0.1 * np.random.default_rng(1).normal(size=x.shape)
+    y = jnp.asarray(x @ GAIN + OFFSET + noise)
+    optimizer = optax.adam(0.05)
+    bound = read(mapped, (PRIOR, y), {}, block_size=lambda group: N)
+    params, opt_state = init_params(bound, optimizer)
+    params, _ = fit_params(
+        jax.random.key(0),
+        bound.with_params(params),
+        {"x": X[:1]},
+        optimizer,
+        opt_state,
+        num_steps=600,
+    )
+    design = np.concatenate([x.reshape(-1, D), np.ones((M * N, 1))], axis=1)
+    best = np.linalg.lstsq(design, np.asarray(y).reshape(-1, D), rcond=None)[0]
+    gain, offset = sorted(jax.tree.leaves(params), key=lambda leaf: -leaf.ndim)
+    np.testing.assert_allclose(gain, best[:D], atol=1e-3)
+    np.testing.assert_allclose(offset, best[D], atol=1e-3)
+    # With these values, the model's density is that of the fitted map.
+    fitted = substitute(mapped, data=params)
+    density, _ = log_density(fitted, (PRIOR, y), {}, {"x": X[0]})
+    residual = np.asarray(y) - (x @ best[:D] + best[D])
+    expected = dist.Normal(0.0, 0.1).log_prob(residual).sum() + PRIOR.log_prob(X[0]).sum()
+    np.testing.assert_allclose(density, expected, rtol=1e-3)

@@ -6,6 +6,7 @@ The M-step of expectation maximization increases the observed sites' expected lo
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from numpyro_diffprior.reading.model import BoundModel, ModelReading
 
 __all__ = ["fit_params", "init_params"]
 
-Params = dict[str, jax.Array]
+Params = dict[str, Any]  # arrays, or pytrees of them
 
 
 def init_params(
@@ -58,7 +59,7 @@ def fit_params(
     num_events = max(group.latents.num_events for group in reading.groups)
 
     def loss(free: Params, indices: dict[str, jax.Array]) -> jax.Array:
-        values = {name: transforms[name](value) for name, value in free.items()}
+        values = _constrain(free, transforms)
         given = data._replace(params=data.params | values)
         taken = dict(draws)
         for group in reading.groups:
@@ -86,7 +87,7 @@ def fit_params(
 
     start = _unconstrain(data.params, transforms), opt_state
     (free, opt_state), _ = jax.lax.scan(step, start, jax.random.split(rng_key, num_steps))
-    return {name: transforms[name](value) for name, value in free.items()}, opt_state
+    return _constrain(free, transforms), opt_state
 
 
 def _transforms(reading: ModelReading) -> dict[str, Transform]:
@@ -95,4 +96,8 @@ def _transforms(reading: ModelReading) -> dict[str, Transform]:
 
 
 def _unconstrain(params: Params, transforms: dict[str, Transform]) -> Params:
-    return {name: transforms[name].inv(value) for name, value in params.items()}
+    return {name: jax.tree.map(transforms[name].inv, value) for name, value in params.items()}
+
+
+def _constrain(free: Params, transforms: dict[str, Transform]) -> Params:
+    return {name: jax.tree.map(transforms[name], value) for name, value in free.items()}

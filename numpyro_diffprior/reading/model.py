@@ -58,7 +58,7 @@ class ModelData(NamedTuple):
     """
 
     arrays: list[jax.Array]
-    params: dict[str, jax.Array]
+    params: dict[str, Any]
     held: dict[tuple[int, str], jax.Array] = {}
 
 
@@ -78,7 +78,7 @@ class BoundModel:
     data: ModelData
     positions: tuple[int | None, ...] = field(metadata={"static": True})
 
-    def with_params(self, params: Mapping[str, jax.Array]) -> "BoundModel":
+    def with_params(self, params: Mapping[str, Any]) -> "BoundModel":
         """Return the model with values of its ``numpyro.param`` sites."""
         return replace(self, data=self.data._replace(params=dict(params)))
 
@@ -117,12 +117,20 @@ class Source(NamedTuple):
         axes: The axes in which it is sliced, each with the name of its plate.
         plate: The name of the plate whose elements' indices it holds, or None.
         param: The name of the parameter whose value it holds, or None.
+        leaf: The position of its leaf, if that value is a pytree.
     """
 
     position: int | None = None
     axes: tuple[tuple[int, str], ...] = ()
     plate: str | None = None
     param: str | None = None
+    leaf: int = 0
+
+    def take(self, params: Mapping[str, Any]) -> Any:
+        """Return the value of the parameter, or None if it is missing."""
+        if self.param is None or self.param not in params:
+            return None
+        return jax.tree.leaves(params[self.param])[self.leaf]
 
 
 class ModelForm(NamedTuple):
@@ -213,7 +221,7 @@ class ModelReading:
             if source.plate is not None:
                 return elements(source.plate)
             if source.position is None:
-                return None if source.param is None else data.params.get(source.param)
+                return source.take(data.params)
             array = jnp.asarray(data.arrays[source.position])
             for axis, plate in source.axes:
                 index, held = elements(plate), data.held.get((source.position, plate))
@@ -227,7 +235,7 @@ class ModelReading:
             first = self.evaluate(self.outputs["params"], inputs)()
             for i, source in enumerate(self.sources):
                 if source.param is not None and inputs[i] is None:
-                    inputs[i] = first[source.param]
+                    inputs[i] = source.take(first)
         return inputs
 
     @cached_property
@@ -258,7 +266,7 @@ class ModelReading:
         staged = self.program.stage(inputs, positions, late)
         return lambda *values: jax.tree.unflatten(treedef, staged(*values))
 
-    def params(self, data: ModelData) -> dict[str, jax.Array]:
+    def params(self, data: ModelData) -> dict[str, Any]:
         """Return the first values of the ``numpyro.param`` sites; traceable."""
         return self.evaluate(self.outputs["params"], self.inputs(data))()
 

@@ -8,6 +8,7 @@ unchanged model compiles nothing.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,12 @@ from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelForm, Mo
 from numpyro_diffprior.reading.observed import describe
 from numpyro_diffprior.reading.tracing import (
     Latent,
+    LateParamError,
     Model,
     Param,
     Slice,
     find_prior,
+    first_params,
     is_unobserved,
     run_model,
 )
@@ -49,7 +52,7 @@ def read(
     *,
     block_size: Callable[[LatentGroup], int] | None = None,
     mesh: Mesh | None = None,
-    params: Mapping[str, jax.Array] | None = None,
+    params: Mapping[str, Any] | None = None,
     purpose: str = "",
 ) -> BoundModel:
     """Read a model.
@@ -154,15 +157,31 @@ def _execute(
     """Execute a model once, on shapes."""
     forms: list[ModelForm] = []
 
-    def run(arrays: list[jax.Array], indices: dict[str, jax.Array]) -> Any:
+    def run(
+        arrays: list[jax.Array], indices: dict[str, jax.Array], *, is_late: bool = False
+    ) -> Any:
         args, kwargs = merge_arguments(arrays, static)
-        sites, params = run_model(model, args, kwargs, indices=indices, arguments=arrays)
+        first = None
+        if is_late:
+
+            @jax.jit  # so that it is one equation of the program
+            def find(arrays: list[jax.Array], indices: dict[str, jax.Array]) -> dict[str, Any]:
+                args, kwargs = merge_arguments(arrays, static)
+                return first_params(model, args, kwargs, indices)
+
+            first = find(arrays, indices)
+        sites, params = run_model(
+            model, args, kwargs, indices=indices, arguments=arrays, first=first
+        )
         form, outputs = _describe(sites, params, blocks)
         forms.append(form)
         return outputs
 
     indices = {name: jax.ShapeDtypeStruct((size,), int) for name, size in blocks.items()}
-    traced = trace(run, specs, indices)
+    try:
+        traced = trace(run, specs, indices)
+    except LateParamError:
+        traced = trace(partial(run, is_late=True), specs, indices)
     form = forms[0]
     missing = [site.name for site in form.latents if Latent(site.name) not in traced.names]
     if missing:
@@ -193,7 +212,7 @@ def _execute(
             case Slice():
                 sources.append((after + i, Source(keep(name.position), name.axes)))
             case Param():
-                sources.append((after + i, Source(param=name.name)))
+                sources.append((after + i, Source(param=name.name, leaf=name.leaf)))
             case Latent():
                 latents[name.name] = after + i
     sources += [(latents[site.name], Source()) for site in form.latents]
@@ -211,7 +230,7 @@ def _execute(
 
 
 def _describe(
-    sites: Mapping[str, Any], params: dict[str, jax.Array], blocks: Mapping[str, int]
+    sites: Mapping[str, Any], params: dict[str, Any], blocks: Mapping[str, int]
 ) -> tuple[ModelForm, Any]:
     """Describe a trace by its static form and its arrays."""
     samples = {name: site for name, site in sites.items() if site["type"] == "sample"}

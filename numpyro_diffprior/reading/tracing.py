@@ -25,6 +25,7 @@ from numpyro_diffprior.reading.unwrap import from_pairs, innermost, is_complex, 
 
 __all__ = [
     "Execution",
+    "LateParamError",
     "Latent",
     "Model",
     "Param",
@@ -32,6 +33,7 @@ __all__ = [
     "check_names",
     "complex_noise",
     "find_prior",
+    "first_params",
     "fix_plates",
     "is_unobserved",
     "mask_priors",
@@ -60,9 +62,10 @@ class Latent(NamedTuple):
 
 
 class Param(NamedTuple):
-    """The name of an input: the value of a ``numpyro.param`` site."""
+    """The name of an input: the value of a ``numpyro.param`` site, or a leaf of it."""
 
     name: str
+    leaf: int
 
 
 class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
@@ -89,6 +92,34 @@ class fix_plates(Messenger):  # noqa: N801  # a NumPyro handler
             self.sizes[msg["name"]] = size
 
 
+class LateParamError(Exception):
+    """A model asks for a parameter without an initial value, and gives one later.
+
+    NumPyro's modules do. The model has to be executed again, with the initial value.
+    """
+
+
+class InitialParams(fix_plates):
+    """Run a model on given elements, and collect the initial values of its parameters."""
+
+    def __init__(self, fn: Model, indices: Mapping[str, jax.Array]) -> None:
+        super().__init__(fn, indices)
+        self.params: dict[str, Any] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Set elements, and latent values without drawing them."""
+        super().process_message(msg)
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            prior = find_prior(msg["fn"])
+            if prior is not None:
+                msg["value"] = jnp.broadcast_to(prior.mean, msg["fn"].shape())
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        """Keep the value of a parameter."""
+        if msg["type"] == "param" and msg["value"] is not None:
+            self.params[msg["name"]] = msg["value"]
+
+
 class Execution(fix_plates):
     """Run a model with plates, slices, latent values and parameters as inputs.
 
@@ -96,6 +127,7 @@ class Execution(fix_plates):
         fn: The model.
         indices: The elements of the divided plates, by name.
         arguments: The arrays among the model's arguments, traced.
+        first: First values of parameters, for models that ask for them before they give them.
     """
 
     def __init__(
@@ -103,12 +135,15 @@ class Execution(fix_plates):
         fn: Model | None = None,
         indices: Mapping[str, jax.Array] | None = None,
         arguments: Sequence[jax.Array] = (),
+        first: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(fn, indices)
         self._arguments = arguments
+        self._first = first
+        self._asked: set[str] = set()
         self._frames: list[Any] = []
         self._given: set[str] = set()
-        self.params: dict[str, jax.Array] = {}
+        self.params: dict[str, Any] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set elements, slices and latent values."""
@@ -118,8 +153,12 @@ class Execution(fix_plates):
             if prior is not None:
                 mean = jnp.broadcast_to(prior.mean, msg["fn"].shape())
                 msg["value"] = name_input(mean, Latent(msg["name"]))
-        elif msg["type"] == "param" and msg["value"] is not None:
-            self._given.add(msg["name"])
+        elif msg["type"] == "param":
+            name = msg["name"]
+            if msg["value"] is not None:
+                self._given.add(name)
+            elif self._first is not None and name in self._first:
+                msg["value"] = self._first[name]
         elif msg["type"] == "subsample" and self.indices:
             self._slice(msg)
         elif msg["type"] == "deterministic" and msg["name"].endswith(_PROBE):
@@ -128,10 +167,19 @@ class Execution(fix_plates):
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         """Turn parameters that only have an initial value into inputs."""
-        if msg["type"] == "param" and msg["name"] not in self._given:
-            first = jnp.asarray(msg["value"], jnp.result_type(float, msg["value"]))
-            self.params[msg["name"]] = first
-            msg["value"] = name_input(first, Param(msg["name"]))
+        if msg["type"] != "param":
+            return
+        name, value = msg["name"], msg["value"]
+        if value is None:
+            self._asked.add(name)
+        elif name not in self._given:
+            if name in self._asked and self._first is None:
+                raise LateParamError(name)
+            leaves, treedef = jax.tree.flatten(value)
+            first = [jnp.asarray(leaf, jnp.result_type(float, leaf)) for leaf in leaves]
+            self.params[name] = jax.tree.unflatten(treedef, first)
+            inputs = [name_input(leaf, Param(name, i)) for i, leaf in enumerate(first)]
+            msg["value"] = jax.tree.unflatten(treedef, inputs)
 
     def _slice(self, msg: dict[str, Any]) -> None:
         """Turn a slice of an argument into an input, so that the plates do not slice it."""
@@ -169,7 +217,8 @@ def run_model(
     *,
     indices: Mapping[str, jax.Array] | None = None,
     arguments: Sequence[jax.Array] = (),
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    first: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a model under `Execution`; return its trace and its parameters' initial values.
 
     Random draws of the model itself use the same key in every run.
@@ -177,8 +226,10 @@ def run_model(
     Raises:
         ValueError: If the model indexes with a boolean array among its arguments. Other errors
             of the model propagate.
+        LateParamError: If the model asks for a parameter before it gives an initial value, and
+            there is no ``first`` value.
     """
-    execution = Execution(model, indices, arguments)
+    execution = Execution(model, indices, arguments, first)
     try:
         trace = handlers.trace(handlers.seed(execution, rng_seed=0)).get_trace(*args, **kwargs)
     except jax.errors.NonConcreteBooleanIndexError as error:
@@ -188,6 +239,18 @@ def run_model(
             "distribution instead, or let the model close over the array."
         ) from error
     return trace, execution.params
+
+
+def first_params(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    indices: Mapping[str, jax.Array],
+) -> dict[str, Any]:
+    """Return the initial values of a model's parameters."""
+    execution = InitialParams(model, indices)
+    handlers.seed(execution, rng_seed=0)(*args, **kwargs)
+    return execution.params
 
 
 class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
