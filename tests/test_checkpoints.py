@@ -184,11 +184,14 @@ def test_a_state_goes_on_under_other_conditions(folder):
     assert state.num_iterations == 2
     result = run(em, 1, init_state=state)
     assert result.state.num_iterations == 3
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        em.load_state(folder / "other", make_prior(), Y)
     (folder.parent / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        em.load_state(folder.parent / "empty", make_prior(), Y)
+    for name in ("other", "empty"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            em.load_state(folder.parent / name, make_prior(), Y)
+    assert not (folder.parent / "other").exists()
+    damage_header(folder / "iterations" / "2")
+    with pytest.raises(ValueError, match="2' cannot be read"):
+        em.load_state(folder, make_prior(), Y)
 
 
 def test_a_run_from_a_state_goes_on(folder, tmp_path):

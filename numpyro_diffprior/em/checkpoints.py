@@ -67,15 +67,11 @@ class Checkpoints:
         """
         if self._last is None:
             return None
-        try:
-            header = self._iterations.read_header(self._last)
-            self._check_form(header, like)
-            if self._conditions is not None:
-                self._check_conditions(header, self._conditions)
-            return _unpack(self._iterations.read_arrays(self._last, header), like)
-        except ValueError:
-            self.close()
-            raise
+        header = self._iterations.read_header(self._last)
+        self._check_form(header, like)
+        if self._conditions is not None:
+            self._check_conditions(header, self._conditions)
+        return _unpack(self._iterations.read_arrays(self._last, header), like)
 
     def save(self, progress: Progress, *, now: bool = False) -> None:
         """Save a progress in the background, if it is the turn of its iteration or ``now``."""

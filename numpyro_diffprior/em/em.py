@@ -348,8 +348,9 @@ class EM:
             every = check_count("EM.run", "save_every", save_every)
             template, conditions = self._describe(rng_key, prior, arguments, init_state, heldout)
             checkpoints = Checkpoints(checkpoint, every, conditions)
-            progress = checkpoints.load(template)
         with Watch(progress_bar, num_iterations, checkpoints) as watch:
+            if checkpoints is not None:
+                progress = checkpoints.load(template)
             if progress is None:
                 state = init_state
                 if state is None:
@@ -416,8 +417,8 @@ class EM:
     ) -> EMState:
         """Return the last state in a folder of checkpoints of `run`.
 
-        To go on under other conditions (more particles, another optimizer of the same structure,
-        more data), pass it as ``init_state`` of a run with a folder of its own.
+        To go on under other conditions (more particles, another learning rate), pass it as
+        ``init_state`` of a run with a folder of its own.
 
         Args:
             folder: The folder.
@@ -429,14 +430,14 @@ class EM:
             FileNotFoundError: If there is no checkpoint in the folder.
             ValueError: If the checkpoint cannot be read, or has another structure.
         """
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"EM.load_state: there is no folder '{folder}'.")
-        template, _ = self._describe(jax.random.key(0), prior, (args, kwargs))
-        checkpoints = Checkpoints(folder)
-        try:
-            progress = checkpoints.load(template)
-        finally:
-            checkpoints.close()
+        progress = None
+        if os.path.isdir(os.path.join(folder, "iterations")):
+            template, _ = self._describe(jax.random.key(0), prior, (args, kwargs))
+            checkpoints = Checkpoints(folder)
+            try:
+                progress = checkpoints.load(template)
+            finally:
+                checkpoints.close()
         if progress is None:
             raise FileNotFoundError(f"EM.load_state: there is no checkpoint in '{folder}'.")
         return progress.state
