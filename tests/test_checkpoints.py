@@ -20,6 +20,7 @@ from safetensors import numpy as safetensors
 import numpyro_diffprior as ndp
 from numpyro_diffprior.em import checkpoints as checkpoints_module
 from numpyro_diffprior.em import em as em_module
+from numpyro_diffprior.em.conditions import describe_arrays
 from numpyro_diffprior.infer import blocks
 from numpyro_diffprior.infer.evidence import LogEvidence
 
@@ -377,3 +378,17 @@ def test_arrays_that_do_not_fit():
         ndp.from_arrays(prior, arrays | {"other": arrays[name]})
     with pytest.raises(ValueError, match=f"expected arrays named \\['{name}'\\] too"):
         ndp.from_arrays(prior, {key: x for key, x in arrays.items() if key != name})
+
+
+def test_every_element_of_the_data_counts(tmp_path):
+    """Of arrays in memory, of few long rows, and of files that are read in parts."""
+    x = np.zeros((3, 5000))
+    other = x.copy()
+    other[2, -1] = 1e-30
+    assert describe_arrays(x) != describe_arrays(other)
+    for i, array in enumerate((x.T, other.T)):
+        np.save(tmp_path / f"{i}.npy", array)
+    mapped = [np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(2)]
+    assert describe_arrays(mapped[0]) != describe_arrays(mapped[1])
+    assert describe_arrays(mapped[0]) == describe_arrays(np.ascontiguousarray(x.T))
+    assert describe_arrays(np.float32(1)) != describe_arrays(np.float64(1))

@@ -223,7 +223,7 @@ def _of_group(arrays: Arrays, group: str) -> Arrays:
 def _agree(then: Any, now: Any) -> bool:
     """Whether two descriptions are equal; numbers may differ by rounding."""
     if isinstance(then, list) and isinstance(now, list):
-        return np.allclose(then, now, rtol=1e-3, equal_nan=True)
+        return np.allclose(then, now, rtol=1e-4, equal_nan=True)
     return bool(then == now)
 
 

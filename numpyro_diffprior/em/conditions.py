@@ -18,7 +18,7 @@ from numpyro_diffprior.reading.tracing import Model
 
 __all__ = ["describe", "describe_arrays", "describe_model", "describe_optimizers"]
 
-_MAX_HASHED = 2**22  # elements of an array
+_NUM_ROWS = 4096  # of a mapped file that are read at once
 
 
 def describe(value: Any) -> str:
@@ -27,10 +27,7 @@ def describe(value: Any) -> str:
 
 
 def describe_arrays(tree: Any) -> str:
-    """Return a digest of a pytree of arrays and other values.
-
-    Of arrays with more than 2^22 elements, evenly spaced ones of the first axis are taken.
-    """
+    """Return a digest of a pytree of arrays and other values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -38,8 +35,10 @@ def describe_arrays(tree: Any) -> str:
             leaf = jax.random.key_data(leaf)
         if isinstance(leaf, jax.Array | np.ndarray | np.number | np.bool_):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-            some = (slice(None, None, -(-leaf.size // _MAX_HASHED) or 1),) * min(leaf.ndim, 1)
-            digest.update(np.asarray(leaf)[some].tobytes())
+            array = leaf if isinstance(leaf, np.memmap) else np.asarray(leaf)
+            for start in range(0, len(array) if array.ndim else 1, _NUM_ROWS):
+                rows = array[start : start + _NUM_ROWS] if array.ndim else array
+                digest.update(rows.tobytes())
         else:
             digest.update(describe(leaf).encode())
     return digest.hexdigest()[:16]

@@ -42,8 +42,9 @@ class EStep:
             with the Gaussian covariance of the current draws, without look-ahead, for more).
         max_batch_size: The number of particles in memory at once on one device (default: 1,024,
             or fewer with 2^18 elements in all).
-        num_events: The number of events that are drawn in one iteration, in turn (default: all).
-            The others keep their last draws, and take part in M-steps from their first draw on;
+        num_events: The number of elements of the largest plate that are drawn in one iteration, in
+            turn (default: all), rounded up to whole blocks of ``max_batch_size``. The others keep
+            their last draws, and take part in M-steps from their first draw on;
             ``numpyro.param`` sites are learned once all events have been drawn.
 
     References:

@@ -26,7 +26,8 @@ class EMState(NamedTuple):
         initial: Their untrained denoisers, where M-steps start if ``warm_start`` is False.
         params: The values of the model's ``numpyro.param`` sites, by name.
         params_opt_state: The state of their optimizer.
-        draws: The last E-step's draws by site, with shape ``(num_draws, *batch, *event)``.
+        draws: The last draws by site, with shape ``(num_draws, *batch, *event)``; NaN for events
+            that have not been drawn yet.
         rng_key: The random key of the next iteration.
         num_iterations: The number of completed iterations.
         sites: Which prior governs which site.

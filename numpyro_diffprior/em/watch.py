@@ -1,7 +1,6 @@
 """What a run of EM shows of its progress, and what of it is saved."""
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.state import Progress
@@ -66,15 +65,7 @@ class Watch(Monitor):
             self._checkpoints.forget_draws()
             self._checkpoints.save(progress)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Save what is not saved yet, and wait until all is written."""
         if self._checkpoints is not None:
             if self._progress is not None:

@@ -19,6 +19,20 @@ class Monitor:
     def finish(self, group: int, part: Any, num_parts: int) -> None:
         """Take a part that was drawn, of ``num_parts`` of its group."""
 
+    def close(self) -> None:
+        """End, after all parts or after an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 class ProgressBar(Monitor):
     """A bar of the events that are drawn; shown after a second.
@@ -36,20 +50,12 @@ class ProgressBar(Monitor):
             self._bar.total = (self._bar.total or 0) + num_parts  # the next group's
         self._bar.update()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._bar.close()
 
 
 def make_bar(name: str, show: bool, total: int | None = None, **options: Any) -> Any:
     """Return a bar of tqdm, which is quiet unless it is shown in a terminal or a notebook."""
     in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
-    is_seen = in_notebook or sys.stderr.isatty()
+    is_seen = in_notebook or (sys.stderr is not None and sys.stderr.isatty())
     return tqdm(total=total, desc=name, disable=not (show and is_seen), **options)

@@ -109,10 +109,9 @@ class InitialParams(fix_plates):
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set elements, and latent values without drawing them."""
         super().process_message(msg)
-        if msg["type"] == "sample" and not msg["is_observed"]:
-            prior = find_prior(msg["fn"])
-            if prior is not None:
-                msg["value"] = jnp.broadcast_to(prior.mean, msg["fn"].shape())
+        mean = _mean_of_latent(msg)
+        if mean is not None:
+            msg["value"] = mean
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         """Keep the value of a parameter."""
@@ -148,11 +147,9 @@ class Execution(fix_plates):
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set elements, slices and latent values."""
         super().process_message(msg)
-        if msg["type"] == "sample" and not msg["is_observed"]:
-            prior = find_prior(msg["fn"])
-            if prior is not None:
-                mean = jnp.broadcast_to(prior.mean, msg["fn"].shape())
-                msg["value"] = name_input(mean, Latent(msg["name"]))
+        mean = _mean_of_latent(msg)
+        if mean is not None:
+            msg["value"] = name_input(mean, Latent(msg["name"]))
         elif msg["type"] == "param":
             name = msg["name"]
             if msg["value"] is not None:
@@ -205,6 +202,14 @@ class Execution(fix_plates):
             template = jnp.zeros(shape, value.dtype)
             msg["value"] = name_input(template, Slice(positions[0], tuple(axes)))
             msg["type"] = "sliced"  # which plates ignore
+
+
+def _mean_of_latent(msg: dict[str, Any]) -> jax.Array | None:
+    """Return the prior's mean in the shape of a latent diffusion site, None for other messages."""
+    if msg["type"] != "sample" or msg["is_observed"]:
+        return None
+    prior = find_prior(msg["fn"])
+    return None if prior is None else jnp.broadcast_to(prior.mean, msg["fn"].shape())
 
 
 _PROBE = "__numpyro_diffprior_plates__"
