@@ -392,3 +392,108 @@ def test_every_element_of_the_data_counts(tmp_path):
     assert describe_arrays(mapped[0]) != describe_arrays(mapped[1])
     assert describe_arrays(mapped[0]) == describe_arrays(np.ascontiguousarray(x.T))
     assert describe_arrays(np.float32(1)) != describe_arrays(np.float64(1))
+
+
+def observe(x, y, noise=NOISE):
+    numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def plain(prior, y, noise=NOISE):
+    with numpyro.plate("n", len(y)):
+        observe(numpyro.sample("x", prior), numpyro.subsample(y, event_dim=1), noise)
+
+
+def nested(prior, y):
+    with numpyro.plate("b", 5, dim=-2), numpyro.plate("a", 12, dim=-1):
+        observe(numpyro.sample("x", prior), numpyro.subsample(y, event_dim=1))
+
+
+def sum_of_two(priors, y):
+    with numpyro.plate("n", len(y)):
+        a, b = numpyro.sample("a", priors["one"]), numpyro.sample("b", priors["two"])
+        observe(a + b, numpyro.subsample(y, event_dim=1))
+
+
+def complex_values(prior, y):
+    with numpyro.plate("n", len(y)):
+        x = numpyro.sample("x", prior)
+        observe(jax.lax.complex(x[..., :1], x[..., 1:]), numpyro.subsample(y, event_dim=1))
+
+
+def conditional(prior, y):
+    with numpyro.plate("n", len(y)):
+        y = numpyro.subsample(y, event_dim=1)
+        observe(numpyro.sample("x", prior.condition(y[:, :1])), y)
+
+
+def counts(prior, y):
+    with numpyro.plate("n", len(y)):
+        x, y = numpyro.sample("x", prior), numpyro.subsample(y, event_dim=1)
+        numpyro.sample("y", dist.Poisson(jnp.exp(x)).to_event(1), obs=y)
+
+
+def prior_of(shape, **options):
+    net = ndp.MLP(shape, features=(8,), embedding=8, rngs=nnx.Rngs(0), **options)
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(4))
+
+
+def product(w, x, noise):
+    return x @ w
+
+
+def function_prior():
+    net = ndp.FunctionNetwork(product, jnp.zeros((D, D)), (D,))
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(4))
+
+
+def two_priors():
+    gaussian = ndp.GaussianDenoiser(jnp.zeros(D), jnp.eye(D))
+    known = ndp.DiffusionPrior(gaussian, sampler=ndp.samplers.MultistepSDE(4))
+    return {"one": make_prior(), "two": known}
+
+
+MANY = jnp.asarray(RNG.normal(size=(N, 600)), "float32")
+KINDS = {
+    "NumPy": (plain, make_prior, (np.asarray(Y, "float64"),), {}),
+    "tiny units": (plain, make_prior, (1e-26 * Y, 3e-27), {}),
+    "nested plates": (nested, make_prior, (Y.reshape(5, 12, D),), {}),
+    "two priors, one known": (sum_of_two, two_priors, (Y,), {}),
+    "complex": (complex_values, make_prior, (jax.lax.complex(Y[:, :1], Y[:, 1:]),), {}),
+    "conditional": (conditional, lambda: prior_of((D,), context_shape=(1,)), (Y,), {}),
+    "counts": (counts, make_prior, (jnp.round(jnp.abs(Y)),), {}),
+    "function": (plain, function_prior, (Y,), {}),
+    "low rank": (
+        plain,
+        lambda: prior_of((600,)),
+        (MANY,),
+        {"summary": ndp.linalg.LowRankSummary(3)},
+    ),
+    "stationary": (
+        plain,
+        lambda: prior_of((600,)),
+        (MANY,),
+        {"summary": ndp.linalg.StationarySummary(1)},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("num_events", [None, 16])
+def test_runs_of_all_kinds_go_on(tmp_path, name, num_events):
+    model, make, args, start = KINDS[name]
+    em = ndp.EM(
+        model,
+        optax.adam(1e-3),
+        e_step=ndp.EStep(1, max_batch_size=16, num_events=num_events),
+        m_step=ndp.MStep(2, 8),
+        start=ndp.GaussianStart(2, **start),
+    )
+    for num_iterations in (2, 4):
+        result = em.run(
+            KEY, num_iterations, make(), *args, progress_bar=False, checkpoint=tmp_path
+        )
+    assert_same(result, em.run(KEY, 4, make(), *args, progress_bar=False))
+    num_drawn = N if num_events is None else min(N, 4 * num_events)
+    for x in result.state.draws.values():
+        assert np.isfinite(np.asarray(x).reshape(N, -1)).all(-1).sum() >= num_drawn
