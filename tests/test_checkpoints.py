@@ -153,6 +153,14 @@ def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
     with pytest.raises(RuntimeError, match="no more"):
         run(make_em(), 4, folder, save_every=9)
     assert numbers(folder) == [0, 1]
+    # Neither a run that is refused nor a look at the state changes anything.
+    saved = sorted((folder / "draws").iterdir())
+    (folder / "iterations" / "9.orbax-checkpoint-tmp").mkdir()  # as that of a running process
+    assert make_em().load_state(folder, make_prior(), Y).num_iterations == 1
+    assert (folder / "iterations" / "9.orbax-checkpoint-tmp").exists()
+    with pytest.raises(ValueError, match="the argument 'y' differs"):
+        run(make_em(), 2, folder, y=Y + 1)
+    assert sorted((folder / "draws").iterdir()) == saved
     drawn.clear()
     monkeypatch.setattr(blocks, "_draw_part", count)
     result = run(make_em(), 2, folder, save_every=9)

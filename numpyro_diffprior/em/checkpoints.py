@@ -34,6 +34,7 @@ class Checkpoints:
         folder: The folder; it is made if it does not exist.
         save_every: The number of iterations from one checkpoint to the next.
         conditions: Descriptions of what must not change, by name; None if all may.
+        read_only: Whether nothing in the folder is changed: a run may be writing to it.
 
     Raises:
         OSError: If the folder cannot be made or written to.
@@ -44,12 +45,13 @@ class Checkpoints:
         folder: str | os.PathLike[str],
         save_every: int = 1,
         conditions: Mapping[str, Any] | None = None,
+        read_only: bool = False,
     ) -> None:
         path = Path(folder).absolute()
         self._save_every = save_every
         self._conditions = conditions
-        self._iterations = Store(path / "iterations", _NUM_KEPT)
-        self._draws = Store(path / "draws", None)
+        self._iterations = Store(path / "iterations", _NUM_KEPT, read_only)
+        self._draws = Store(path / "draws", None, read_only)
         self._last = max(self._iterations.numbers(), default=None)
         self._parts: list[tuple[int, PosteriorSamples]] = []  # not yet saved
         self._draws_of: int | None = None  # the number of iterations before those saved
@@ -134,7 +136,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until all is written."""
         self._iterations.close()
-        if self._draws_of != self._last:
+        if self._draws_of is not None and self._draws_of != self._last:
             self._drop_draws()
         self._draws.close()
 

@@ -433,7 +433,7 @@ class EM:
         progress = None
         if os.path.isdir(os.path.join(folder, "iterations")):
             template, _ = self._describe(jax.random.key(0), prior, (args, kwargs))
-            checkpoints = Checkpoints(folder)
+            checkpoints = Checkpoints(folder, read_only=True)
             try:
                 progress = checkpoints.load(template)
             finally:

@@ -33,25 +33,25 @@ class Store:
     Args:
         folder: The folder; it is made if it does not exist.
         num_kept: The number of entries to keep, the last ones; None for all.
+        read_only: Whether entries are only read, while another process may write some.
 
     Raises:
         OSError: If the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, num_kept: int | None) -> None:
+    def __init__(self, folder: Path, num_kept: int | None, read_only: bool = False) -> None:
         import orbax.checkpoint as ocp  # slow to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
+        if not (read_only or os.access(folder, os.W_OK)):
             raise PermissionError(
                 f"EM.run: the folder of checkpoints '{folder}' cannot be written to; choose "
                 "another one."
             )
         self.folder = folder
         self._orbax = ocp
-        self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=num_kept)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=num_kept, read_only=read_only)
+        self._manager = ocp.CheckpointManager(folder, options=options)
         self._has_failed = False
 
     def numbers(self) -> list[int]:
@@ -167,5 +167,6 @@ def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        # As bytes, without a copy; NumPy has no buffers of types such as bfloat16.
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
