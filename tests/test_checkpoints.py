@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 import shutil
 
 import equinox as eqx
@@ -325,6 +326,23 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, whole):
         result = run(make_em(), 4, tmp_path / "run", heldout=(Y,))
     assert len(caught) == 1
     assert_same(result, whole)
+
+
+# Orbax reports it once more, from its own thread.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_file_that_cannot_grow(folder, whole):
+    """A checkpoint that fails in the background: the last complete one remains."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="File too large.*goes on in memory") as caught:
+            result = run(make_em(), 4, folder, heldout=(Y,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len([w for w in caught if "in memory" in str(w.message)]) == 1
+    assert_same(result, whole)
+    assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
+    assert numbers(folder) == [2, 3, 4]
 
 
 def by_orbax(arrays, path):

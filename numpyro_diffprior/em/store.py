@@ -141,7 +141,7 @@ class Store:
             if not self._has_failed:
                 warnings.warn(
                     f"EM.run: a checkpoint could not be written to '{self.folder}' "
-                    f"({type(error).__name__}: {str(error)[:200]}); the run goes on in memory. "
+                    f"({type(error).__name__}: {str(error)[-200:]}); the run goes on in memory. "
                     "Free some space, or interrupt it and save its result.",
                     stacklevel=5,
                 )
