@@ -170,6 +170,38 @@ def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
     assert_same(result, run(make_em(), 2))
 
 
+@pytest.mark.parametrize("lost", [[1], [2], [3], [1, 2], None])
+def test_draws_that_are_not_complete(tmp_path, monkeypatch, lost):
+    """As of a run that was killed while it deleted them; or all are there, but of other parts."""
+    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0)
+    draw, num_drawn = blocks._draw_part, 0
+
+    def fail(*args):
+        nonlocal num_drawn
+        num_drawn += 1
+        if num_drawn == 4 + 4:
+            raise RuntimeError("no more")
+        return draw(*args)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(blocks, "_draw_part", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        run(make_em(), 4, folder)
+    monkeypatch.setattr(blocks, "_draw_part", draw)
+    assert sorted(int(path.name) for path in (folder / "draws").iterdir()) == [1, 2, 3]
+    if lost is None:
+        monkeypatch.setattr(
+            blocks, "_MAX_PARTS", 2
+        )  # a program of its own, which rounds otherwise
+        results = run(make_em(), 2, folder), run(make_em(), 2)
+        for a, b in zip(*(ndp.to_arrays(r.state.draws).values() for r in results), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        return
+    for number in lost:
+        shutil.rmtree(folder / "draws" / str(number))
+    assert_same(run(make_em(), 2, folder), run(make_em(), 2))
+
+
 def test_the_best_priors_are_kept(tmp_path, monkeypatch):
     """Those of the second iteration, after which the run was stopped twice."""
 
@@ -328,8 +360,9 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, whole):
     assert_same(result, whole)
 
 
-# Orbax reports it once more, from its own thread.
+# Orbax reports it once more, from its own threads.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_file_that_cannot_grow(folder, whole):
     """A checkpoint that fails in the background: the last complete one remains."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -425,7 +425,7 @@ def test_benchmark_of_kills(tmp_path):
     result = kills.main(args)
     assert result["kills"] == {"E-step": 1, "M-step": 1, "write": 1}
     assert result["findings"] == []
-    assert result["identical"]
+    assert result["differing"] == []
 
 
 def test_benchmark_of_partial_e_steps(tmp_path):

@@ -20,6 +20,7 @@ from numpyro_diffprior.em.conditions import describe_arrays
 from numpyro_diffprior.em.state import Best, EMMetrics, EMState, Progress
 from numpyro_diffprior.em.store import Arrays, Store, specs_of
 from numpyro_diffprior.infer.blocks import PosteriorSamples
+from numpyro_diffprior.infer.progress import Division
 
 __all__ = ["Checkpoints"]
 
@@ -53,7 +54,8 @@ class Checkpoints:
         self._iterations = Store(path / "iterations", _NUM_KEPT, read_only)
         self._draws = Store(path / "draws", None, read_only)
         self._last = max(self._iterations.numbers(), default=None)
-        self._parts: list[tuple[int, PosteriorSamples]] = []  # not yet saved
+        self._parts: list[tuple[int, Division, PosteriorSamples]] = []  # not yet saved
+        self._num_saved = 0  # parts of the E-step in progress
         self._draws_of: int | None = None  # the number of iterations before those saved
         self._last_time = time.monotonic()
 
@@ -83,29 +85,35 @@ class Checkpoints:
             self._last = number
             self._last_time = time.monotonic()
 
-    def load_draws(self, progress: Progress) -> dict[int, list[PosteriorSamples]]:
+    def load_draws(self, progress: Progress) -> dict[int, tuple[Division, list[PosteriorSamples]]]:
         """Return the parts of the next E-step that were drawn already, by group of sites."""
-        parts: dict[int, list[PosteriorSamples]] = {}
+        parts: dict[int, tuple[Division, list[PosteriorSamples]]] = {}
         origin = self._origin(progress)
         for number in self._draws.numbers():
             try:
                 header = self._draws.read_header(number)
-                if header["origin"] != origin:
-                    continue
+                if header["origin"] != origin or header["num_before"] != self._num_saved:
+                    break  # of another E-step, or some before them are lost
                 arrays = self._draws.read_arrays(number, header)
             except ValueError:
                 break  # the others are drawn again, with the same numbers
             self._draws_of = len(progress.history)
-            for i, group in enumerate(header["groups"]):
+            self._num_saved += len(header["groups"])
+            for i, (group, *numbers) in enumerate(header["groups"]):
                 own = _of_group(arrays, str(i))
                 kinds = {k: _of_group(own, k) for k in PosteriorSamples._fields}
                 part = PosteriorSamples(**jax.tree.map(jnp.asarray, kinds))
-                parts.setdefault(group, []).append(part)
+                division = Division(*numbers)
+                if group not in parts or parts[group][0] != division:
+                    parts[group] = (division, [])  # a run on other devices began anew
+                parts[group][1].append(part)
         return parts
 
-    def add_draws(self, progress: Progress, group: int, part: PosteriorSamples) -> None:
+    def add_draws(
+        self, progress: Progress, group: int, part: PosteriorSamples, division: Division
+    ) -> None:
         """Take a part of the next E-step; if the last save was long ago, save those since."""
-        self._parts.append((group, part))
+        self._parts.append((group, division, part))
         if time.monotonic() - self._last_time >= _DRAWS_SECONDS:
             self.save_draws(progress)
 
@@ -118,14 +126,16 @@ class Checkpoints:
             self._drop_draws()
         arrays = {
             f"{i}.{kind}.{name}": np.asarray(x)
-            for i, (_, part) in enumerate(self._parts)
+            for i, (*_, part) in enumerate(self._parts)
             for kind, values in part._asdict().items()
             for name, x in values.items()
         }
         number = 1 + max(self._draws.numbers(), default=0)
-        groups = [group for group, _ in self._parts]
-        self._draws.write(number, arrays, origin=self._origin(progress), groups=groups)
+        groups = [(group, *division) for group, division, _ in self._parts]
+        origin, num_before = self._origin(progress), self._num_saved
+        self._draws.write(number, arrays, origin=origin, num_before=num_before, groups=groups)
         self._draws_of = len(progress.history)
+        self._num_saved += len(groups)
         self.forget_draws()
         self._last_time = time.monotonic()
 
@@ -141,9 +151,10 @@ class Checkpoints:
         self._draws.close()
 
     def _drop_draws(self) -> None:
-        """Delete the draws of an E-step that is done."""
-        for number in self._draws.numbers():
+        """Delete the draws of an E-step that is done, the last ones first."""
+        for number in reversed(self._draws.numbers()):
             self._draws.delete(number)
+        self._num_saved = 0
 
     def _origin(self, progress: Progress) -> Any:
         """What the draws of the next E-step depend on."""

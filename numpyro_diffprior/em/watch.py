@@ -4,7 +4,7 @@ from typing import Any
 
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.state import Progress
-from numpyro_diffprior.infer.progress import Monitor, make_bar
+from numpyro_diffprior.infer.progress import Division, Monitor, make_bar
 
 __all__ = ["Watch"]
 
@@ -27,7 +27,7 @@ class Watch(Monitor):
         self._bar = make_bar("EM", show, num_iterations)
         self._checkpoints = checkpoints
         self._progress: Progress | None = None
-        self._known: dict[int, list[Any]] = {}
+        self._known: dict[int, tuple[Division, list[Any]]] = {}
         self._num_drawn = 0
         self._metrics = ""
 
@@ -44,16 +44,17 @@ class Watch(Monitor):
         self._num_drawn = 0
         self._bar.set_postfix_str(phase + self._metrics)
 
-    def drawn(self, group: int) -> list[Any]:
-        known = self._known.pop(group, [])
+    def drawn(self, group: int, division: Division) -> list[Any]:
+        known_division, known = self._known.pop(group, (division, []))
+        known = known if known_division == division else []
         self._num_drawn = len(known)
         return known
 
-    def finish(self, group: int, part: Any, num_parts: int) -> None:
+    def finish(self, group: int, part: Any, division: Division) -> None:
         self._num_drawn += 1
-        self._bar.set_postfix_str(f"E-step {self._num_drawn}/{num_parts}{self._metrics}")
+        self._bar.set_postfix_str(f"E-step {self._num_drawn}/{division.num_parts}{self._metrics}")
         if self._checkpoints is not None and self._progress is not None:
-            self._checkpoints.add_draws(self._progress, group, part)
+            self._checkpoints.add_draws(self._progress, group, part, division)
 
     def advance(self, progress: Progress) -> None:
         """Take the result of an iteration."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
-from numpyro_diffprior.infer.progress import Monitor
+from numpyro_diffprior.infer.progress import Division, Monitor
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
 from numpyro_diffprior.reading.latent import LatentGroup
@@ -199,24 +199,27 @@ def _sample_group(
     chosen: np.ndarray | None,
 ) -> PosteriorSamples:
     group = model.reading.groups[plan.position]
-    known = monitor.drawn(plan.position)
     if group.divided is None:
+        division = Division(1, num_devices(plan.mesh))
+        known = monitor.drawn(plan.position, division)
         draws = known[0] if known else _draw_whole(rng_key, model, plan)
         if not known:
-            monitor.finish(plan.position, draws, 1)
+            monitor.finish(plan.position, draws, division)
         return draws
     plate, size = group.divided
     num_elements = plate.size if chosen is None else len(chosen)
     keys = jax.random.split(rng_key, -(-num_elements // size))
     max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else plan.max_parts(num_elements)
     parts = split_into_parts(model, plan.position, plan.mesh, max_parts, chosen)
+    division = Division(len(parts), num_devices(plan.mesh))
+    known = monitor.drawn(plan.position, division)
 
     def draw() -> Iterator[PosteriorSamples]:
         yield from known
         for number in range(len(known), len(parts)):
             part = parts[number]
             draws = _draw_part(keys[part.blocks], part.indices, part.model, plan)
-            monitor.finish(plan.position, draws, len(parts))
+            monitor.finish(plan.position, draws, division)
             yield draws
 
     return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, num_elements)

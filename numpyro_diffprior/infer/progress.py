@@ -2,22 +2,34 @@
 
 import sys
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from tqdm.auto import tqdm
 
-__all__ = ["Monitor", "ProgressBar", "make_bar"]
+__all__ = ["Division", "Monitor", "ProgressBar", "make_bar"]
+
+
+class Division(NamedTuple):
+    """How the events of a group of sites are divided: two runs have the same parts if this agrees.
+
+    Attributes:
+        num_parts: The number of parts.
+        num_devices: The number of devices that share each of them.
+    """
+
+    num_parts: int
+    num_devices: int
 
 
 class Monitor:
     """Follows the draws of a model, part by part; this one neither shows nor keeps anything."""
 
-    def drawn(self, group: int) -> list[Any]:
+    def drawn(self, group: int, division: Division) -> list[Any]:
         """Return the first parts of a group of sites that need not be drawn again."""
         return []
 
-    def finish(self, group: int, part: Any, num_parts: int) -> None:
-        """Take a part that was drawn, of ``num_parts`` of its group."""
+    def finish(self, group: int, part: Any, division: Division) -> None:
+        """Take a part of a group of sites that was drawn."""
 
     def close(self) -> None:
         """End, after all parts or after an error."""
@@ -45,9 +57,9 @@ class ProgressBar(Monitor):
     def __init__(self, name: str, show: bool) -> None:
         self._bar = make_bar(name, show, delay=1)
 
-    def finish(self, group: int, part: Any, num_parts: int) -> None:
+    def finish(self, group: int, part: Any, division: Division) -> None:
         if self._bar.total is None or self._bar.n >= self._bar.total:
-            self._bar.total = (self._bar.total or 0) + num_parts  # the next group's
+            self._bar.total = (self._bar.total or 0) + division.num_parts  # the next group's
         self._bar.update()
 
     def close(self) -> None:
