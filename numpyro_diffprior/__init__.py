@@ -9,6 +9,7 @@ The top level has the names of the guide; the namespaces `guidance`, `linalg`, `
 """
 
 from numpyro_diffprior import guidance, linalg, metrics
+from numpyro_diffprior._compile.lazy import LazyArray, lazy_arrays
 from numpyro_diffprior._compile.named import from_arrays, to_arrays
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
@@ -58,6 +59,7 @@ __all__ = [
     "FunctionDenoiser",
     "FunctionNetwork",
     "GaussianDenoiser",
+    "LazyArray",
     "LogEvidence",
     "MMPSKernel",
     "MixtureDenoiser",
@@ -73,6 +75,7 @@ __all__ = [
     "from_arrays",
     "gaussian_moments",
     "guidance",
+    "lazy_arrays",
     "linalg",
     "log_evidence",
     "mask_priors",

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from numpyro_diffprior._compile.lazy import LazyArray
+
 __all__ = ["StaticArguments", "merge_arguments", "split_arguments"]
 
 
@@ -22,7 +24,9 @@ def split_arguments(arguments: Any) -> tuple[list[jax.Array], StaticArguments]:
     flags.
     """
     leaves, treedef = jax.tree.flatten(arguments)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.inexact) for leaf in leaves]
+    is_array = [
+        isinstance(leaf, jax.Array | np.ndarray | np.inexact | LazyArray) for leaf in leaves
+    ]
     dynamic = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     rest = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
     return dynamic, StaticArguments(treedef, rest)

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from numpyro_diffprior._compile.lazy import LazyArray
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.nets.adapters import split_network
-from numpyro_diffprior.reading.model import BoundModel
+from numpyro_diffprior.reading.model import BoundModel, spaced
+from numpyro_diffprior.reading.parts import load_elements
 from numpyro_diffprior.reading.tracing import Model
 
 __all__ = ["describe", "describe_arrays", "describe_model", "describe_optimizers"]
 
-_NUM_ROWS = 4096  # of a mapped file that are read at once
+_NUM_ROWS = 4096  # of a mapped file that are read at once, or of another lazy array at all
 
 
 def describe(value: Any) -> str:
@@ -27,12 +29,18 @@ def describe(value: Any) -> str:
 
 
 def describe_arrays(tree: Any) -> str:
-    """Return a digest of a pytree of arrays and other values."""
+    """Return a digest of a pytree of arrays and other values.
+
+    Lazy arrays are represented by some of their rows, but memory-mapped files are not.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, LazyArray):
+            digest.update(f"{leaf.shape}".encode())
+            leaf = leaf[spaced(min(len(leaf), _NUM_ROWS), len(leaf))]
         if isinstance(leaf, jax.Array | np.ndarray | np.number | np.bool_):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode())
             array = leaf if isinstance(leaf, np.memmap) else np.asarray(leaf)
@@ -56,7 +64,7 @@ def describe_model(
     sites = {site.name: site.event_shape for site in form.latents}
     found: dict[str, Any] = {
         "the model": describe((sites, [site.name for site in form.observed], form.params)),
-        "the density of the model": [float(x) for x in _densities(bound)],
+        "the density of the model": [float(x) for x in _densities(load_elements(bound, {}))],
     }
     try:
         named = dict(inspect.signature(model).bind(*args, **kwargs).arguments)

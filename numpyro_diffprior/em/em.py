@@ -168,13 +168,14 @@ class EM:
             self.start.summary.check(own.denoiser.event_shape)
         params, params_opt_state = init_params(bound, self.m_step.params.optimizer)
         bound = bound.with_params(params)
-        priors = choose_units(bound, priors, sites)
+        priors = choose_units(bound, priors, sites, self.start, self.mesh)
         bound = bound.with_first_argument(sites.as_passed(priors))
         check_data(bound, self.e_step.sampler or bound.reading.sampler)
         rng_key, key_fit = jax.random.split(rng_key)
         if has_closed_form(bound, self.start):
             gaussians = {
-                key: fit_in_closed_form(bound, self.start) for key in with_network(priors)
+                key: fit_in_closed_form(bound, self.start, self.mesh)
+                for key in with_network(priors)
             }
         else:
             gaussians = fit_by_sampling(
@@ -257,6 +258,7 @@ class EM:
                 self.m_step.params.optimizer,
                 params_opt_state,
                 num_steps=self.m_step.params.num_steps,
+                mesh=self.mesh,
             )
         losses = jnp.stack([fit.losses.mean() for fit in trained.values()])
         diverged = bool(~jnp.isfinite(losses).all())

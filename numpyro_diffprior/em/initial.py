@@ -24,6 +24,7 @@ from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
 from numpyro_diffprior.reading.model import BoundModel, GroupReading, spaced
+from numpyro_diffprior.reading.parts import load_elements, load_some
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
@@ -46,9 +47,8 @@ class GaussianStart:
     Args:
         num_iterations: The number of EM iterations of its fit.
         summary: The form of the Gaussians, in M-steps too.
-        max_events: The number of events, evenly spaced, from which the Gaussians of linear models
-            are fitted. Events that are in memory together all take part, and so do all events in
-            E-steps.
+        max_events: The number of events, evenly spaced, from which the Gaussians are fitted.
+            Events that are in memory together all take part, and so do all events in E-steps.
     """
 
     num_iterations: int = 32
@@ -93,14 +93,15 @@ def has_closed_form(model: BoundModel, start: GaussianStart) -> bool:
     return latents.event_size <= MAX_DENSE or group.elementwise
 
 
-def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
+def fit_in_closed_form(model: BoundModel, start: GaussianStart, mesh: Mesh | None) -> Gaussian:
     """Fit a Gaussian to linear Gaussian observations of one site."""
     (group,) = model.reading.groups
     (plate,) = group.latents.plates
 
     # The elements of a plate that is not divided are read together.
     num_events = plate.size if group.divided is None else min(plate.size, start.max_events)
-    chosen = jnp.asarray(spaced(num_events, plate.size))
+    elements = spaced(num_events, plate.size)
+    model, chosen = load_elements(model, {plate.name: elements}, mesh), jnp.asarray(elements)
 
     def read_block(index: jax.Array) -> Likelihood:
         return group.bind(model.data, {plate.name: chosen[index]}).likelihood
@@ -117,13 +118,16 @@ def fit_in_closed_form(model: BoundModel, start: GaussianStart) -> Gaussian:
     return fit.mean, fit.cov
 
 
-def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
+def choose_units(
+    model: BoundModel, priors: Priors, sites: Sites, start: GaussianStart, mesh: Mesh | None
+) -> Priors:
     """Return the priors with units near the scale of their events, for linear models.
 
     The scale is that of events whose observations, without noise, would have the size of the
     observed values.
     """
-    chosen, scales = dict(priors), _scales(model)
+    chosen = dict(priors)
+    scales = _scales(load_some(model, start.max_events, mesh), start.max_events)
     for site, key in sites.site_priors:
         if site in scales and key in with_network(priors):
             denoiser: Any = priors[key].denoiser
@@ -134,8 +138,8 @@ def choose_units(model: BoundModel, priors: Priors, sites: Sites) -> Priors:
     return chosen
 
 
-@jax.jit
-def _scales(model: BoundModel) -> dict[str, jax.Array]:
+@partial(jax.jit, static_argnums=1)
+def _scales(model: BoundModel, max_events: int) -> dict[str, jax.Array]:
     """Return the scales of the events of linear models, by site, in the data's units."""
     scales: dict[str, jax.Array] = {}
     for group in model.reading.groups:
@@ -155,7 +159,7 @@ def _scales(model: BoundModel) -> dict[str, jax.Array]:
                 gains[name] = _log_size(gain / deviation)
             return _log_size(local.residual / deviation), gains
 
-        (total, count), gains = group.over_blocks(sizes)
+        (total, count), gains = group.over_blocks(sizes, group.some_blocks(max_events))
         # In logarithms, since squares may over- or underflow.
         observed = total.sum() / count.sum()
         for name, (total, count) in gains.items():
@@ -183,7 +187,7 @@ def fit_by_sampling(
 ) -> dict[str, Gaussian]:
     """Fit Gaussians to posterior draws repeatedly, starting from the priors' own.
 
-    Draws are exact if the model is linear. Otherwise they are those of the E-step, of which
+    Of large plates, some events are drawn. Draws are exact if the model is linear. Otherwise they are those of the E-step, of which
     sampler and guidance are replaced. Priors without a network stay as they are.
     """
     # Of second order: the shrinkage of a first-order sampler would build up over the fits.
@@ -210,12 +214,19 @@ def fit_by_sampling(
             bound = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
             is_linear = all(group.linear for group in bound.reading.groups)
+            chosen = {
+                i: some.ravel()
+                for i, group in enumerate(bound.reading.groups)
+                if (some := group.some_blocks(start.max_events)) is not None
+            }
+            if is_linear:
+                bound = load_some(bound, start.max_events, mesh)
         else:
             bound = bound.with_first_argument(passed)
         draws, _ = replace_non_finite(
             _draw_linear(key, bound, start.max_events)
             if is_linear
-            else draw_events(key, bound, e_step, mesh).samples,
+            else draw_events(key, bound, e_step, mesh, chosen=chosen).samples,
             {},
             current,
             sites,

@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 import optax
+from jax.sharding import Mesh
 from numpyro.distributions.transforms import Transform
 
 from numpyro_diffprior.reading.model import BoundModel, ModelReading
+from numpyro_diffprior.reading.parts import load_elements
 
 __all__ = ["fit_params", "init_params"]
 
@@ -27,14 +30,13 @@ def init_params(
     """Return the initial values of a model's parameters, and the optimizer's state."""
     if not model.reading.constraints:
         return {}, optimizer.init({})
-    params = _first_values(model)
+    params = _first_values(load_elements(model, {}))
     return params, optimizer.init(_unconstrain(params, _transforms(model.reading)))
 
 
 _first_values = jax.jit(lambda model: model.reading.params(model.data))
 
 
-@partial(jax.jit, static_argnames=("optimizer", "num_steps"))
 def fit_params(
     rng_key: jax.Array,
     model: BoundModel,
@@ -43,6 +45,7 @@ def fit_params(
     opt_state: optax.OptState,
     *,
     num_steps: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, optax.OptState]:
     """Take steps of the optimizer; return the new values and the optimizer's new state.
 
@@ -53,7 +56,40 @@ def fit_params(
         optimizer: The optimizer.
         opt_state: Its state.
         num_steps: The number of steps.
+        mesh: The devices that hold the data, or None.
     """
+    minibatches = _choose_minibatches(rng_key, model.reading, num_steps)
+    elements = {plate: np.sort(index, axis=None) for plate, index in minibatches.items()}
+    model = load_elements(model, elements, mesh)
+    return _fit(model, draws, minibatches, optimizer, opt_state, num_steps)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _choose_minibatches(
+    rng_key: jax.Array, reading: ModelReading, num_steps: int
+) -> dict[str, jax.Array]:
+    """Return the elements of divided plates in each step, with shape ``(num_steps, size)``."""
+    plates = {g.divided[0].name: g.divided[0] for g in reading.groups if g.divided is not None}
+
+    def choose(key: jax.Array) -> dict[str, jax.Array]:
+        return {
+            name: jax.random.choice(key, plate.size, (reading.blocks[name],), replace=False)
+            for name, plate in plates.items()
+        }
+
+    return jax.lax.map(choose, jax.random.split(rng_key, num_steps))
+
+
+@partial(jax.jit, static_argnames=("optimizer", "num_steps"))
+def _fit(
+    model: BoundModel,
+    draws: dict[str, jax.Array],
+    minibatches: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    num_steps: int,
+) -> tuple[Params, optax.OptState]:
+    """Take a step of the optimizer on each minibatch."""
     reading, data = model.reading, model.data
     transforms = _transforms(reading)
     num_events = max(group.latents.num_events for group in reading.groups)
@@ -73,20 +109,14 @@ def fit_params(
         return -log_density.mean() / num_events
 
     def step(
-        carry: tuple[Params, optax.OptState], key: jax.Array
+        carry: tuple[Params, optax.OptState], indices: dict[str, jax.Array]
     ) -> tuple[tuple[Params, optax.OptState], None]:
         free, opt_state = carry
-        indices = {}
-        for group in reading.groups:
-            plate = group.latents.largest_plate
-            if plate is not None and plate.name in reading.blocks:
-                size = reading.blocks[plate.name]
-                indices[plate.name] = jax.random.choice(key, plate.size, (size,), replace=False)
         update, opt_state = optimizer.update(jax.grad(loss)(free, indices), opt_state, free)
         return (optax.apply_updates(free, update), opt_state), None
 
     start = _unconstrain(data.params, transforms), opt_state
-    (free, opt_state), _ = jax.lax.scan(step, start, jax.random.split(rng_key, num_steps))
+    (free, opt_state), _ = jax.lax.scan(step, start, minibatches, num_steps)
     return _constrain(free, transforms), opt_state
 
 

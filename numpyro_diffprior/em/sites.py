@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.prior import DiffusionPrior
-from numpyro_diffprior.reading.model import BoundModel, GroupReading, ModelReading
+from numpyro_diffprior.reading.model import (
+    BoundModel,
+    GroupReading,
+    ModelData,
+    ModelReading,
+)
+from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
 
 __all__ = [
     "Priors",
@@ -128,25 +134,43 @@ def pool(
     return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
 
 
-@partial(jax.jit, static_argnums=1)
 def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
     """Return the contexts of all draws, by site, of sites with a conditional prior."""
     contexts: dict[str, jax.Array] = {}
-    for group in model.reading.groups:
-
-        def read_block(indices: dict[str, jax.Array], group: GroupReading = group) -> Any:
-            values, denoisers = {}, group.prior_denoisers(model.data, indices)
-            for site, denoiser in zip(group.latents.sites, denoisers, strict=True):
-                context = denoiser.contexts(site.batch_shape)
-                if context is not None:
-                    values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
-            return values
-
-        contexts |= group.over_blocks(read_block)
+    for i, group in enumerate(model.reading.groups):
+        if not jax.eval_shape(partial(_contexts, group), model.data, {}):
+            continue
+        parts = split_into_parts(model, i)
+        found = (_contexts_of_part(part, i) for part in parts)
+        if group.divided is None:
+            contexts |= next(found)
+        else:
+            plate, _ = group.divided
+            axis = len(group.latents.batch_shape) + plate.dim
+            contexts |= join_parts(found, axis, plate.size)
     return {
         site: jnp.broadcast_to(context, (num_draws, *context.shape))
         for site, context in contexts.items()
     }
+
+
+@partial(jax.jit, static_argnums=1)
+def _contexts_of_part(part: Part, position: int) -> dict[str, jax.Array]:
+    """Return the contexts of some blocks."""
+    group = part.model.reading.groups[position]
+    return group.over_blocks(partial(_contexts, group, part.model.data), part.indices)
+
+
+def _contexts(
+    group: GroupReading, data: ModelData, indices: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Return the contexts of a block, by site."""
+    values, denoisers = {}, group.prior_denoisers(data, indices)
+    for site, denoiser in zip(group.latents.sites, denoisers, strict=True):
+        context = denoiser.contexts(site.batch_shape)
+        if context is not None:
+            values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
+    return values
 
 
 def replace_non_finite(

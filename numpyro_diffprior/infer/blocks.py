@@ -202,7 +202,8 @@ def _sample_group(
     if group.divided is None:
         division = Division(1, num_devices(plan.mesh))
         known = monitor.drawn(plan.position, division)
-        draws = known[0] if known else _draw_whole(rng_key, model, plan)
+        (part,) = split_into_parts(model, plan.position)
+        draws = known[0] if known else _draw_whole(rng_key, part.model, plan)
         if not known:
             monitor.finish(plan.position, draws, division)
         return draws
@@ -216,9 +217,11 @@ def _sample_group(
 
     def draw() -> Iterator[PosteriorSamples]:
         yield from known
-        for number in range(len(known), len(parts)):
-            part = parts[number]
+        remaining = (parts[i] for i in range(len(known), len(parts)))
+        part = next(remaining, None)
+        while part is not None:
             draws = _draw_part(keys[part.blocks], part.indices, part.model, plan)
+            part = next(remaining, None)  # its data are read while these draws are computed
             monitor.finish(plan.position, draws, division)
             yield draws
 

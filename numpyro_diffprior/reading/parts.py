@@ -1,9 +1,6 @@
-"""Parts of a group's events, so that memory-mapped arrays are not read whole.
+"""Parts of a group's events, so that lazy arrays are not read whole, but a few blocks at a time."""
 
-Arrays of type `numpy.memmap` are read a few blocks at a time.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -15,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import replicate, round_up
+from numpyro_diffprior._compile.lazy import LazyArray, is_lazy, take_rows
 from numpyro_diffprior.reading.model import BoundModel, ModelReading, block_indices
 
-__all__ = ["Part", "join_parts", "split_into_parts"]
+__all__ = ["Part", "join_parts", "load_elements", "load_some", "split_into_parts"]
 
 _MAX_BLOCKS = 8
 
@@ -53,11 +51,11 @@ def split_into_parts(
         model: The model.
         position: The position of the group in the reading.
         mesh: The devices, or None.
-        max_parts: The largest number of parts, if no array is memory-mapped.
+        max_parts: The largest number of parts, if no array is lazy.
         chosen: The elements of the divided plate, in order (default: all).
     """
     if model.reading.groups[position].divided is None:
-        return [Part(model, np.zeros(1, np.int32), None)]
+        return [Part(load_elements(model, {}, mesh), np.zeros(1, np.int32), None)]
     return _Parts(model, position, mesh, max_parts, chosen)
 
 
@@ -76,16 +74,10 @@ class _Parts(Sequence[Part]):
         assert divided is not None
         self._model, self._mesh = model, mesh
         self._plate, size = divided
-        arrays = model.data.arrays
-        self._axes = {
-            i: axis
-            for i, axis in _axes_of(self._plate.name, model.reading).items()
-            if isinstance(arrays[i], np.ndarray)
-        }
-        self._is_mapped = any(isinstance(arrays[i], np.memmap) for i in self._axes)
+        self._is_lazy = any(is_lazy(x) for x in model.data.arrays)
         chosen = np.arange(self._plate.size) if chosen is None else chosen
         num_blocks = -(-len(chosen) // size)
-        num_parts = -(-num_blocks // _MAX_BLOCKS) if self._is_mapped else max_parts
+        num_parts = -(-num_blocks // _MAX_BLOCKS) if self._is_lazy else max_parts
         count = round_up(-(-num_blocks // num_parts), mesh)
         num_parts = -(-num_blocks // count)
         self._blocks = np.minimum(np.arange(num_parts * count), num_blocks - 1)
@@ -106,31 +98,16 @@ class _Parts(Sequence[Part]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         blocks, indices, model = self._blocks[number], self._indices[number], self._model
-        return Part(self._read(number) if self._is_mapped else model, blocks, indices)
+        return Part(self._read(number) if self._is_lazy else model, blocks, indices)
 
     def _read(self, number: int) -> BoundModel:
-        """Return the model with the slices of mapped arrays that a part needs."""
-        arrays, plate = self._model.data.arrays, self._plate
-        held = self._indices[number].ravel()  # in order; the last one may be repeated
-        is_whole = held[-1] - held[0] == len(held) - 1
-        taken = slice(held[0], held[-1] + 1) if is_whole else held
-        own = {
-            i: replicate(
-                jnp.asarray(np.array(arrays[i][(slice(None),) * axis + (taken,)])), self._mesh
-            )
-            for i, axis in self._axes.items()
-        }
-        data = self._model.data._replace(
-            arrays=[own[i] if i in own else x for i, x in enumerate(self._others)],
-            held={(i, plate.name): jnp.asarray(held) for i in self._axes},
-        )
-        return replace(self._model, data=data)
+        """Return the model with the elements of arrays that a part needs."""
+        return _take(self._others, self._plate.name, self._indices[number].ravel(), self._mesh)
 
     @cached_property
-    def _others(self) -> list[Any]:
-        """The arrays, those that are not sliced on the device."""
-        arrays = self._model.data.arrays
-        return [x if i in self._axes else jnp.asarray(x) for i, x in enumerate(arrays)]
+    def _others(self) -> BoundModel:
+        """The model, of which arrays that are not sliced are on the devices."""
+        return _load(self._model, self._plate.name, self._mesh)
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
@@ -164,6 +141,69 @@ def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
         jax.tree.map(put, whole, result)
         start = stop
     return jax.tree.map(jnp.asarray, whole)
+
+
+def load_some(model: BoundModel, max_elements: int, mesh: Mesh | None = None) -> BoundModel:
+    """Return a model whose lazy arrays have been read for `GroupReading.some_blocks` alone."""
+    elements: dict[str, np.ndarray] = {}
+    for group in model.reading.groups:
+        if group.divided is not None:
+            plate, _ = group.divided
+            some = group.some_blocks(max_elements)
+            elements[plate.name] = np.arange(plate.size) if some is None else some.ravel()
+    return load_elements(model, elements, mesh)
+
+
+def load_elements(
+    model: BoundModel, elements: Mapping[str, np.ndarray], mesh: Mesh | None = None
+) -> BoundModel:
+    """Return a model whose lazy arrays have been read for some elements of divided plates alone.
+
+    Args:
+        model: The model; without lazy arrays, it is returned as it is.
+        elements: Elements of divided plates, increasing, by name (default: those of the first
+            block).
+        mesh: The devices to copy the arrays to, or None.
+    """
+    if not any(is_lazy(x) for x in model.data.arrays):
+        return model
+    for plate, size in model.reading.blocks.items():
+        model = _take(model, plate, elements.get(plate, np.arange(size)), mesh)
+    return _load(model, None, mesh)
+
+
+def _take(
+    model: BoundModel,
+    plate: str,
+    elements: np.ndarray,
+    mesh: Mesh | None,
+    kept: Container[int] = (),
+) -> BoundModel:
+    """Return a model whose arrays on the host hold some elements of a plate, on the devices."""
+    arrays, held = list(model.data.arrays), dict(model.data.held)
+    taken = jnp.asarray(elements)
+    for i, axis in _axes_of(plate, model.reading).items():
+        array: Any = arrays[i]
+        if isinstance(array, np.ndarray | LazyArray) and i not in kept:
+            arrays[i] = replicate(jnp.asarray(take_rows(array, elements, axis)), mesh)
+            held[i, plate] = taken
+    return replace(model, data=model.data._replace(arrays=arrays, held=held))
+
+
+def _load(model: BoundModel, plate: str | None, mesh: Mesh | None) -> BoundModel:
+    """Return a model of which arrays on the host are on the devices, but for those of a plate.
+
+    Lazy arrays of other divided plates hold the elements of the first block.
+    """
+    kept = {} if plate is None else _axes_of(plate, model.reading)
+    for name, size in model.reading.blocks.items():
+        if name != plate:
+            model = _take(model, name, np.arange(size), mesh, kept)
+    arrays = [
+        x if i in kept or isinstance(x, jax.Array) else replicate(jnp.asarray(np.asarray(x)), mesh)
+        for i, x in enumerate(model.data.arrays)
+    ]
+    return replace(model, data=model.data._replace(arrays=arrays))
 
 
 def _axes_of(plate: str, reading: ModelReading) -> dict[int, int]:

@@ -22,6 +22,7 @@ from numpyro_diffprior._compile.arguments import (
     split_arguments,
 )
 from numpyro_diffprior._compile.devices import replicate
+from numpyro_diffprior._compile.lazy import LazyArray, is_lazy
 from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
@@ -95,8 +96,11 @@ def read(
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
     kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
-    # Memory-mapped arrays are read part by part.
-    data = [x if isinstance(x, np.memmap) else replicate(x, mesh) for x in data]
+    data = [
+        # In parts, if plates are divided.
+        x if is_lazy(x) and traced.reading.blocks else replicate(_load(x), mesh)
+        for x in data
+    ]
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
 
 
@@ -112,9 +116,13 @@ def _name(model: Model) -> tuple[str, str]:
 
 def _spec(array: Any) -> jax.ShapeDtypeStruct:
     dtype = array.dtype
-    if isinstance(array, np.ndarray | np.generic):
+    if isinstance(array, np.ndarray | np.generic | LazyArray):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(array), dtype)
+
+
+def _load(array: Any) -> Any:
+    return np.asarray(array) if is_lazy(array) else array
 
 
 def _divide(reading: ModelReading, block_size: Callable[[LatentGroup], int]) -> dict[str, int]:
