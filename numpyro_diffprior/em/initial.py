@@ -187,8 +187,9 @@ def fit_by_sampling(
 ) -> dict[str, Gaussian]:
     """Fit Gaussians to posterior draws repeatedly, starting from the priors' own.
 
-    Of large plates, some events are drawn. Draws are exact if the model is linear. Otherwise they are those of the E-step, of which
-    sampler and guidance are replaced. Priors without a network stay as they are.
+    Of large plates, some events are drawn. Draws are exact if the model is linear. Otherwise they
+    are those of the E-step, of which sampler and guidance are replaced. Priors without a network
+    stay as they are.
     """
     # Of second order: the shrinkage of a first-order sampler would build up over the fits.
     own = e_step.sampler or next(iter(priors.values())).sampler

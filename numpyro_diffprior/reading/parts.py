@@ -1,4 +1,4 @@
-"""Parts of a group's events, so that lazy arrays are not read whole, but a few blocks at a time."""
+"""Parts of a group's events, so that lazy arrays are read a few blocks at a time."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
