@@ -1,16 +1,33 @@
-"""Data-parallel computation over the devices of a mesh.
+"""Data-parallel computation over the devices of a mesh, which may belong to several processes.
 
 Arrays are replicated on every device, and each device computes its share of a batch. Without a
 mesh, computation stays on the device of the data. All axes of a mesh are treated as one.
+
+Every process runs the same program on the same arguments. Its arrays are its own, except within a
+training, whose arrays all processes share.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["check_batch_size", "num_devices", "on_devices", "replicate", "round_up", "spread"]
+__all__ = [
+    "check_batch_size",
+    "gather",
+    "localize",
+    "num_devices",
+    "num_processes",
+    "on_devices",
+    "own_devices",
+    "replicate",
+    "round_up",
+    "spread",
+]
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -37,11 +54,65 @@ def check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
         )
 
 
+def num_processes(mesh: Mesh | None) -> int:
+    """Return the number of processes that have devices of a mesh, or one without a mesh."""
+    return 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+
+
+def own_devices(mesh: Mesh | None) -> Mesh | None:
+    """Return the part of a mesh whose devices are those of this process."""
+    if mesh is None or num_processes(mesh) == 1:
+        return mesh
+    return Mesh(np.array(mesh.local_devices), ("devices",))
+
+
 def replicate(tree: T, mesh: Mesh | None) -> T:
     """Copy all arrays of a tree to every device."""
     if mesh is None:
         return tree
-    return jax.device_put(tree, NamedSharding(_automatic(mesh), PartitionSpec()))
+    sharding = NamedSharding(_automatic(mesh), PartitionSpec())
+    if num_processes(mesh) == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return _on_data(put, tree)
+
+
+def localize(tree: T, mesh: Mesh | None) -> T:
+    """Return arrays that all processes share as arrays of this process; see `replicate`."""
+    if num_processes(mesh) == 1:
+        return tree
+    return _on_data(lambda leaf: jnp.asarray(leaf.addressable_data(0)), tree)
+
+
+def gather(tree: T, axis: int, mesh: Mesh | None) -> T:
+    """Concatenate the arrays of all processes along an axis, in the order of the processes."""
+    if num_processes(mesh) == 1:
+        return tree
+    stacked = multihost_utils.process_allgather(tree)
+
+    def join(leaf: np.ndarray) -> jax.Array:
+        leaf = np.moveaxis(leaf, 0, axis)
+        return jnp.asarray(leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :]))
+
+    joined: T = jax.tree.map(join, stacked)
+    return joined
+
+
+def _on_data(f: Callable[[Any], jax.Array], tree: T) -> T:
+    """Map a function over the arrays of a tree, and over the data of its random keys."""
+
+    def apply(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            impl = jax.random.key_impl(leaf)
+            return jax.random.wrap_key_data(f(jax.random.key_data(leaf)), impl=impl)
+        return f(leaf)
+
+    mapped: T = jax.tree.map(apply, tree)
+    return mapped
 
 
 def spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:

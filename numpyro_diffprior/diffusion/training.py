@@ -30,7 +30,9 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import (
     check_batch_size,
+    localize,
     num_devices,
+    own_devices,
     replicate,
     spread,
 )
@@ -199,7 +201,8 @@ def train(
     context = _check_context(context, x, state.denoiser)
     arrays = replicate((rng_key, state, x, context), mesh)
     num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
-    return _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, num_parts, mesh)
+    trained = _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, num_parts, mesh)
+    return localize(trained, mesh)
 
 
 def measure_error(
@@ -313,7 +316,7 @@ def fit_denoiser(
         ValueError: See `train`.
     """
     x = _check_events(x, denoiser)
-    x, context = replicate((x, context), mesh)
+    x, context = replicate((x, context), own_devices(mesh))
     unit = choose_unit(_deviation(x), denoiser.unit)
     summary.check(denoiser.event_shape)
     denoiser = denoiser.with_gaussian(*summary(x / unit), unit)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.devices import num_devices, on_devices, round_up
+from numpyro_diffprior._compile.devices import (
+    gather,
+    num_devices,
+    num_processes,
+    on_devices,
+    own_devices,
+    round_up,
+)
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
 from numpyro_diffprior.infer.progress import Division, Monitor
 from numpyro_diffprior.particles.smc import draw_posterior
@@ -198,21 +205,24 @@ def _sample_group(
     monitor: Monitor,
     chosen: np.ndarray | None,
 ) -> PosteriorSamples:
-    group = model.reading.groups[plan.position]
+    group, all_devices = model.reading.groups[plan.position], plan.mesh
+    mesh = own_devices(all_devices)
+    plan = plan._replace(mesh=mesh)
     if group.divided is None:
-        division = Division(1, num_devices(plan.mesh))
+        division = Division(1, num_devices(mesh))
         known = monitor.drawn(plan.position, division)
-        (part,) = split_into_parts(model, plan.position)
+        (part,) = split_into_parts(model, plan.position, mesh)
         draws = known[0] if known else _draw_whole(rng_key, part.model, plan)
         if not known:
             monitor.finish(plan.position, draws, division)
         return draws
     plate, size = group.divided
-    num_elements = plate.size if chosen is None else len(chosen)
-    keys = jax.random.split(rng_key, -(-num_elements // size))
-    max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else plan.max_parts(num_elements)
-    parts = split_into_parts(model, plan.position, plan.mesh, max_parts, chosen)
-    division = Division(len(parts), num_devices(plan.mesh))
+    elements = np.arange(plate.size) if chosen is None else chosen
+    keys = jax.random.split(rng_key, -(-len(elements) // size))
+    keys, own = _share(keys, elements, size, all_devices)
+    max_parts = 1 if isinstance(rng_key, jax.core.Tracer) else plan.max_parts(len(own))
+    parts = split_into_parts(model, plan.position, mesh, max_parts, own)
+    division = Division(len(parts), num_devices(mesh))
     known = monitor.drawn(plan.position, division)
 
     def draw() -> Iterator[PosteriorSamples]:
@@ -225,7 +235,26 @@ def _sample_group(
             monitor.finish(plan.position, draws, division)
             yield draws
 
-    return join_parts(draw(), 1 + len(group.latents.batch_shape) + plate.dim, num_elements)
+    axis = 1 + len(group.latents.batch_shape) + plate.dim
+    drawn = gather(join_parts(draw(), axis, len(own)), axis, all_devices)
+    if drawn.samples[group.latents.names[0]].shape[axis] == len(elements):
+        return drawn
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, len(elements), axis=axis), drawn)
+
+
+def _share(
+    keys: jax.Array, elements: np.ndarray, size: int, mesh: Mesh | None
+) -> tuple[jax.Array, np.ndarray]:
+    """Return the blocks that this process draws: their keys, and their elements.
+
+    All processes have the same number of blocks, and the last ones repeat the last element.
+    """
+    if (number := num_processes(mesh)) == 1:
+        return keys, elements
+    count = -(-len(keys) // number)
+    blocks = jax.process_index() * count + np.arange(count)
+    index = blocks[0] * size + np.arange(count * size)
+    return keys[np.minimum(blocks, len(keys) - 1)], elements[np.minimum(index, len(elements) - 1)]
 
 
 def _advise(factor: float, *args: Any) -> str:

@@ -21,7 +21,7 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.devices import replicate
+from numpyro_diffprior._compile.devices import own_devices, replicate
 from numpyro_diffprior._compile.lazy import LazyArray, is_lazy
 from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
@@ -98,7 +98,7 @@ def read(
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
     data = [
         # In parts, if plates are divided.
-        x if is_lazy(x) and traced.reading.blocks else replicate(_load(x), mesh)
+        x if is_lazy(x) and traced.reading.blocks else replicate(_load(x), own_devices(mesh))
         for x in data
     ]
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
