@@ -20,6 +20,7 @@ from numpyro_diffprior.diffusion.training import FitResult, fit_denoiser, measur
 from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
 from numpyro_diffprior.em.initial import GaussianStart
+from numpyro_diffprior.em.logger import CSVLogger
 from numpyro_diffprior.em.m_step import MStep, ParamStep
 from numpyro_diffprior.em.state import EMMetrics, EMResult, EMState
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -46,6 +47,7 @@ __all__ = [
     "MStep",
     "ParamStep",
     "MLP",
+    "CSVLogger",
     "MMPS",
     "Calibration",
     "Denoiser",

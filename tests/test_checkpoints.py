@@ -15,6 +15,7 @@ import numpyro.distributions as dist
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import xarray as xr
 from flax import nnx, serialization
 from safetensors import numpy as safetensors
 
@@ -131,6 +132,45 @@ def test_a_run_goes_on_from_what_was_not_yet_saved(tmp_path, whole):
     assert numbers(folder) == [0, 2]
     assert_same(run(make_em(), 4, folder, heldout=(Y,), save_every=3), whole)
     assert numbers(folder) == [2, 3, 4]
+
+
+def test_the_history_is_beside_the_checkpoints(folder, whole):
+    """It is written anew by a run that goes on, whatever is there."""
+    path = folder / "history.nc"
+    assert xr.load_dataset(path).sizes["iteration"] == 2
+    path.write_text("half a fi")
+    result = run(make_em(), 4, folder, heldout=(Y,))
+    assert xr.load_dataset(path).identical(result.history.to_dataset())
+    assert {file.name for file in folder.iterdir()} == {"iterations", "draws", "history.nc"}
+    state = make_em().load_state(folder, make_prior(), Y)
+    run(make_em(), 1, folder.with_name("other"), init_state=state)
+    other = xr.load_dataset(folder.with_name("other") / "history.nc")
+    np.testing.assert_array_equal(other["iteration"], [5])
+
+
+def test_a_history_that_cannot_be_written(folder, whole):
+    (folder / "history.nc").unlink()
+    (folder / "history.nc").mkdir()
+    with pytest.warns(UserWarning, match="history could not be written.*Is a dir") as caught:
+        assert_same(run(make_em(), 4, folder, heldout=(Y,)), whole)
+    assert len(caught) == 1
+    assert numbers(folder) == [2, 3, 4]
+
+
+def test_a_log_goes_on(tmp_path, whole):
+    """A run that is stopped after three iterations, of which two are saved, repeats the third."""
+
+    def go(num_iterations, folder):
+        log = ndp.CSVLogger(tmp_path / "metrics.csv")
+        run(make_em(), num_iterations, folder, heldout=(Y,), callback=log)
+
+    go(2, tmp_path / "run")
+    saved = shutil.copytree(tmp_path / "run", tmp_path / "saved")
+    go(3, tmp_path / "run")
+    go(4, saved)
+    rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True)
+    np.testing.assert_array_equal(rows["iteration"], [1, 2, 3, 4])
+    np.testing.assert_array_equal(rows["loss"].astype("float32"), whole.history.loss)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
@@ -363,6 +403,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, whole):
 # Orbax reports it once more, from its own threads.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:.*the history could not be written")
 def test_a_file_that_cannot_grow(folder, whole):
     """A checkpoint that fails in the background: the last complete one remains."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -15,6 +15,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # Sorted; a name is added or removed here on purpose, and in docs/api.md.
 PUBLIC = [
+    "CSVLogger",
     "Calibration",
     "Denoiser",
     "DiT",

@@ -2,11 +2,13 @@ r"""Checkpoints of a run of EM, from which it goes on as if it had never stopped
 
 A checkpoint holds the `Progress` of a run after an iteration, and the *conditions* of the run: the
 model, its data, the random key and the settings, as digests, so that a run goes on under the same
-conditions only. Beside it are the draws of the E-step in progress, which need not be made again.
+conditions only. Beside it are the draws of the E-step in progress, which need not be made again,
+and the history of the run in a netCDF file for xarray, which is written but never read.
 """
 
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from numpyro_diffprior.infer.progress import Division
 __all__ = ["Checkpoints"]
 
 _NUM_KEPT = 3
+_HISTORY = "history.nc"
 _DRAWS_SECONDS = 300.0  # from one save of draws to the next
 
 
@@ -49,6 +52,8 @@ class Checkpoints:
         read_only: bool = False,
     ) -> None:
         path = Path(folder).absolute()
+        self._history = path / _HISTORY
+        self._has_failed = False
         self._save_every = save_every
         self._conditions = conditions
         self._iterations = Store(path / "iterations", _NUM_KEPT, read_only)
@@ -84,6 +89,22 @@ class Checkpoints:
             self._iterations.write(number, _pack(progress), conditions=self._conditions)
             self._last = number
             self._last_time = time.monotonic()
+            self.save_history(progress)
+
+    def save_history(self, progress: Progress) -> None:
+        """Replace the file of the history; if that fails, a warning says why, once."""
+        partial = self._history.with_name(f"{_HISTORY}.partial")
+        try:
+            partial.write_bytes(progress.to_dataset().to_netcdf(engine="scipy"))
+            os.replace(partial, self._history)
+        except Exception as error:  # a run of days must not end here
+            if not self._has_failed:
+                warnings.warn(
+                    f"EM.run: the history could not be written to '{self._history}' "
+                    f"({type(error).__name__}: {error}); the run goes on without that file.",
+                    stacklevel=4,
+                )
+            self._has_failed = True
 
     def load_draws(self, progress: Progress) -> dict[int, tuple[Division, list[PosteriorSamples]]]:
         """Return the parts of the next E-step that were drawn already, by group of sites."""

@@ -320,7 +320,8 @@ class EM:
                 True, the run ends.
             checkpoint: A folder for checkpoints. If it holds one of this run, the run goes on from
                 there and ends with the same numbers as if it had never stopped. The last three are
-                kept, with the best priors so far.
+                kept, with the best priors so far. Beside them, ``history.nc`` has the history as
+                `EMMetrics.to_dataset` returns it, for ``xarray.load_dataset``.
             save_every: The number of iterations from one checkpoint to the next. The Gaussian
                 start and the end of a run have one in any case.
             init_state: A state to continue from, in place of ``prior``.

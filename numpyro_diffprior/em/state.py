@@ -1,15 +1,19 @@
 r"""The state, metrics and result of expectation maximization."""
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import TrainState
 from numpyro_diffprior.em.sites import Priors, Sites
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["Best", "EMMetrics", "EMResult", "EMState", "Progress"]
 
@@ -87,6 +91,50 @@ class EMMetrics(NamedTuple):
     num_failed: jax.Array
     diverged: jax.Array
 
+    def to_dataset(self, first_iteration: int = 1) -> "xr.Dataset":
+        """Return the metrics of a run as an ``xarray.Dataset``.
+
+        It has the coordinate ``iteration``, and one variable per metric with the attributes
+        ``long_name`` and ``units``: nats (``nat``), seconds (``s``) or ``1``. The sliced
+        Wasserstein distance has no ``units``, since it has the unit of the data.
+
+        Args:
+            first_iteration: The number of the first iteration; for a run from ``init_state``,
+                ``init_state.num_iterations + 1``.
+        """
+        import xarray as xr  # slow to import
+
+        dims = ("iteration",) if np.ndim(self.loss) else ()
+        variables = {}
+        for name, values in self._asdict().items():
+            # Other libraries do not know bfloat16.
+            dtype = float if jnp.issubdtype(jnp.result_type(values), jnp.floating) else None
+            variables[name] = (dims, np.asarray(values, dtype), _ATTRIBUTES[name])
+        numbers = np.arange(first_iteration, first_iteration + np.size(self.loss))
+        return xr.Dataset(variables, {"iteration": numbers} if dims else None)
+
+
+def _attributes(long_name: str, units: str | None = "1") -> dict[str, str]:
+    return {"long_name": long_name} | ({} if units is None else {"units": units})
+
+
+_ATTRIBUTES = {
+    "loss": _attributes("training loss"),
+    "sliced_wasserstein": _attributes("sliced Wasserstein distance to previous draws", None),
+    "residual": _attributes("relative residual of guidance's solves"),
+    "num_truncated": _attributes("number of directions left out by guidance"),
+    "ess": _attributes("smallest effective sample size along the path"),
+    "num_resamplings": _attributes("number of resamplings per draw"),
+    "log_evidence": _attributes("log-evidence per event", "nat"),
+    "reduced_chi_square": _attributes("reduced chi-square of the draws"),
+    "e_step_seconds": _attributes("time of the E-step", "s"),
+    "m_step_seconds": _attributes("time of the M-step", "s"),
+    "heldout_log_evidence": _attributes("held-out log-evidence", "nat"),
+    "heldout_standard_error": _attributes("standard error of the held-out log-evidence", "nat"),
+    "num_failed": _attributes("number of draws that were not finite"),
+    "diverged": _attributes("whether the training diverged", None),
+}
+
 
 class EMResult(NamedTuple):
     """The result of `EM.run`.
@@ -159,6 +207,11 @@ class Progress(NamedTuple):
             zip(*self.history, strict=True) if self.history else [[]] * len(EMMetrics._fields)
         )
         return EMMetrics(*(jnp.stack(c) if c else jnp.zeros(0) for c in columns))
+
+    def to_dataset(self) -> "xr.Dataset":
+        """Return the metrics of the iterations as a dataset, with the iterations' numbers."""
+        num_before = self.state.num_iterations - len(self.history)
+        return self.columns.to_dataset(num_before + 1)
 
     @property
     def has_diverged(self) -> bool:

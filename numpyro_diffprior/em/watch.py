@@ -37,6 +37,7 @@ class Watch(Monitor):
         self._bar.update(len(progress.history))
         if self._checkpoints is not None:
             self._checkpoints.save(progress)
+            self._checkpoints.save_history(progress)
             self._known = self._checkpoints.load_draws(progress)
 
     def enter(self, phase: str) -> None:
