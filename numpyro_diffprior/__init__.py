@@ -5,10 +5,10 @@ defined by a denoiser ``D(x_t, sigma) = E[x | x_t]`` with ``x_t = x + sigma * ep
 an ordinary NumPyro model like any other distribution.
 
 The top level has the names of the guide; the namespaces `guidance`, `linalg`, `metrics`, `noise`,
-`samplers` and `training` have the others.
+`plot`, `samplers` and `training` have the others.
 """
 
-from numpyro_diffprior import guidance, linalg, metrics
+from numpyro_diffprior import guidance, linalg, metrics, plot
 from numpyro_diffprior._compile.lazy import LazyArray, lazy_arrays
 from numpyro_diffprior._compile.named import from_arrays, to_arrays
 from numpyro_diffprior.denoisers.denoiser import Denoiser
@@ -84,6 +84,7 @@ __all__ = [
     "measure_error",
     "metrics",
     "noise",
+    "plot",
     "sample_posterior",
     "samplers",
     "to_arrays",

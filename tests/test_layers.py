@@ -24,6 +24,7 @@ WINGS = (
     ("reading",),
     ("infer",),
     ("em",),
+    ("plot",),
 )
 LEVEL_OF = {wing: level for level, wings in enumerate(WINGS) for wing in wings}
 WITH_NUMPYRO = {"prior", "reading", "infer", "em"}

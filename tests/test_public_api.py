@@ -58,12 +58,13 @@ PUBLIC = [
     "measure_error",
     "metrics",
     "noise",
+    "plot",
     "sample_posterior",
     "samplers",
     "to_arrays",
     "training",
 ]
-NAMESPACES = ["guidance", "linalg", "metrics", "noise", "samplers", "training"]
+NAMESPACES = ["guidance", "linalg", "metrics", "noise", "plot", "samplers", "training"]
 NAMES = [name for name in PUBLIC if name not in ("__version__", *NAMESPACES)]
 MEMBERS = [
     (namespace, name)
