@@ -33,6 +33,7 @@ from numpyro_diffprior.metrics.ranks import coverage
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+GRAY = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")  # hidden pixels are blue
 NOISE = 0.1
 NUM_TRAIN = 1536
 
@@ -238,9 +239,8 @@ def show_rows(rows, path, num_images=12):
     figure, axes = plt.subplots(
         len(rows), num_images, figsize=(0.8 * num_images, 0.1 + 0.86 * len(rows))
     )
-    gray = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
     for axis_row, (name, row) in zip(axes, rows.items(), strict=True):
-        images, (low, high), cmap = row if isinstance(row, tuple) else (row, (-1, 1), gray)
+        images, (low, high), cmap = row if isinstance(row, tuple) else (row, (-1, 1), GRAY)
         for axis, image in zip(axis_row, np.asarray(images), strict=False):
             axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[])
@@ -251,16 +251,14 @@ def show_rows(rows, path, num_images=12):
 
 
 def show_restored(draws, data, path, num_images=12):
-    """Truth, observation, posterior mean, one draw and posterior deviation, a column per digit."""
-    x = draws.samples["x"][:, :num_images]
-    rows = {
-        "truth": data.clean[:num_images],
-        "observed": data.y[:num_images],
-        "mean": x.mean(0),
-        "one draw": x[0],
-        "deviation": (x.std(0), (0, 1), "magma"),
-    }
-    show_rows(rows, path, num_images)
+    """Observation, truth, draws and their mean, deviation and error, a column per digit."""
+    x = draws.samples["x"]
+    y, truth = data.y[: x.shape[1]], data.clean[: x.shape[1]]
+    axes = ndp.plot.restored(
+        y, x, truth=truth, num_events=num_images, num_draws=1, vmin=-1, vmax=1, cmap=GRAY
+    )
+    axes[0, 0].figure.savefig(path, dpi=120)
+    plt.close(axes[0, 0].figure)
 
 
 def show_samples(rng_key, priors, path, num_images=16):

@@ -116,11 +116,10 @@ def show_parameters(chains, path):
 def show_images(draws, truth, y, path):
     """Truth, exposure, posterior mean, one draw and posterior deviation, a column per image."""
     x = draws["x"]
-    gray = matplotlib.colormaps["gray"].with_extremes(bad="#3a5a8c")
     low, high = -1 + TRUTH["background"], 1 + TRUTH["background"]
     rows = {
         "truth": truth,
-        "observed": (y, (low, high), gray),
+        "observed": (y, (low, high), digits.GRAY),
         "mean": x.mean(0),
         "one draw": x[-1],
         "deviation": (x.std(0), (0, 1), "magma"),
