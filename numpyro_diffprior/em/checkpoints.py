@@ -93,6 +93,8 @@ class Checkpoints:
 
     def save_history(self, progress: Progress) -> None:
         """Replace the file of the history; if that fails, a warning says why, once."""
+        if jax.process_index() > 0:
+            return
         partial = self._history.with_name(f"{_HISTORY}.partial")
         try:
             partial.write_bytes(progress.to_dataset().to_netcdf(engine="scipy"))
@@ -133,7 +135,12 @@ class Checkpoints:
     def add_draws(
         self, progress: Progress, group: int, part: PosteriorSamples, division: Division
     ) -> None:
-        """Take a part of the next E-step; if the last save was long ago, save those since."""
+        """Take a part of the next E-step; if the last save was long ago, save those since.
+
+        Draws of several processes are not saved: each has its own.
+        """
+        if jax.process_count() > 1:
+            return
         self._parts.append((group, division, part))
         if time.monotonic() - self._last_time >= _DRAWS_SECONDS:
             self.save_draws(progress)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.devices import replicate, round_up
+from numpyro_diffprior._compile.devices import own_devices, replicate, round_up
 from numpyro_diffprior._compile.lazy import LazyArray, is_lazy, take_rows
 from numpyro_diffprior.reading.model import BoundModel, ModelReading, block_indices
 
@@ -167,6 +167,7 @@ def load_elements(
     """
     if not any(is_lazy(x) for x in model.data.arrays):
         return model
+    mesh = own_devices(mesh)
     for plate, size in model.reading.blocks.items():
         model = _take(model, plate, elements.get(plate, np.arange(size)), mesh)
     return _load(model, None, mesh)
