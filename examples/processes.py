@@ -11,8 +11,8 @@ Kubernetes), or with the address of the first host:
     python examples/processes.py --address host0:1234 --num-processes 2 --process 0
 
 Events are noisy random walks, some of whose steps are hidden. The data are files, of which each
-process reads the events that it draws. A run goes on from its checkpoints, also with another number
-of processes.
+process reads the events that it draws. A run goes on from its checkpoints, also with another
+number of processes.
 """
 
 import argparse
