@@ -588,8 +588,8 @@ def fail(monkeypatch, events):
     """Let the draws of some events overflow."""
     draw = initial.draw_events
 
-    def failing(*args):
-        draws = draw(*args)
+    def failing(*args, **kwargs):
+        draws = draw(*args, **kwargs)
         x, stats = draws.samples["x"], draws.stats
         stats = stats | {
             "reduced_chi_square": stats["reduced_chi_square"].at[:, events].set(jnp.nan)
