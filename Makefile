@@ -20,7 +20,7 @@ BY_FILE := --dist loadfile
 
 # XLA's flags for tests that compute much: a level above that in tests/conftest.py.
 SOME_PASSES := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true \
-	--xla_cpu_use_fusion_emitters=false
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
 PY := $(VENV)/bin/python
 

@@ -42,6 +42,15 @@ def read_group(model, *args, **kwargs):
     return group.latents, group.bind(bound.data).likelihood
 
 
+def evaluate(model, function, x, event_shape=(D,)):
+    """A function of the model's likelihood and values, compiled as one program."""
+    bound = read_model(model, (make_prior(event_shape),), {})
+    check_data(bound, bound.reading.sampler)
+    (group,) = bound.reading.groups
+    compiled = jax.jit(lambda data, x: function(group.bind(data).likelihood, x))
+    return compiled(bound.data, jnp.asarray(x))
+
+
 def normal(prior):
     with numpyro.plate("n", N):
         x = numpyro.sample("x", prior)
@@ -150,36 +159,38 @@ def value_of(model):
 
 @pytest.mark.parametrize("model", [*LINEAR, nonlinear], ids=lambda model: model.__name__)
 def test_log_prob_is_numpyros(model):
-    likelihood = read(model, make_prior())
     x = jnp.asarray(value_of(model))
-    expected = exact_log_prob(model, x)
-    log_prob = likelihood.log_prob(x)
+    expected = jax.jit(lambda x: exact_log_prob(model, x))(x)
+
+    def log_probs(likelihood, x):
+        stacked = likelihood.log_prob(jnp.stack([x, 2 * x])[None])
+        assert stacked.shape == (1, 2, *likelihood.batch_shape)
+        return likelihood.log_prob(x), stacked
+
+    log_prob, stacked = evaluate(model, log_probs, x)
     np.testing.assert_allclose(log_prob.reshape(N), expected, rtol=tolerance())
-    stacked = likelihood.log_prob(jnp.stack([x, 2 * x])[None])
-    assert stacked.shape == (1, 2, *likelihood.batch_shape)
     np.testing.assert_allclose(stacked[0, 0].reshape(N), expected, rtol=tolerance())
 
 
 @pytest.mark.parametrize("model", LINEAR, ids=lambda model: model.__name__)
 def test_moments_of_a_linear_gaussian_model_give_its_density(model):
     """The Gaussian that guidance sees has the gradient and curvature of the exact density."""
-    likelihood = read(model, make_prior())
-    assert likelihood.linear
-    x = jnp.asarray(value_of(model))
 
-    def quadratic(x):
-        local = likelihood.linearize(x)
-        return -0.5 * jnp.sum(local.residual * local.noise.solve(local.residual))
+    def derivatives(likelihood, x):
+        assert likelihood.linear
 
-    def exact(x):
-        return jnp.sum(likelihood.log_prob(x))
+        def quadratic(x):
+            local = likelihood.linearize(x)
+            return -0.5 * jnp.sum(local.residual * local.noise.solve(local.residual))
 
-    np.testing.assert_allclose(
-        jax.grad(quadratic)(x), jax.grad(exact)(x), rtol=tolerance(1e-4), atol=tolerance()
-    )
-    np.testing.assert_allclose(
-        jax.hessian(quadratic)(x), jax.hessian(exact)(x), rtol=tolerance(1e-4), atol=tolerance()
-    )
+        def exact(x):
+            return jnp.sum(likelihood.log_prob(x))
+
+        return [(jax.grad(f)(x), jax.hessian(f)(x)) for f in (quadratic, exact)]
+
+    found, expected = evaluate(model, derivatives, value_of(model))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance(1e-4), atol=tolerance())
 
 
 def beta(x):
@@ -202,7 +213,7 @@ def test_many_densities_of_dirichlets_family_at_once(fn, y):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4000, N, D)))
     found, tol = jax.jit(likelihood.log_prob)(x), tolerance(1e-4)
     for part in (slice(20), slice(-20, None)):
-        few = jax.vmap(lambda x: fn(x).log_prob(y))(x[part])
+        few = jax.jit(jax.vmap(lambda x: fn(x).log_prob(y)))(x[part])
         np.testing.assert_allclose(found[part], few, rtol=tol, atol=tol)
 
 
@@ -598,14 +609,15 @@ def test_several_parameters_and_many_elements_go_by_curvature():
             fn = dist.Categorical(logits=logits).mask(labels != 1).to_event(1)
             numpyro.sample("y", fn, obs=labels)
 
-    likelihood = read(classes, make_prior())
-    assert likelihood.num_observed == 2 * D
-    x = jnp.asarray(X)
-    local = likelihood.linearize(x)
-    gradient = local.transpose(local.noise.solve(local.residual))
-    expected = jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
+    def gradients(likelihood, x):
+        assert likelihood.num_observed == 2 * D
+        local = likelihood.linearize(x)
+        found = local.transpose(local.noise.solve(local.residual))
+        return found, jax.grad(lambda x: likelihood.log_prob(x).sum())(x), local.residual
+
+    gradient, expected, residual = evaluate(classes, gradients, X)
     np.testing.assert_allclose(gradient, expected, atol=100 * tolerance(1e-5, 1e-8))
-    assert np.all(local.residual.reshape(N, 2, D)[labels == 1] == 0)
+    assert np.all(residual.reshape(N, 2, D)[labels == 1] == 0)
 
 
 COUNTS = np.array([0, 1, 1, 2, 3])
@@ -644,18 +656,19 @@ SHAPES_AND_SCALES = {
 def test_shapes_and_scales_are_read(name):
     """Also what does not move the mean: guidance has the gradient of the density."""
     family = SHAPES_AND_SCALES[name]
-    y = family(jnp.asarray(X)).sample(jax.random.key(0))
+    y = jax.jit(lambda x: family(x).sample(jax.random.key(0)))(jnp.asarray(X))
 
     def model(prior):
         with numpyro.plate("n", N):
             x = numpyro.sample("x", prior)
             numpyro.sample("y", family(x).mask(COUNTS != 1), obs=y)
 
-    likelihood = read(model, make_prior())
-    x = jnp.asarray(X)
-    local = likelihood.linearize(x)
-    gradient = local.transpose(local.noise.solve(local.residual))
-    expected = jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
+    def gradients(likelihood, x):
+        local = likelihood.linearize(x)
+        found = local.transpose(local.noise.solve(local.residual))
+        return found, jax.grad(lambda x: likelihood.log_prob(x).sum())(x)
+
+    gradient, expected = evaluate(model, gradients, X)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(gradient, expected, atol=tolerance(1e-4, 1e-8) * scale)
 
@@ -672,15 +685,17 @@ def test_a_vector_whose_covariance_depends_on_a_large_event():
         fn = dist.MultivariateNormal(x[:3], scale_tril=jnp.exp(x[3]) * jnp.eye(3))
         numpyro.sample("y", fn, obs=np.arange(3.0))
 
+    def derivatives(likelihood, x):
+        local, hessian = likelihood.linearize(x), jax.hessian(likelihood.log_prob)(x)
+        expected = jax.grad(likelihood.log_prob)(x), -hessian @ x
+        return (local.score(), local.precision(x)), expected, likelihood.reduced_chi_square(x)
+
     x = jnp.linspace(-1.0, 1.0, 65)
     for model in (walk, both):
-        likelihood = read(model, make_prior((65,)))
-        local = likelihood.linearize(x)
-        expected = jax.grad(likelihood.log_prob)(x)
-        np.testing.assert_allclose(local.score(), expected, rtol=1e-4, atol=1e-4)
-        hessian = jax.hessian(likelihood.log_prob)(x)
-        np.testing.assert_allclose(local.precision(x), -hessian @ x, rtol=1e-4, atol=1e-3)
-        assert np.isnan(likelihood.reduced_chi_square(x))
+        found, expected, chi_square = evaluate(model, derivatives, x, (65,))
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-3)
+        assert np.isnan(chi_square)
 
 
 def test_hidden_values_of_vectors_may_be_nan():
