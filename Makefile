@@ -59,7 +59,7 @@ test-xla: $(VENV)/stamp-test
 # The default tests with the lowest versions that pyproject.toml allows, in an environment of their
 # own.
 test-lowest:
-	sed -En 's/^ *"([a-z_-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .lowest.txt
+	sed -En 's/^ *"([a-z0-9_-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .lowest.txt
 	PIP_CONSTRAINT=.lowest.txt $(MAKE) test VENV=.venv-lowest ARGS="$(ARGS)"
 
 lint: $(VENV)/stamp-test

@@ -41,12 +41,15 @@ def lazy_arrays(source: Any, num_events: int | None = None, *, by_event: bool = 
     if isinstance(source, tuple):
         return tuple(lazy_arrays(v, num_events, by_event=by_event) for v in source)
     if num_events is None:
-        if not hasattr(source, "__len__"):
+        if hasattr(source, "__len__"):
+            num_events = len(source)
+        elif hasattr(source, "shape"):  # as an array of Zarr
+            num_events = source.shape[0]
+        else:
             raise ValueError(
                 f"lazy_arrays: a source of type {type(source).__name__} has no length; pass "
                 "num_events."
             )
-        num_events = len(source)
     if num_events < 1:
         raise ValueError(f"lazy_arrays: expected a source of events, got {num_events} of them.")
     take = source.__getitem__ if hasattr(source, "__getitem__") else source
@@ -85,7 +88,8 @@ class LazyArray:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Read rows: a slice, or increasing indices."""
-        index = np.arange(len(self))[rows]
+        is_slice = isinstance(rows, slice)
+        index = np.arange(*rows.indices(len(self))) if is_slice else np.asarray(rows)
         array: np.ndarray = jax.tree.leaves(self._reader.read(index))[self._position]
         if array.shape != (len(index), *self.shape[1:]) or array.dtype != self.dtype:
             raise ValueError(
