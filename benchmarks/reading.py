@@ -1,11 +1,11 @@
 """What reading a model costs: executions of the model, and memory against the number of events.
 
 Executions are counted at a first call and at a second one. Memory is the largest that a process of
-its own has during a call, less what it had before, in multiples of the data's size; each process
-reads a model of so many events of 32 values. The last column has the data in a file that is mapped
-into memory; of its pages, which the system may drop at any time, none is counted.
+its own has during a call, less what it had before; each process reads a model of so many events of
+32 values, from arrays, from a file that is mapped into memory, and from Zarr. Pages of mapped
+files, which the system may drop at any time, are not counted.
 
-    python benchmarks/reading.py --num-events 125000 500000 2000000
+    python benchmarks/reading.py --num-events 250000 2000000
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import zarr
 from flax import nnx
 from numpyro.infer import MCMC
 
@@ -30,6 +31,8 @@ import numpyro_diffprior as ndp
 
 SIZE = 32
 FUNCTIONS = ("sample_posterior", "log_evidence", "EM.init", "EM.update", "MMPSKernel")
+MEASURED = ("sample_posterior", "sample_posterior, draws in a folder", "log_evidence", "EM.init")
+KINDS = ("array", "mapped", "zarr")
 
 
 def make_model():
@@ -74,8 +77,14 @@ def make_call(name, model):
         mcmc.run(key, prior, y)
         return mcmc.get_samples()
 
+    def write(y):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder) / "draws"
+            return ndp.sample_posterior(key, model, prior, y, folder=folder).stats
+
     return {
         "sample_posterior": lambda y: ndp.sample_posterior(key, model, prior, y).samples,
+        "sample_posterior, draws in a folder": write,
         "log_evidence": lambda y: (
             ndp.log_evidence(key, model, prior, y, num_estimates=2, num_particles=2).value
         ),
@@ -123,26 +132,36 @@ class Peak:
         self._thread.join()
 
 
-def measure_memory(name, num_events, is_mapped):
-    """The memory of one call, after one on little data, in multiples of the data's size."""
+def make_data(folder, kind, num_events):
+    """Values of one, as an array, in a mapped file or in Zarr."""
+    shape = (num_events, SIZE)
+    if kind == "array":
+        return np.ones(shape, np.float32)
+    if kind == "mapped":
+        y = np.memmap(Path(folder) / "y", np.float32, "w+", shape=shape)
+    else:
+        chunks = (8192, SIZE)
+        y = zarr.create_array(Path(folder) / "y", shape=shape, chunks=chunks, dtype="float32")
+    for start in range(0, num_events, 8192):
+        y[start : start + 8192] = 1.0
+    return y if kind == "mapped" else ndp.lazy_arrays(y)
+
+
+def measure_memory(name, num_events, kind):
+    """The memory of one call, after one on little data of the same kind, in MiB."""
     model, _ = make_model()
     call = make_call(name, model)
-    jax.block_until_ready(call(np.zeros((2000, SIZE), np.float32)))
-    with tempfile.NamedTemporaryFile() as file:
-        shape = (num_events, SIZE)
-        if is_mapped:
-            y = np.memmap(file.name, np.float32, "w+", shape=shape)
-        else:
-            y = np.zeros(shape, np.float32)
-            y[:] = 1.0
+    with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
+        jax.block_until_ready(call(make_data(few, kind, 20_000)))
+        y = make_data(many, kind, num_events)
         before = resident()
         with Peak() as peak:
             jax.block_until_ready(call(y))
-        return (peak.largest - before) / y.nbytes
+        return (peak.largest - before) / 2**20
 
 
-def in_a_process(name, num_events, is_mapped):
-    arguments = ["--child", name, str(num_events), str(int(is_mapped))]
+def in_a_process(name, num_events, kind):
+    arguments = ["--child", name, str(num_events), kind]
     found = subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
     )
@@ -155,14 +174,13 @@ def main(args):
     for name, (cold, warm) in executions.items():
         print(f"{name:24s} {cold:6d} {warm:7d}", flush=True)
     memory = {}
-    names = ("sample_posterior", "EM.init")
-    print("peak memory, in multiples of the data")
-    for name in names:
-        memory[name] = {n: in_a_process(name, n, False) for n in args.num_events}
-        largest = args.num_events[-1]
-        memory[name]["mapped"] = in_a_process(name, largest, True)
-        columns = "  ".join(f"{n}: {value:.1f}" for n, value in memory[name].items())
-        print(f"{name:24s} {columns}", flush=True)
+    sizes = ", ".join(f"{n * SIZE * 4 / 2**20:.0f}" for n in args.num_events)
+    print(f"peak memory in MiB, for data of {sizes} MiB")
+    for name in MEASURED:
+        for kind in KINDS:
+            found = [in_a_process(name, n, kind) for n in args.num_events]
+            memory[f"{name}: {kind}"] = found
+            print(f"{name:36s} {kind:6s}", *(f"{x:7.0f}" for x in found), flush=True)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     result = {"executions": executions, "memory": memory}
@@ -172,7 +190,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-events", type=int, nargs="+", default=[125_000, 500_000, 2_000_000])
+    parser.add_argument("--num-events", type=int, nargs="+", default=[250_000, 2_000_000])
     parser.add_argument("--output", default="out")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -181,7 +199,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     arguments = parse_args()
     if arguments.child:
-        child, count, mapped = arguments.child
-        print(measure_memory(child, int(count), bool(int(mapped))))
+        child, count, kind = arguments.child
+        print(measure_memory(child, int(count), kind))
     else:
         main(arguments)

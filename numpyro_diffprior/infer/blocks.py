@@ -1,6 +1,6 @@
 r"""Posterior draws in compiled blocks of bounded size."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from numpyro_diffprior._compile.devices import (
     round_up,
 )
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
+from numpyro_diffprior.infer.folder import DrawsFolder
 from numpyro_diffprior.infer.progress import Division, Monitor
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
@@ -87,22 +88,30 @@ def sample_blocks(
     mesh: Mesh | None = None,
     monitor: Monitor = Monitor(),
     chosen: Mapping[int, np.ndarray] = MappingProxyType({}),
+    folder: DrawsFolder | None = None,
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
     Changed arrays (a prior's weights too) do not recompile. The model must be read with the
     `block_size` for these options, and the devices of the mesh must have all data. A monitor
     follows the draws, which are made in parts of some blocks. Groups of latent sites, by position,
-    may be drawn for some elements of their divided plate only, given in order.
+    may be drawn for some elements of their divided plate only, given in order. Draws may be
+    written to a folder, part by part.
 
     Returns:
-        Draws and their statistics, of the leading shape ``(num_draws, *batch)``.
+        Draws (unless they are in a folder) and their statistics, of the leading shape
+        ``(num_draws, *batch)``.
     """
     num_groups = len(model.reading.groups)
     keys = [rng_key] if num_groups == 1 else list(jax.random.split(rng_key, num_groups))
     drawn = [
         _sample_group(
-            key, model, _Plan.of(model, i, options, num_draws, limit, mesh), monitor, chosen.get(i)
+            key,
+            model,
+            _Plan.of(model, i, options, num_draws, limit, mesh),
+            monitor,
+            chosen.get(i),
+            folder,
         )
         for i, key in enumerate(keys)
     ]
@@ -204,6 +213,7 @@ def _sample_group(
     plan: _Plan,
     monitor: Monitor,
     chosen: np.ndarray | None,
+    folder: DrawsFolder | None,
 ) -> PosteriorSamples:
     group, all_devices = model.reading.groups[plan.position], plan.mesh
     mesh = own_devices(all_devices)
@@ -215,7 +225,7 @@ def _sample_group(
         draws = known[0] if known else _draw_whole(rng_key, part.model, plan)
         if not known:
             monitor.finish(plan.position, draws, division)
-        return draws
+        return draws if folder is None else next(_write(folder, [draws], 0, plan.num_draws))
     plate, size = group.divided
     elements = np.arange(plate.size) if chosen is None else chosen
     keys = jax.random.split(rng_key, -(-len(elements) // size))
@@ -236,10 +246,21 @@ def _sample_group(
             yield draws
 
     axis = 1 + len(group.latents.batch_shape) + plate.dim
-    drawn = gather(join_parts(draw(), axis, len(own)), axis, all_devices)
-    if drawn.samples[group.latents.names[0]].shape[axis] == len(elements):
+    results = draw() if folder is None else _write(folder, draw(), axis, len(elements))
+    drawn: PosteriorSamples = gather(join_parts(results, axis, len(own)), axis, all_devices)
+    if drawn.stats["residual"].shape[axis] == len(elements):
         return drawn
     return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, len(elements), axis=axis), drawn)
+
+
+def _write(
+    folder: DrawsFolder, parts: Iterable[PosteriorSamples], axis: int, size: int
+) -> Iterator[PosteriorSamples]:
+    """Write the draws of parts along an axis of this size; yield the parts without draws."""
+    start = 0
+    for part in parts:
+        start = folder.write(part.samples, axis, start, size)
+        yield part._replace(samples={})
 
 
 def _share(

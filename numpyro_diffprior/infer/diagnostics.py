@@ -76,7 +76,7 @@ def warn_of_bias(
         return
     if (bound.reading, options) in _COMPARED or _is_exact(bound):
         return
-    num_samples = len(next(iter(samples.values())))
+    num_samples = next(iter(samples.values())).shape[0]
     num_events = max(group.latents.num_events for group in bound.reading.groups)
     affordable = num_samples * num_events // (_NUM_PARTICLES * _NUM_DRAWS)
     num_compared = min(_MAX_EVENTS, num_events, affordable)
@@ -97,7 +97,8 @@ def warn_of_bias(
         rng_key, reduced, SamplingOptions(_NUM_PARTICLES, sampler, guidance), num_draws=_NUM_DRAWS
     )
     for name, particles in drawn.items():
-        ratio, z = _compare(samples[name], particles)
+        first = samples[name][(slice(None), *(slice(size) for size in particles.shape[1:]))]
+        ratio, z = _compare(jnp.asarray(first), particles)
         if ratio > _LARGE_RATIO and z > _LARGE_Z:
             warnings.warn(
                 f"draws of one particle are biased for site '{name}': for {num_compared} of its "
@@ -123,9 +124,7 @@ def _is_exact(bound: BoundModel) -> bool:
 
 @jax.jit
 def _compare(samples: jax.Array, particles: jax.Array) -> _Comparison:
-    """Compare draws with those of particle systems for the first events; axis 0 is draws."""
-    sizes = particles.shape[1:]
-    samples = samples[(slice(None), *(slice(size) for size in sizes))]
+    """Compare draws with those of particle systems; axis 0 is draws."""
     x, reference = (draws.reshape(len(draws), -1) for draws in (samples, particles))
     unit = magnitude(reference, axis=0)
     x, reference = x / unit, reference / unit

@@ -4,6 +4,7 @@ The likelihood is read from the model's trace (`numpyro_diffprior.reading`). Gui
 twisted SMC makes the draws (`numpyro_diffprior.particles.smc`), in blocks of bounded size.
 """
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jax.scipy.special import gammaincc
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
+from numpyro_diffprior._compile.devices import num_processes
 from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
@@ -26,6 +28,7 @@ from numpyro_diffprior.infer.blocks import (
     sample_blocks,
 )
 from numpyro_diffprior.infer.diagnostics import warn_of_bias
+from numpyro_diffprior.infer.folder import DrawsFolder
 from numpyro_diffprior.infer.progress import ProgressBar
 from numpyro_diffprior.particles.system import SamplingOptions
 from numpyro_diffprior.prior import DiffusionPrior, check_sampler
@@ -82,6 +85,7 @@ def sample_posterior(
     independent: bool = True,
     max_batch_size: int | None = None,
     mesh: Mesh | None = None,
+    folder: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> PosteriorSamples:
@@ -108,6 +112,9 @@ def sample_posterior(
         mesh: Devices to spread the work over (`jax.make_mesh`): by elements of the largest plate,
             or by draws if these elements are fewer than the devices. Data and prior are copied to
             every device. Draws depend on the mesh.
+        folder: A new folder for the draws, if they do not fit into memory: they are written part
+            by part in the format of Zarr, with the statistics, and ``xarray.open_zarr`` opens
+            them. The draws of the result are then arrays of Zarr. (For one process.)
         progress_bar: Whether to show a bar in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
@@ -119,6 +126,7 @@ def sample_posterior(
     Raises:
         ValueError: If the model cannot be read (see `numpyro_diffprior.reading`), a number is not
             positive, or particles and sampler do not fit.
+        FileExistsError: If the folder exists.
         MemoryError: If the compiled program needs more memory than is free.
     """
     check_names(sample_posterior, model, 1 + len(args), locals())
@@ -134,17 +142,32 @@ def sample_posterior(
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
     num_residuals = check_data(bound, options.sampler)
+    if folder is not None and num_processes(mesh) > 1:
+        raise ValueError("sample_posterior: several processes cannot write draws to one folder.")
+    written = None if folder is None else DrawsFolder(folder, bound.reading)
     with ProgressBar("sample_posterior", progress_bar) as bar:
         samples, stats = sample_blocks(
-            rng_key, bound, options, num_draws=num_samples, limit=limit, mesh=mesh, monitor=bar
+            rng_key,
+            bound,
+            options,
+            num_draws=num_samples,
+            limit=limit,
+            mesh=mesh,
+            monitor=bar,
+            folder=written,
         )
+    if written is not None:
+        samples = written.samples
     _warn_of_misfit(stats["reduced_chi_square"], num_residuals)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)
         warn_of_bias(key, model, ((prior, *args), kwargs), bound, options, samples, mesh)
     per_draw = num_particles if independent else 1
     num_evaluations = jnp.asarray(per_draw * options.sampler.num_evaluations)
-    return PosteriorSamples(samples, stats | {"num_evaluations": num_evaluations})
+    stats = stats | {"num_evaluations": num_evaluations}
+    if written is not None:
+        written.write_stats(stats)
+    return PosteriorSamples(samples, stats)
 
 
 def _warn_of_misfit(reduced_chi_square: jax.Array, counts: Sequence[jax.Array]) -> None:

@@ -1,0 +1,93 @@
+"""Posterior draws in a folder, in the format of Zarr, written as they are made."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from numpyro_diffprior.reading.latent import LatentSite
+from numpyro_diffprior.reading.model import ModelReading
+
+__all__ = ["DrawsFolder"]
+
+
+class DrawsFolder:
+    """A folder of draws and their statistics, which ``xarray.open_zarr`` opens.
+
+    Draws have the dimensions ``draw``, the names of their plates, and ``x_dim_0``, ... for a site
+    ``x``, as in ArviZ.
+
+    Args:
+        folder: The folder; it must not exist.
+        reading: The reading of the model.
+
+    Raises:
+        ImportError: If zarr is missing.
+        FileExistsError: If the folder exists.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], reading: ModelReading) -> None:
+        try:
+            import zarr  # optional
+        except ImportError as error:
+            raise ImportError(
+                "sample_posterior: draws in a folder need zarr: pip install "
+                "'numpyro_diffprior[zarr]'"
+            ) from error
+        if os.path.exists(folder):
+            raise FileExistsError(
+                f"sample_posterior: '{os.fspath(folder)}' exists; draws need a new folder."
+            )
+        self._group = zarr.open_group(folder, mode="w-")
+        self._sites = {site.name: site for g in reading.groups for site in g.latents.sites}
+        self._num_groups = len(reading.groups)
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """The draws by site, as arrays of Zarr."""
+        return {name: self._group[name] for name in self._sites}
+
+    def write(self, samples: Mapping[str, jax.Array], axis: int, start: int, size: int) -> int:
+        """Write draws by site at a position of an axis of this size; return where they end.
+
+        Those beyond the size are left out.
+        """
+        for name, values in samples.items():
+            x = np.asarray(values)
+            if name not in self._group:
+                shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+                self._create(name, shape, x, ("draw", *_dims(self._sites[name])))
+            stop, before = min(start + x.shape[axis], size), (slice(None),) * axis
+            array: Any = self._group[name]
+            array[(*before, slice(start, stop))] = x[(*before, slice(stop - start))]
+        return stop
+
+    def write_stats(self, stats: Mapping[str, jax.Array]) -> None:
+        """Write the statistics."""
+        site = next(iter(self._sites.values()))
+        batch = _dims(site)[: len(site.batch_shape)] if self._num_groups == 1 else ("element",)
+        for name, values in stats.items():
+            x = np.asarray(values)
+            dims = ("draw", *batch, "level")[: x.ndim]
+            self._create(name, x.shape, x, dims)[...] = x
+
+    def _create(
+        self, name: str, shape: tuple[int, ...], part: np.ndarray, dims: tuple[str, ...]
+    ) -> Any:
+        """Create an array whose chunks have the shape of a part."""
+        chunks = tuple(max(1, n) for n in part.shape)
+        return self._group.create_array(
+            name, shape=shape, chunks=chunks, dtype=part.dtype, dimension_names=dims
+        )
+
+
+def _dims(site: LatentSite) -> tuple[str, ...]:
+    """Return the names of the dimensions of a site's value."""
+    plates = {plate.dim: plate.name for plate in site.plates}
+    num_batch = len(site.batch_shape)
+    names = [plates.get(i - num_batch, "") for i in range(num_batch)]
+    names += [""] * len(site.event_shape)
+    free = iter(range(len(names)))
+    return tuple(name or f"{site.name}_dim_{next(free)}" for name in names)
