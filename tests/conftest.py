@@ -8,8 +8,6 @@ os.environ.setdefault(
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 
-import gc
-
 import jax
 import pytest
 
@@ -18,13 +16,6 @@ def pytest_configure(config):
     """Keep compiled programs on disk, since most of the tests' time is compilation."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def pytest_collection_finish(session):
-    """Collect garbage less often: tracing makes many objects, and modules hold far more."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)
