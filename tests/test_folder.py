@@ -33,6 +33,16 @@ def two_groups(prior, y):
             numpyro.sample(f"y_{name}", dist.Normal(x, 0.5).to_event(1), obs=value)
 
 
+scoped = numpyro.handlers.scope(model, "night")
+
+
+def named_as_a_statistic(prior, y):
+    with numpyro.plate("events", y.shape[1]):
+        value = numpyro.subsample(y[0], event_dim=1)
+        x = numpyro.sample("residual", prior)
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=value)
+
+
 @pytest.fixture(scope="module")
 def prior():
     net = ndp.MLP((D,), features=(8,), embedding=8, rngs=nnx.Rngs(0))
@@ -43,7 +53,7 @@ Y = jnp.asarray(np.random.default_rng(0).normal(size=(2, NUM_EVENTS, D)), "float
 
 
 @pytest.mark.parametrize("max_batch_size", [16, 1024])
-@pytest.mark.parametrize("model", [model, two_groups])
+@pytest.mark.parametrize("model", [model, two_groups, scoped, named_as_a_statistic])
 def test_draws(tmp_path, prior, model, max_batch_size):
     """In parts, and of whole plates."""
     draw = partial(ndp.sample_posterior, KEY, model, prior, Y, num_samples=3)
@@ -55,11 +65,14 @@ def test_draws(tmp_path, prior, model, max_batch_size):
     for name, x in whole.samples.items():
         np.testing.assert_array_equal(written.samples[name][...], x)
     dataset = xr.open_zarr(tmp_path / "draws", consolidated=False)
-    for name, x in (whole.samples | whole.stats).items():
-        np.testing.assert_array_equal(dataset[name], x)
+    stats = xr.open_zarr(tmp_path / "draws", group="stats", consolidated=False)
+    for name, x in whole.samples.items():
+        np.testing.assert_array_equal(dataset[name.replace("/", ".")], x)
+    for name, x in whole.stats.items():
+        np.testing.assert_array_equal(stats[name], x)
     if "x" in dataset:
         assert dataset["x"].dims == ("draw", "groups", "events", "x_dim_0")
-        assert dataset["ess_path"].dims == ("draw", "groups", "events", "level")
+        assert stats["ess_path"].dims == ("draw", "groups", "events", "level")
 
 
 def test_a_folder_that_exists(tmp_path, prior):

@@ -17,7 +17,8 @@ class DrawsFolder:
     """A folder of draws and their statistics, which ``xarray.open_zarr`` opens.
 
     Draws have the dimensions ``draw``, the names of their plates, and ``x_dim_0``, ... for a site
-    ``x``, as in ArviZ.
+    ``x``, as in ArviZ. The statistics are in the group ``stats``. A slash in the name of a site
+    becomes a dot.
 
     Args:
         folder: The folder; it must not exist.
@@ -47,7 +48,7 @@ class DrawsFolder:
     @property
     def samples(self) -> dict[str, Any]:
         """The draws by site, as arrays of Zarr."""
-        return {name: self._group[name] for name in self._sites}
+        return {name: self._group[_key(name)] for name in self._sites}
 
     def write(self, samples: Mapping[str, jax.Array], axis: int, start: int, size: int) -> int:
         """Write draws by site at a position of an axis of this size; return where they end.
@@ -56,31 +57,38 @@ class DrawsFolder:
         """
         for name, values in samples.items():
             x = np.asarray(values)
-            if name not in self._group:
+            if _key(name) not in self._group:
                 shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-                self._create(name, shape, x, ("draw", *_dims(self._sites[name])))
+                dims = ("draw", *_dims(self._sites[name]))
+                _create(self._group, _key(name), shape, x, dims)
             stop, before = min(start + x.shape[axis], size), (slice(None),) * axis
-            array: Any = self._group[name]
+            array: Any = self._group[_key(name)]
             array[(*before, slice(start, stop))] = x[(*before, slice(stop - start))]
         return stop
 
     def write_stats(self, stats: Mapping[str, jax.Array]) -> None:
         """Write the statistics."""
-        site = next(iter(self._sites.values()))
+        site, group = next(iter(self._sites.values())), self._group.create_group("stats")
         batch = _dims(site)[: len(site.batch_shape)] if self._num_groups == 1 else ("element",)
         for name, values in stats.items():
             x = np.asarray(values)
             dims = ("draw", *batch, "level")[: x.ndim]
-            self._create(name, x.shape, x, dims)[...] = x
+            _create(group, name, x.shape, x, dims)[...] = x
 
-    def _create(
-        self, name: str, shape: tuple[int, ...], part: np.ndarray, dims: tuple[str, ...]
-    ) -> Any:
-        """Create an array whose chunks have the shape of a part."""
-        chunks = tuple(max(1, n) for n in part.shape)
-        return self._group.create_array(
-            name, shape=shape, chunks=chunks, dtype=part.dtype, dimension_names=dims
-        )
+
+def _create(
+    group: Any, name: str, shape: tuple[int, ...], part: np.ndarray, dims: tuple[str, ...]
+) -> Any:
+    """Create an array whose chunks have the shape of a part."""
+    chunks = tuple(max(1, n) for n in part.shape)
+    return group.create_array(
+        name, shape=shape, chunks=chunks, dtype=part.dtype, dimension_names=dims
+    )
+
+
+def _key(site: str) -> str:
+    """Return the name of a site's array: one with a slash would be in a group of its own."""
+    return site.replace("/", ".")
 
 
 def _dims(site: LatentSite) -> tuple[str, ...]:
@@ -90,4 +98,4 @@ def _dims(site: LatentSite) -> tuple[str, ...]:
     names = [plates.get(i - num_batch, "") for i in range(num_batch)]
     names += [""] * len(site.event_shape)
     free = iter(range(len(names)))
-    return tuple(name or f"{site.name}_dim_{next(free)}" for name in names)
+    return tuple(name or f"{_key(site.name)}_dim_{next(free)}" for name in names)

@@ -113,8 +113,9 @@ def sample_posterior(
             or by draws if these elements are fewer than the devices. Data and prior are copied to
             every device. Draws depend on the mesh.
         folder: A new folder for the draws, if they do not fit into memory: they are written part
-            by part in the format of Zarr, with the statistics, and ``xarray.open_zarr`` opens
-            them. The draws of the result are then arrays of Zarr. (For one process.)
+            by part in the format of Zarr, with the statistics in the group ``stats``, and
+            ``xarray.open_zarr`` opens them. The draws of the result are then arrays of Zarr. (For
+            one process.)
         progress_bar: Whether to show a bar in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
