@@ -346,6 +346,26 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_plate_that_is_divided_may_index_arrays(dtype):
+    """By elements of any integer type, at either precision of JAX."""
+    gain = jnp.linspace(1.0, 2.0, N)
+
+    def indexed(prior):
+        with numpyro.plate("n", N) as index:
+            x = numpyro.sample("x", prior)
+            y = numpyro.subsample(jnp.asarray(Y), event_dim=1)
+            numpyro.sample("y", dist.Normal(gain[index][:, None] * x, 0.5).to_event(1), obs=y)
+
+    expected = read(indexed, make_prior()).log_prob(jnp.asarray(X))
+    bound = read_model(indexed, (make_prior(),), {}, block_size=lambda group: 2)
+    (group,) = bound.reading.groups
+    index = np.array([1, 4], dtype)
+    likelihood = group.bind(bound.data, {"n": index}).likelihood
+    found = likelihood.log_prob(jnp.asarray(X)[index])
+    np.testing.assert_allclose(found, expected[index], rtol=tolerance())
+
+
 @pytest.mark.parametrize("by_moments", [True, False])
 @pytest.mark.parametrize("outer", ["none", "expanded", "masked"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -215,7 +215,8 @@ class ModelReading:
 
         def elements(plate: str) -> jax.Array:
             given = indices.get(plate)
-            return jnp.arange(self.blocks[plate]) if given is None else given
+            # As when the model was traced: of 64 bits, if they are enabled.
+            return jnp.arange(self.blocks[plate]) if given is None else jnp.asarray(given, int)
 
         def make(source: Source) -> Any:
             if source.plate is not None:
