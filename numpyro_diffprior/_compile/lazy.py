@@ -12,9 +12,10 @@ __all__ = ["LazyArray", "is_lazy", "lazy_arrays", "take_rows"]
 def lazy_arrays(source: Any, num_events: int | None = None, *, by_event: bool = False) -> Any:
     """Return the arrays of a source of events, which are read part by part.
 
-    They take the place of arrays in the arguments of `sample_posterior`, `log_evidence` and
-    `EM.run`, for a model that passes them through `numpyro.subsample`. The source must give the
-    same values whenever it is asked. It is asked for increasing indices, each at most once.
+    They take the place of arrays in the arguments of `sample_posterior`, `log_evidence` and `EM`,
+    for a model that passes them through `numpyro.subsample`. (Other functions and NumPyro take
+    arrays: ``numpy.asarray`` reads a whole one.) The source must give the same values whenever it
+    is asked. It is asked for increasing indices, each at most once.
 
     Args:
         source: Maps an integer array of indices, with shape ``(n,)``, to an array, or a pytree of
