@@ -27,6 +27,7 @@ from benchmarks import (
     noise_level,
     partial,
     particles,
+    reading,
     refresh,
     samplers,
     sharpening,
@@ -426,6 +427,13 @@ def test_benchmark_of_kills(tmp_path):
     assert result["kills"] == {"E-step": 1, "M-step": 1, "write": 1}
     assert result["findings"] == []
     assert result["differing"] == []
+
+
+@pytest.mark.parametrize("kind", reading.KINDS)
+def test_benchmark_of_reading(kind):
+    assert reading.count_executions("log_evidence")[1] == 1
+    written = reading.measure_memory("sample_posterior, draws in a folder", 21_000, kind)
+    assert np.isfinite(written)
 
 
 def test_benchmark_of_partial_e_steps(tmp_path):

@@ -93,7 +93,9 @@ def has_closed_form(model: BoundModel, start: GaussianStart) -> bool:
     return latents.event_size <= MAX_DENSE or group.elementwise
 
 
-def fit_in_closed_form(model: BoundModel, start: GaussianStart, mesh: Mesh | None) -> Gaussian:
+def fit_in_closed_form(
+    model: BoundModel, start: GaussianStart, mesh: Mesh | None = None
+) -> Gaussian:
     """Fit a Gaussian to linear Gaussian observations of one site."""
     (group,) = model.reading.groups
     (plate,) = group.latents.plates
