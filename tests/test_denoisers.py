@@ -241,6 +241,21 @@ def test_is_a_pytree(name):
 
 
 @pytest.mark.parametrize("name", ["Gaussian", "Mixture", "Network"])
+def test_known_numbers_inside_of_a_traced_function(name):
+    """Whether they are checked depends on the numbers, not on where the denoiser is made."""
+    denoiser = example(name)
+    x_t = jnp.ones((2, 4))
+    x_hat = jax.jit(lambda x_t: replace(denoiser)(x_t, 0.5))(x_t)
+    np.testing.assert_allclose(x_hat, denoise(denoiser, x_t, 0.5), atol=TOL)
+
+
+def test_invalid_numbers_inside_of_a_traced_function():
+    cov = Diagonal(jnp.array([1.0, -1.0]))
+    with pytest.raises(ValueError, match="covariance that has negative variances"):
+        jax.jit(lambda x_t: GaussianDenoiser(jnp.zeros(2), cov)(x_t, 1.0))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("name", ["Gaussian", "Mixture", "Network"])
 def test_new_numbers_do_not_recompile(name):
     traces = []
 

@@ -78,8 +78,9 @@ class Covariance(ABC):
 
     def check(self, name: str) -> None:
         """Raise a `ValueError` of ``name`` if known parameters are not those of a covariance."""
-        variances = self.diagonal()
-        if bool((variances < 0).any()):
+        with jax.ensure_compile_time_eval():  # known parameters inside of a traced function, too
+            variances = np.asarray(self.diagonal())
+        if (variances < 0).any():
             raise ValueError(
                 f"{name}: expected variances >= 0, got a covariance that has negative variances, "
                 f"the smallest {float(variances.min()):.3g}."

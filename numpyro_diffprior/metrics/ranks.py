@@ -138,7 +138,9 @@ def sbc_uniformity_pvalue(ranks: jax.Array, num_draws: int, *, num_bins: int = 1
         raise ValueError(
             f"sbc_uniformity_pvalue: expected num_bins from 2 to {num_draws + 1}, got {num_bins}."
         )
-    if not isinstance(ranks, jax.core.Tracer) and bool(jnp.any((ranks < 0) | (ranks > num_draws))):
+    if not isinstance(ranks, jax.core.Tracer) and np.any(
+        (np.asarray(ranks) < 0) | (np.asarray(ranks) > num_draws)
+    ):
         raise ValueError(
             f"sbc_uniformity_pvalue: expected ranks from 0 to num_draws = {num_draws}, got "
             f"{ranks.min()} to {ranks.max()}."
