@@ -1,5 +1,6 @@
 """The history of a run as a dataset of xarray, and in a CSV file."""
 
+import re
 import types
 from pathlib import Path
 
@@ -129,3 +130,13 @@ def test_a_line_that_cannot_be_written(path, monkeypatch):
     assert len(caught) == 1
     write(logger, 4, 4)
     np.testing.assert_array_equal(read(path)["iteration"], [1, 4])
+
+
+def test_the_function_for_tensorboard_in_the_guide():
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    namespace, written = {}, {}
+    exec(re.search(r"^def log\(writer.*?\n\n", guide, re.MULTILINE | re.DOTALL)[0], namespace)
+    writer = types.SimpleNamespace(add_scalar=lambda *args: written.update({args[0]: args[1:]}))
+    metrics = ndp.EMMetrics(*(x[0] for x in HISTORY))
+    namespace["log"](writer, types.SimpleNamespace(num_iterations=7), metrics)
+    assert written == {name: (float(x), 7) for name, x in metrics._asdict().items()}

@@ -331,6 +331,17 @@ def test_ess_path(num_particles):
     assert ax.get_ylabel() == f"{relative}effective sample size"
 
 
+def test_ess_path_over_noise_levels():
+    stats = {"ess_path": jnp.ones((2, 5, 3))}
+    ax = ndp.plot.ess_path(stats, sigma=(10.0, 1.0, 0.1))
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [10.0, 1.0, 0.1])
+    left, right = ax.get_xlim()
+    assert left > right
+    assert ax.get_xscale() == "log"
+    with pytest.raises(ValueError, match=r"expected sigma with shape \(3,\), got \(2,\)"):
+        ndp.plot.ess_path(stats, sigma=(1.0, 0.1))
+
+
 def half_width(ax):
     """Half the width of the band at the nominal coverage of one half."""
     place, low, high = band(ax.collections[0])

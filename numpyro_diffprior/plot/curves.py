@@ -71,17 +71,24 @@ def history(
 
 
 def ess_path(
-    stats: Mapping[str, jax.Array], *, num_particles: int | None = None, ax: Any = None
+    stats: Mapping[str, jax.Array],
+    *,
+    num_particles: int | None = None,
+    sigma: ArrayLike | None = None,
+    ax: Any = None,
 ) -> "Axes":
     """Plot the effective sample size of particle systems against the noise level.
 
     The median over all draws and events is a line, the central 50 % and 90 % are bands. Levels
-    are numbered from the largest noise to the smallest; at the last one, particles have their
-    exact weights.
+    run from the largest noise to the smallest; at the last one, particles have their exact
+    weights.
 
     Args:
         stats: The statistics of `sample_posterior`, of which ``ess_path`` is shown.
         num_particles: The number of particles; sample sizes are then relative to it.
+        sigma: The sampler's noise levels, with shape ``(num_levels,)``, as
+            ``prior.sampler.sigmas(prior.denoiser)`` returns them in the unit of the denoiser
+            (default: levels are numbered).
         ax: The axes to draw on (default: those of a new figure).
 
     Returns:
@@ -89,20 +96,32 @@ def ess_path(
 
     Raises:
         ImportError: If matplotlib is missing.
+        ValueError: If the number of noise levels is not that of the statistics.
     """
     path = np.asarray(stats["ess_path"])
     path = path.reshape(-1, path.shape[-1]) / (num_particles or 1)
+    num_levels = path.shape[-1]
+    level = np.arange(1, num_levels + 1) if sigma is None else np.asarray(sigma, float)
+    if level.shape != (num_levels,):
+        raise ValueError(
+            f"plot.ess_path: expected sigma with shape ({num_levels},), got {level.shape}; take "
+            "the levels of the sampler that drew."
+        )
     (ax,) = make_axes("plot.ess_path", ax, (1,), 1, (4.8, 3.2))
-    level = np.arange(1, path.shape[-1] + 1)
     low, lower, median, upper, high = np.nanquantile(path, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
     (line,) = ax.plot(level, median, label="median")
     band: dict[str, Any] = {"color": line.get_color(), "lw": 0}
     ax.fill_between(level, lower, upper, alpha=0.4, label="50 %", **band)
     ax.fill_between(level, low, high, alpha=0.2, label="90 %", **band)
     relative = "" if num_particles is None else "relative "
-    ax.set(xlabel="noise level, from the largest", ylabel=f"{relative}effective sample size")
+    ax.set(ylabel=f"{relative}effective sample size")
     ax.set_ylim(0, None if num_particles is None else 1.05)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    if sigma is None:
+        ax.set(xlabel="noise level, from the largest")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        ax.set(xlabel=r"noise level $\sigma$", xscale="log")
+        ax.invert_xaxis()
     ax.legend()
     return ax
 
