@@ -1,7 +1,8 @@
 """Data-parallel computation over the devices of a mesh, which may belong to several processes.
 
-Arrays are replicated on every device, and each device computes its share of a batch. Without a
-mesh, computation stays on the device of the data. All axes of a mesh are treated as one.
+Each device computes its share of a batch. It holds the events of this share, and a copy of all
+arrays that are not divided. Without a mesh, computation stays on the device of the data. All axes
+of a mesh are treated as one.
 
 Every process runs the same program on the same arguments. Its arrays are its own, except within a
 training, whose arrays all processes share.
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
+    "along",
     "check_batch_size",
     "gather",
     "localize",
@@ -26,6 +28,7 @@ __all__ = [
     "own_devices",
     "replicate",
     "round_up",
+    "shard",
     "spread",
 ]
 
@@ -81,6 +84,18 @@ def replicate(tree: T, mesh: Mesh | None) -> T:
     return _on_data(put, tree)
 
 
+def along(axis: int, mesh: Mesh) -> PartitionSpec:
+    """Return the division of an array over all devices along one axis."""
+    return PartitionSpec(*(None,) * axis, mesh.axis_names)
+
+
+def shard(x: Any, axis: int, mesh: Mesh | None) -> jax.Array:
+    """Divide an array over the devices of this process, along an axis of a multiple of them."""
+    if mesh is None:
+        return jnp.asarray(x)
+    return jax.device_put(x, NamedSharding(_automatic(mesh), along(axis, mesh)))
+
+
 def localize(tree: T, mesh: Mesh | None) -> T:
     """Return arrays that all processes share as arrays of this process; see `replicate`."""
     if num_processes(mesh) == 1:
@@ -122,33 +137,36 @@ def spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """
     if mesh is None:
         return x
-    sharding = NamedSharding(_automatic(mesh), _leading(mesh))
+    sharding = NamedSharding(_automatic(mesh), along(0, mesh))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def on_devices(f: Callable[[S, P], T], shared: S, parts: P, mesh: Mesh | None) -> T:
+def on_devices(
+    f: Callable[[S, P], T],
+    shared: S,
+    parts: P,
+    mesh: Mesh | None,
+    specs: Any = PartitionSpec(),
+) -> T:
     """Call a function on every device, with the shared arrays and the device's shard of the rest.
 
     Args:
         f: A traceable function of ``(shared, parts)``. Its outputs are concatenated over devices
             along their leading axes.
-        shared: A pytree of arrays, which every device gets as a whole.
+        shared: A pytree of arrays, which every device gets as a whole by default.
         parts: A pytree of arrays that are sharded along their leading axes, whose length must be
             a multiple of the number of devices.
         mesh: The devices; without a mesh, ``f`` is called once.
+        specs: How ``shared`` is divided, see `along`: a pytree whose structure is a prefix of its.
     """
     if mesh is None:
         return f(shared, parts)
-    own = _leading(mesh)
+    own = along(0, mesh)
     # The check concerns communication between devices, and there is none.
     spread_f = jax.shard_map(
-        f, mesh=_automatic(mesh), in_specs=(PartitionSpec(), own), out_specs=own, check_vma=False
+        f, mesh=_automatic(mesh), in_specs=(specs, own), out_specs=own, check_vma=False
     )
     return spread_f(shared, parts)
-
-
-def _leading(mesh: Mesh) -> PartitionSpec:
-    return PartitionSpec(mesh.axis_names)
 
 
 def _automatic(mesh: Mesh) -> Mesh:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["LazyArray", "is_lazy", "lazy_arrays", "take_rows"]
+__all__ = ["LazyArray", "as_lazy", "is_lazy", "lazy_arrays", "take_rows"]
 
 
 def lazy_arrays(source: Any, num_events: int | None = None, *, by_event: bool = False) -> Any:
@@ -122,6 +122,14 @@ class _Reader:
                 arrays = jax.tree.map(np.asarray, self._take(index))
             self._last = index, arrays
         return self._last[1]
+
+
+def as_lazy(x: Any) -> Any:
+    """Return an array in host memory as one of which rows are taken when they are needed."""
+    if is_lazy(x) or isinstance(x, jax.core.Tracer):
+        return x
+    array = np.asarray(x)
+    return LazyArray(_Reader(array.__getitem__, by_event=False), 0, array.shape, array.dtype)
 
 
 def is_lazy(x: Any) -> bool:

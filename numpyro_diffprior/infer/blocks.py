@@ -30,7 +30,7 @@ from numpyro_diffprior.reading.model import (
     GroupReading,
     join_blocks,
 )
-from numpyro_diffprior.reading.parts import join_parts, split_into_parts
+from numpyro_diffprior.reading.parts import join_parts, sharding_of_part, split_into_parts
 
 __all__ = [
     "PosteriorSamples",
@@ -321,7 +321,8 @@ def _draw_part(
 
         return jax.lax.map(draw, blocks)
 
-    draws = on_devices(draw_blocks, model, (rng_keys, indices), plan.mesh)
+    specs = None if plan.mesh is None else sharding_of_part(model, plate.name, plan.mesh)
+    draws = on_devices(draw_blocks, model, (rng_keys, indices), plan.mesh, specs)
     axis = 1 + len(group.latents.batch_shape) + plate.dim  # of the plate, behind the draws
     joined: PosteriorSamples = join_blocks(draws, axis, indices.size)
     return joined

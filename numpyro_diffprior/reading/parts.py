@@ -9,13 +9,21 @@ from typing import Any, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from numpyro_diffprior._compile.devices import own_devices, replicate, round_up
+from numpyro_diffprior._compile.devices import along, own_devices, replicate, round_up, shard
 from numpyro_diffprior._compile.lazy import LazyArray, is_lazy, take_rows
 from numpyro_diffprior.reading.model import BoundModel, ModelReading, block_indices
 
-__all__ = ["Part", "join_parts", "load_elements", "load_some", "split_into_parts"]
+__all__ = [
+    "Part",
+    "axes_of",
+    "join_parts",
+    "load_elements",
+    "load_some",
+    "sharding_of_part",
+    "split_into_parts",
+]
 
 _MAX_BLOCKS = 8
 
@@ -45,7 +53,8 @@ def split_into_parts(
     """Return the blocks of a group with the data that they need, in parts of equal shape.
 
     Data of a part are read when it is taken. The last block is repeated to fill the last part. The
-    devices of a mesh get copies of the arrays, and can share a part's blocks.
+    devices of a mesh share a part's blocks: each gets the elements of its own, see
+    `sharding_of_part`, and copies of the other arrays.
 
     Args:
         model: The model.
@@ -102,12 +111,35 @@ class _Parts(Sequence[Part]):
 
     def _read(self, number: int) -> BoundModel:
         """Return the model with the elements of arrays that a part needs."""
-        return _take(self._others, self._plate.name, self._indices[number].ravel(), self._mesh)
+        elements = self._indices[number].ravel()
+        return _take(self._others, self._plate.name, elements, self._mesh, is_sharded=True)
 
     @cached_property
     def _others(self) -> BoundModel:
         """The model, of which arrays that are not sliced are on the devices."""
         return _load(self._model, self._plate.name, self._mesh)
+
+
+def sharding_of_part(model: BoundModel, plate: str, mesh: Mesh) -> BoundModel:
+    """Return how the arrays of a part's model are divided over devices; traceable.
+
+    Args:
+        model: The model of a `Part`.
+        plate: The name of the divided plate.
+        mesh: The devices.
+
+    Returns:
+        The model, with a ``PartitionSpec`` for each array.
+    """
+    axes, held = axes_of(plate, model.reading), model.data.held
+    arrays: list[Any] = [
+        along(axes[i], mesh) if (i, plate) in held else PartitionSpec()
+        for i in range(len(model.data.arrays))
+    ]
+    elements: Any = {key: along(0, mesh) if key[1] == plate else PartitionSpec() for key in held}
+    params: Any = PartitionSpec()
+    data = model.data._replace(arrays=arrays, params=params, held=elements)
+    return replace(model, data=data)
 
 
 def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
@@ -179,15 +211,22 @@ def _take(
     elements: np.ndarray,
     mesh: Mesh | None,
     kept: Container[int] = (),
+    is_sharded: bool = False,
 ) -> BoundModel:
-    """Return a model whose arrays on the host hold some elements of a plate, on the devices."""
+    """Return a model whose arrays on the host hold some elements of a plate, on the devices.
+
+    Each device gets all of these elements or, if they are sharded, a part of them.
+    """
     arrays, held = list(model.data.arrays), dict(model.data.held)
-    taken = jnp.asarray(elements)
-    for i, axis in _axes_of(plate, model.reading).items():
+    for i, axis in axes_of(plate, model.reading).items():
         array: Any = arrays[i]
         if isinstance(array, np.ndarray | LazyArray) and i not in kept:
-            arrays[i] = replicate(jnp.asarray(take_rows(array, elements, axis)), mesh)
-            held[i, plate] = taken
+            rows = take_rows(array, elements, axis)
+            if is_sharded:
+                arrays[i], held[i, plate] = shard(rows, axis, mesh), shard(elements, 0, mesh)
+            else:
+                arrays[i] = replicate(jnp.asarray(rows), mesh)
+                held[i, plate] = jnp.asarray(elements)
     return replace(model, data=model.data._replace(arrays=arrays, held=held))
 
 
@@ -196,7 +235,7 @@ def _load(model: BoundModel, plate: str | None, mesh: Mesh | None) -> BoundModel
 
     Lazy arrays of other divided plates hold the elements of the first block.
     """
-    kept = {} if plate is None else _axes_of(plate, model.reading)
+    kept = {} if plate is None else axes_of(plate, model.reading)
     for name, size in model.reading.blocks.items():
         if name != plate:
             model = _take(model, name, np.arange(size), mesh, kept)
@@ -207,7 +246,7 @@ def _load(model: BoundModel, plate: str | None, mesh: Mesh | None) -> BoundModel
     return replace(model, data=model.data._replace(arrays=arrays))
 
 
-def _axes_of(plate: str, reading: ModelReading) -> dict[int, int]:
+def axes_of(plate: str, reading: ModelReading) -> dict[int, int]:
     """Return the axes of a plate, by position of the arrays of which only slices are used."""
     axes: dict[int, set[int | None]] = {}
     for source in reading.sources:

@@ -21,8 +21,8 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.devices import own_devices, replicate
-from numpyro_diffprior._compile.lazy import LazyArray, is_lazy
+from numpyro_diffprior._compile.devices import num_devices, own_devices, replicate
+from numpyro_diffprior._compile.lazy import LazyArray, as_lazy, is_lazy
 from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
     LatentGroup,
@@ -31,6 +31,7 @@ from numpyro_diffprior.reading.latent import (
 )
 from numpyro_diffprior.reading.model import BoundModel, ModelData, ModelForm, ModelReading, Source
 from numpyro_diffprior.reading.observed import describe
+from numpyro_diffprior.reading.parts import axes_of
 from numpyro_diffprior.reading.tracing import (
     Latent,
     LateParamError,
@@ -64,14 +65,16 @@ def read(
         kwargs: Its keyword arguments.
         block_size: Maps a group of latent sites to the number of elements of its largest plate
             in a block (default: plates are not divided).
-        mesh: Devices to copy the arrays to.
+        mesh: Devices to copy the arrays to, but for those that are sliced by divided plates if
+            there are several devices: these stay in host memory and are divided by
+            `numpyro_diffprior.reading.parts`.
         params: The values of ``numpyro.param`` sites, by name (default: their initial values).
         purpose: The use of the reading; the last division of plates is cached for each purpose.
 
     Raises:
         ValueError: If the model has no diffusion site, or latent sites that have no sampler; if
-            the samplers of its priors differ; or if the model fails on a part of a plate. Errors
-            of the model on whole plates propagate.
+            the samplers of its priors differ; if the model fails on a part of a plate; or if
+            other processes hold a part of an array. Errors of the model on whole plates propagate.
     """
     arrays, static = split_arguments((tuple(args), dict(kwargs)))
     specs = [_spec(array) for array in arrays]
@@ -94,11 +97,16 @@ def read(
         while len(_LAST_DIVISIONS) > _MAX_DIVISIONS:
             _LAST_DIVISIONS.pop(next(iter(_LAST_DIVISIONS)))
     data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
+    _check_addressable(data)
     kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
+    blocks = traced.reading.blocks
+    if num_devices(mesh) > 1:
+        for i in {i for plate in blocks for i in axes_of(plate, traced.reading)}:
+            data[i] = as_lazy(data[i])
     data = [
         # In parts, if plates are divided.
-        x if is_lazy(x) and traced.reading.blocks else replicate(_load(x), own_devices(mesh))
+        x if is_lazy(x) and blocks else replicate(_load(x), own_devices(mesh))
         for x in data
     ]
     return BoundModel(traced.reading, ModelData(data, dict(params or {})), positions)
@@ -119,6 +127,17 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
     if isinstance(array, np.ndarray | np.generic | LazyArray):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(array), dtype)
+
+
+def _check_addressable(data: list[Any]) -> None:
+    for x in data:
+        is_traced = isinstance(x, jax.core.Tracer)
+        if isinstance(x, jax.Array) and not is_traced and not x.is_fully_addressable:
+            raise ValueError(
+                f"the model takes an array of shape {x.shape} of which other processes hold a "
+                "part; pass the whole array in every process, or `lazy_arrays`, of which each "
+                "process reads the events that it draws."
+            )
 
 
 def _load(array: Any) -> Any:
