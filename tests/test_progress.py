@@ -13,11 +13,13 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.infer import blocks, progress
+from numpyro_diffprior.diffusion import training
+from numpyro_diffprior.infer import blocks, calibration, progress
 
 N, D = 40, 2
 KEY = jax.random.key(0)
 Y = jnp.ones((N, D))
+X = jax.random.normal(jax.random.key(1), (N, D))
 
 
 class Terminal(io.StringIO):
@@ -30,9 +32,10 @@ def open_terminal(monkeypatch):
     terminal, make_bar = Terminal(), progress.make_bar
     monkeypatch.setattr(sys, "stderr", terminal)
     options = {"delay": 0, "mininterval": 0, "miniters": 1}
-    monkeypatch.setattr(
-        progress, "make_bar", lambda *args, **kwargs: make_bar(*args, **(kwargs | options))
-    )
+    for module in (calibration, progress, training):
+        monkeypatch.setattr(
+            module, "make_bar", lambda *args, **kwargs: make_bar(*args, **(kwargs | options))
+        )
     return terminal
 
 
@@ -54,20 +57,38 @@ def model(prior, y):
 GAUSSIAN = ndp.DiffusionPrior(
     ndp.GaussianDenoiser(jnp.zeros(D), jnp.eye(D)), sampler=ndp.samplers.MultistepSDE(4)
 )
+NETWORK = ndp.NetworkDenoiser(ndp.MLP((D,), features=(4,), embedding=4, rngs=nnx.Rngs(0)))
 CALLS = {
     "sample_posterior": partial(ndp.sample_posterior, KEY, model, GAUSSIAN, Y, max_batch_size=16),
     "log_evidence": partial(
         ndp.log_evidence, KEY, model, GAUSSIAN, Y, num_particles=4, max_batch_size=64
     ),
+    "calibrate": partial(
+        ndp.calibrate, KEY, model, GAUSSIAN, Y, num_simulations=35, num_samples=2
+    ),
+    "fit_denoiser": partial(
+        ndp.fit_denoiser, KEY, NETWORK, X, optimizer=optax.adam(1e-3), num_steps=9, batch_size=4
+    ),
 }
 
 
-@pytest.mark.parametrize(("name", "num_parts"), [("sample_posterior", 3), ("log_evidence", 10)])
-def test_the_parts_of_draws_are_counted(monkeypatch, name, num_parts):
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("sample_posterior", 3), ("log_evidence", 10), ("calibrate", 35), ("fit_denoiser", 9)],
+)
+def test_what_is_done_is_counted(monkeypatch, name, total):
     terminal = open_terminal(monkeypatch)
     CALLS[name]()
     assert f"{name}: 100%" in terminal.getvalue()
-    assert f"{num_parts}/{num_parts} " in terminal.getvalue()
+    assert f"{total}/{total} " in terminal.getvalue()
+
+
+@pytest.mark.parametrize("name", ["calibrate", "fit_denoiser"])
+def test_bars_do_not_change_results(monkeypatch, name):
+    quiet = CALLS[name](progress_bar=False)
+    open_terminal(monkeypatch)
+    for x, y in zip(jax.tree.leaves(CALLS[name]()), jax.tree.leaves(quiet), strict=True):
+        assert jnp.array_equal(x, y)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -95,7 +116,8 @@ def test_the_phases_of_expectation_maximization(monkeypatch):
     )
     em.run(KEY, 2, prior, Y, heldout=(Y,))
     shown = terminal.getvalue()
-    phases = ["Gaussian start", "E-step", "E-step 1/3", "E-step 3/3", "M-step", "held out"]
+    phases = ["Gaussian start", "E-step", "E-step 1/3", "E-step 3/3", "M-step", "M-step 2/2"]
+    phases += ["held out"]
     places = [shown.index(phase) for phase in phases]
     assert places == sorted(places)
     assert "0/2 " in shown

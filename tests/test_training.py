@@ -414,6 +414,42 @@ def test_invalid_arguments(x, options, match):
         train(jax.random.key(0), state, x, optimizer, **options)
 
 
+@pytest.mark.parametrize("num_events", [1, 5])
+def test_events_that_do_not_differ(num_events):
+    denoiser, optimizer = small_denoiser(), optax.sgd(0.1)
+    x = jnp.full((num_events, *denoiser.event_shape), 0.3)
+    with pytest.raises(ValueError, match=f"events that differ, got {num_events} that"):
+        fit_denoiser(jax.random.key(0), denoiser, x, optimizer=optimizer, num_steps=1)
+
+
+def test_known_events_inside_of_a_traced_function():
+    optimizer, x = optax.sgd(0.1), jax.random.normal(jax.random.key(0), (8, 2))
+    state = init_training(small_denoiser(), optimizer)
+    options = {"optimizer": optimizer, "num_steps": 2, "batch_size": 4}
+    traced = jax.jit(lambda key: train(key, state, x, **options)[1])(jax.random.key(1))
+    np.testing.assert_allclose(traced, train(jax.random.key(1), state, x, **options)[1], rtol=1e-5)
+
+
+def test_steps_in_parts_are_those_of_one_loop():
+    """Dropout, and weights of bfloat16, whose small updates must not be lost between parts."""
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    net = MLP((2,), **SMALL, dropout=0.5, rngs=nnx.Rngs(0))
+    graph, weights, rest = nnx.split(net, nnx.Param, ...)
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+    denoiser = NetworkDenoiser(nnx.merge(graph, weights, rest))
+    optimizer = optax.adam(1e-4)
+    state = init_training(denoiser, optimizer)
+    options = {"optimizer": optimizer, "num_steps": 9, "batch_size": 4}
+    called = []
+    parts = train(jax.random.key(1), state, x, on_steps=called.append, **options)
+    assert called[0] == 1
+    assert called[-1] == 9
+    assert called == sorted(set(called))
+    whole = train(jax.random.key(1), state, x, **options)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert jnp.array_equal(a, b)
+
+
 def test_the_error_of_a_gaussian_is_its_own():
     denoiser = small_denoiser()
     x = np.random.default_rng(3).normal(size=(4096, *denoiser.event_shape))

@@ -16,7 +16,9 @@ References:
     models* (EDM), 2022, arXiv 2206.00364.
 """
 
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,11 +29,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from numpyro_diffprior._compile.bars import make_bar
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import (
     check_batch_size,
     localize,
     num_devices,
+    num_processes,
     own_devices,
     replicate,
     spread,
@@ -155,8 +159,9 @@ def train(
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
     mesh: Mesh | None = None,
+    on_steps: Callable[[int], None] | None = None,
 ) -> tuple[TrainState, jax.Array]:
-    r"""Take steps of stochastic gradient descent, all of them in one compiled scan.
+    r"""Take steps of stochastic gradient descent in a compiled loop.
 
     Every step draws a minibatch of `x` with replacement and a noise level for each of its events.
     The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` at step
@@ -183,6 +188,9 @@ def train(
         ema_decay: Largest decay :math:`\gamma` of the average, from 0 (no averaging) to 1.
         mesh: Devices over which every minibatch is sharded (`jax.make_mesh`); the events and the
             weights are copied to each.
+        on_steps: A function of the number of steps taken, called about once a second. With one,
+            the loop runs in parts, between which the call can be interrupted; the numbers are the
+            same. It is not called inside ``jax.jit``, nor by one of several processes.
 
     Returns:
         The next state, and the loss of every minibatch before its step with shape
@@ -199,10 +207,24 @@ def train(
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
     context = _check_context(context, x, state.denoiser)
-    arrays = replicate((rng_key, state, x, context), mesh)
     num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
-    trained = _train(*arrays, noise, ema_decay, optimizer, num_steps, batch_size, num_parts, mesh)
-    return localize(trained, mesh)
+    run = _Run.start(state, num_steps)
+    rng_key, state, x, context, run = replicate((rng_key, state, x, context, run), mesh)
+    steps = partial(_take_steps, rng_key, state.denoiser, x, context, noise, ema_decay)
+    options = optimizer, num_steps, batch_size, num_parts, mesh
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, run)))
+    if on_steps is None or is_traced or num_processes(mesh) > 1:
+        run = steps(run, num_steps, *options)
+    else:
+        done, size = 0, 1
+        while done < num_steps:
+            began = time.perf_counter()
+            done = min(done + size, num_steps)
+            run = jax.block_until_ready(steps(run, done, *options))
+            on_steps(done)
+            seconds = max(time.perf_counter() - began, 1e-9)
+            size = max(1, min(2 * size, int(size / seconds)))
+    return localize(run.finish(state), mesh)
 
 
 def measure_error(
@@ -290,6 +312,7 @@ def fit_denoiser(
     ema_decay: float = 0.999,
     summary: GaussianSummary = LowRankSummary(),
     mesh: Mesh | None = None,
+    progress_bar: bool = True,
 ) -> FitResult:
     """Fit a denoiser to clean events: first its mean and covariance, then its network.
 
@@ -308,31 +331,40 @@ def fit_denoiser(
         ema_decay: Largest decay of the average of the weights, see `train`.
         summary: The form of the events' Gaussian summary.
         mesh: Devices to spread minibatches over, see `train`.
+        progress_bar: Whether to show the steps in a terminal or a notebook, after a second.
 
     Returns:
         The denoiser with averaged weights and measured error ratios, and the losses.
 
     Raises:
-        ValueError: See `train`.
+        ValueError: If all events are the same; see also `train`.
     """
     x = _check_events(x, denoiser)
     x, context = replicate((x, context), own_devices(mesh))
-    unit = choose_unit(_deviation(x), denoiser.unit)
+    deviation = _deviation(x)
+    if not isinstance(deviation, jax.core.Tracer) and not deviation > 0:
+        raise ValueError(
+            f"fit_denoiser: expected events that differ, got {len(x)} that are all the same, to "
+            "which no distribution can be fitted."
+        )
+    unit = choose_unit(deviation, denoiser.unit)
     summary.check(denoiser.event_shape)
     denoiser = denoiser.with_gaussian(*summary(x / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
-    state, losses = train(
-        key_train,
-        init_training(denoiser, optimizer),
-        x,
-        optimizer,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        context=context,
-        noise=noise,
-        ema_decay=ema_decay,
-        mesh=mesh,
-    )
+    with make_bar("fit_denoiser", progress_bar, num_steps, delay=1) as bar:
+        state, losses = train(
+            key_train,
+            init_training(denoiser, optimizer),
+            x,
+            optimizer,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            context=context,
+            noise=noise,
+            ema_decay=ema_decay,
+            mesh=mesh,
+            on_steps=None if bar.disable else lambda done: bar.update(done - bar.n),
+        )
     _warn_of_divergence(losses)
     return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
 
@@ -356,6 +388,60 @@ def _warn_of_divergence(losses: jax.Array) -> None:
     )
 
 
+class _Run(NamedTuple):
+    """The part of a `TrainState` that changes from step to step; a pytree.
+
+    Attributes:
+        weights: The network's weights, at least float32: in a dtype such as bfloat16, small
+            updates of weights and of their average would round to zero, and so would the
+            optimizer's averages of squared gradients.
+        rest: Its other variables, such as batch statistics.
+        averaged: The average of the weights, at least float32.
+        opt_state: See `TrainState`.
+        count: The number of steps of all calls.
+        done: The number of steps of this call.
+        diverged: Whether a loss, gradient or weight was not finite.
+        losses: The losses of this call's steps, zero for those to come.
+    """
+
+    weights: Any
+    rest: Any
+    averaged: Any
+    opt_state: optax.OptState
+    count: jax.Array
+    done: jax.Array
+    diverged: jax.Array
+    losses: jax.Array
+
+    @classmethod
+    def start(cls, state: TrainState, num_steps: int) -> "_Run":
+        """Return the beginning of a call of `train`."""
+        weights, rest, _ = split_network(state.denoiser.net)
+        return cls(
+            weights=_widen(weights),
+            rest=rest,
+            averaged=_widen(split_network(state.averaged.net)[0]),
+            opt_state=state.opt_state,
+            count=state.num_steps,
+            done=jnp.zeros((), int),
+            diverged=jnp.zeros((), bool),
+            losses=jnp.zeros(num_steps, state.denoiser.dtype),
+        )
+
+    def finish(self, state: TrainState) -> tuple[TrainState, jax.Array]:
+        """Return the result of `train`, given the state at its start."""
+        weights, _, rebuild = split_network(state.denoiser.net)
+        averaged, _, rebuild_averaged = split_network(state.averaged.net)
+        net = rebuild(_like(self.weights, weights), self.rest)
+        mean = rebuild_averaged(_like(self.averaged, averaged), self.rest)
+        return TrainState(
+            denoiser=replace(state.denoiser, net=net),
+            averaged=replace(state.averaged, net=mean),
+            opt_state=self.opt_state,
+            num_steps=self.count,
+        ), self.losses
+
+
 def _advise(factor: float, *args: Any) -> str:
     batch_size, num_parts, _ = args[-3:]
     smaller = advise("batch_size", factor, batch_size // num_parts)
@@ -363,23 +449,24 @@ def _advise(factor: float, *args: Any) -> str:
 
 
 @check_memory("Training steps", _advise)
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
-def _train(
+@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12))
+def _take_steps(
     rng_key: jax.Array,
-    state: TrainState,
+    fixed: NetworkDenoiser,
     x: jax.Array,
     context: jax.Array | None,
     noise: NoiseDistribution,
     ema_decay: jax.Array,
+    run: _Run,
+    end: jax.Array,
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int,
     num_parts: int,
     mesh: Mesh | None,
-) -> tuple[TrainState, jax.Array]:
-    fixed = state.denoiser
-    narrow, rest, rebuild = split_network(fixed.net)
-    averaged, _, rebuild_averaged = split_network(state.averaged.net)
+) -> _Run:
+    """Take the steps of a call of `train` that come before the step ``end``."""
+    narrow, _, rebuild = split_network(fixed.net)
 
     def sample_levels(rng_key: jax.Array) -> jax.Array:
         return noise.sample(
@@ -430,50 +517,37 @@ def _train(
         loss, gradient = jax.tree.map(lambda leaf: leaf / num_parts, total)
         return loss, gradient, rest
 
-    # Only what changes is carried: the covariance of a large event is not copied at every step.
-    def step(
-        carry: tuple[Any, jax.Array], rng_key: jax.Array
-    ) -> tuple[tuple[Any, jax.Array], jax.Array]:
-        old, diverged = carry
-        weights, rest, averaged, opt_state, count = old
-        key_batch, key_loss = jax.random.split(rng_key)
-        key_sigma, *keys = jax.random.split(key_loss, 3)
+    keys = jax.random.split(rng_key, num_steps)
+
+    def step(i: jax.Array, old: _Run) -> _Run:
+        key_batch, key_loss = jax.random.split(keys[i])
+        key_sigma, *keys_loss = jax.random.split(key_loss, 3)
         index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
         sigma = sample_levels(key_sigma)
         if num_parts == 1:
-            (loss, rest), gradient = differentiate(weights, rest, index, sigma, *keys)
+            (loss, rest), gradient = differentiate(old.weights, old.rest, index, sigma, *keys_loss)
         else:
-            loss, gradient, rest = accumulate(weights, rest, index, sigma, keys)
-        update, opt_state = optimizer.update(gradient, opt_state, weights)
-        weights = optax.apply_updates(weights, update)
-        count = count + 1
+            loss, gradient, rest = accumulate(old.weights, old.rest, index, sigma, keys_loss)
+        update, opt_state = optimizer.update(gradient, old.opt_state, old.weights)
+        weights = optax.apply_updates(old.weights, update)
+        count = old.count + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
             # In the average's dtype, which may be narrower than that of `decay`.
             lambda new, mean: mean + (1 - decay).astype(mean.dtype) * (new - mean),
             weights,
-            averaged,
+            old.averaged,
         )
         # A step that is not finite is not taken, nor is any later one; their losses are NaN.
-        diverged = diverged | ~_are_finite((loss, gradient, weights))
-        new = weights, rest, averaged, opt_state, count
+        diverged = old.diverged | ~_are_finite((loss, gradient, weights))
+        new = old._replace(
+            weights=weights, rest=rest, averaged=averaged, opt_state=opt_state, count=count
+        )
         kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
-        return (kept, diverged), jnp.where(diverged, jnp.nan, loss)
+        losses = old.losses.at[i].set(jnp.where(diverged, jnp.nan, loss).astype(old.losses.dtype))
+        return kept._replace(done=i + 1, diverged=diverged, losses=losses)
 
-    # In a dtype such as bfloat16, small updates of the weights and of their average would round to
-    # zero, and so would the optimizer's averages of squared gradients.
-    first = _widen(narrow), rest, _widen(averaged), state.opt_state, state.num_steps
-    keys = jax.random.split(rng_key, num_steps)
-    (last, _), losses = jax.lax.scan(step, (first, jnp.zeros((), bool)), keys)
-    weights, rest, wide, opt_state, count = last
-    weights, averaged = _like(weights, narrow), _like(wide, averaged)
-    state = TrainState(
-        denoiser=replace(fixed, net=rebuild(weights, rest)),
-        averaged=replace(state.averaged, net=rebuild_averaged(averaged, rest)),
-        opt_state=opt_state,
-        num_steps=count,
-    )
-    return state, losses
+    return jax.lax.fori_loop(run.done, end, step, run)
 
 
 def _widen(weights: Any) -> Any:
@@ -521,9 +595,11 @@ def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:
             f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
             f"and n > 0, got {x.shape}."
         )
-    # Traced arrays have no values to check.
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
-        bad = int(jnp.sum(~jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)))
+    if isinstance(x, jax.core.Tracer):  # which has no values to check
+        return x
+    with jax.ensure_compile_time_eval():  # known values inside of a traced function, too
+        bad = int(jnp.sum(~jnp.isfinite(x.reshape(x.shape[0], -1)).all(axis=1)))
+    if bad:
         raise ValueError(
             f"Events to train on must be finite, got NaN or infinity in {bad} of {x.shape[0]}; "
             "remove these events, or treat their values as unobserved (EM)."

@@ -247,6 +247,7 @@ class EM:
             self.m_step,
             summary=self.start.summary,
             mesh=self.mesh,
+            on_steps=watch.steps_of(self.m_step.num_steps),
         )
         params, params_opt_state = state.params, state.params_opt_state
         if params and all(bool(jnp.isfinite(x).all()) for x in samples.values()):

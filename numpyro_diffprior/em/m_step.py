@@ -1,6 +1,6 @@
 """The M-step: each prior with a network is fitted to the draws of its sites."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -107,8 +107,12 @@ def fit_priors(
     *,
     summary: GaussianSummary,
     mesh: Mesh | None,
+    on_steps: Callable[[int], None] | None = None,
 ) -> dict[str, Trained]:
-    """Fit each prior with a network to the draws of its sites, and to their contexts."""
+    """Fit each prior with a network to the draws of its sites, and to their contexts.
+
+    ``on_steps`` is that of `train`, for each prior in turn.
+    """
     trained = {}
     for i, key in enumerate(sorted(state.priors)):
         if key not in state.training:
@@ -129,6 +133,7 @@ def fit_priors(
             m_step,
             summary,
             mesh,
+            on_steps,
         )
     return trained
 
@@ -152,6 +157,7 @@ def _fit_prior(
     m_step: MStep,
     summary: GaussianSummary,
     mesh: Mesh | None,
+    on_steps: Callable[[int], None] | None,
 ) -> Trained:
     """Fit one prior to events, with shape ``(n, *event)``, and their contexts."""
     key_train, key_measure = jax.random.split(rng_key)
@@ -177,6 +183,7 @@ def _fit_prior(
         noise=m_step.noise,
         ema_decay=m_step.ema_decay,
         mesh=mesh,
+        on_steps=on_steps,
     )
     denoiser = replace(m_step.choose(training), error_ratios=current.error_ratios)
     return Trained(denoiser, training, losses)

@@ -1,10 +1,12 @@
 """What a run of EM shows of its progress, and what of it is saved."""
 
+from collections.abc import Callable
 from typing import Any
 
+from numpyro_diffprior._compile.bars import make_bar
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.state import Progress
-from numpyro_diffprior.infer.progress import Division, Monitor, make_bar
+from numpyro_diffprior.infer.progress import Division, Monitor
 
 __all__ = ["Watch"]
 
@@ -44,6 +46,12 @@ class Watch(Monitor):
         """Begin a phase of an iteration."""
         self._num_drawn = 0
         self._bar.set_postfix_str(phase + self._metrics)
+
+    def steps_of(self, num_steps: int) -> Callable[[int], None] | None:
+        """Return a function that takes the number of steps of an M-step so far; None if unseen."""
+        if self._bar.disable:
+            return None
+        return lambda done: self._bar.set_postfix_str(f"M-step {done}/{num_steps}{self._metrics}")
 
     def drawn(self, group: int, division: Division) -> list[Any]:
         known_division, known = self._known.pop(group, (division, []))

@@ -29,9 +29,10 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
+from numpyro_diffprior._compile.bars import make_bar
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.memory import BatchLimit
-from numpyro_diffprior._compile.program import call
+from numpyro_diffprior._compile.program import call, run, trace
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.infer.blocks import sample_blocks
@@ -140,6 +141,7 @@ def calibrate(
     num_chains: int = 1,
     thinning: int = 1,
     max_batch_size: int | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> Calibration:
     """Calibrate a sampler on simulations of the model itself.
@@ -161,6 +163,7 @@ def calibrate(
         num_chains: The number of the kernel's chains, run as a batch; they share the draws.
         thinning: The thinning of the kernel's draws; uniform ranks need independent draws.
         max_batch_size: The number of particles in memory at once, see `sample_posterior`.
+        progress_bar: Whether to show the simulations in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -246,7 +249,8 @@ def calibrate(
         return jax.lax.map(draw_one, (rng_keys, data))
 
     keys = jax.random.split(key_draw, num_simulations)
-    samples = call(draw_all, keys, data, arguments)
+    with make_bar("calibrate", progress_bar, num_simulations, delay=1) as bar:
+        samples = _map_in_parts(draw_all, (keys, data), arguments, bar.update)
     ranks = {
         name: sbc_ranks(samples[name], truth[name], rng_key=key)
         for name, key in zip(truth, jax.random.split(key_ties, len(truth)), strict=True)
@@ -256,6 +260,35 @@ def calibrate(
         for name, event_dim in sites.event_dims
     }
     return Calibration(ranks, distance_ranks, num_samples)
+
+
+_MAX_PARTS = 16
+
+
+def _map_in_parts(
+    f: Callable[..., dict[str, jax.Array]],
+    inputs: Any,
+    arguments: list[Any],
+    on_part: Callable[[int], Any],
+) -> dict[str, jax.Array]:
+    """Apply a function of inputs and arguments to parts of equal size along the inputs' axis.
+
+    It is traced once; ``on_part`` takes the size of each part. The last part is filled up with
+    the last input.
+    """
+    num_inputs = len(jax.tree.leaves(inputs)[0])
+    size = -(-num_inputs // _MAX_PARTS)
+    traced, results = None, []
+    for start in range(0, num_inputs, size):
+        index = np.minimum(np.arange(start, start + size), num_inputs - 1)
+        part = jax.tree.map(lambda x, index=index: x[index], inputs)
+        if traced is None:
+            traced = trace(f, *part, arguments)
+        leaves = jax.tree.leaves((part, arguments))
+        flat = run(traced.program, *traced.data, *leaves)
+        results.append(jax.block_until_ready(jax.tree.unflatten(traced.treedef, flat)))
+        on_part(min(size, num_inputs - start))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:num_inputs], *results)
 
 
 class _Sites(NamedTuple):

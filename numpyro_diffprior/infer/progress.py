@@ -1,13 +1,11 @@
-"""Progress of draws: bars that are quiet in logs, and parts that were drawn before."""
+"""Progress of draws: a bar, and parts that were drawn before."""
 
-import sys
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import jax
-from tqdm.auto import tqdm
+from numpyro_diffprior._compile.bars import make_bar
 
-__all__ = ["Division", "Monitor", "ProgressBar", "make_bar"]
+__all__ = ["Division", "Monitor", "ProgressBar"]
 
 
 class Division(NamedTuple):
@@ -65,14 +63,3 @@ class ProgressBar(Monitor):
 
     def close(self) -> None:
         self._bar.close()
-
-
-def make_bar(name: str, show: bool, total: int | None = None, **options: Any) -> Any:
-    """Return a bar of tqdm, which is quiet unless it is shown in a terminal or a notebook.
-
-    Of several processes, the first one shows it.
-    """
-    show = show and jax.process_index() == 0
-    in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
-    is_seen = in_notebook or (sys.stderr is not None and sys.stderr.isatty())
-    return tqdm(total=total, desc=name, disable=not (show and is_seen), **options)
