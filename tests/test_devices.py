@@ -1,8 +1,10 @@
 """Work spread over devices against the same work on one; run where there are eight of them."""
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile import memory
 from numpyro_diffprior.diffusion.training import init_training, train
+from numpyro_diffprior.infer import blocks
 from tests.oracles import tolerance
 
 NUM_DEVICES = 8
@@ -89,6 +92,60 @@ def test_arguments_may_lie_on_the_mesh():
     sharding = NamedSharding(mesh, PartitionSpec("a"))
     placed = draw(mesh, *(jax.device_put(x, sharding) for x in (MASK, Y)))
     np.testing.assert_array_equal(placed.samples["x"], draw(mesh).samples["x"])
+
+
+def collectives(compiled):
+    """The communication between devices in compiled code, with the number of each."""
+    found = re.findall(
+        r"= .*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    return Counter(found)
+
+
+@on_eight
+def test_events_are_divided(monkeypatch):
+    """Each device holds the events of its own blocks, and asks no other one for any."""
+    mesh, num_events = make_mesh(4, 2), 50
+    mask, y = (jnp.tile(x, (3, 1))[:num_events] for x in (MASK, Y))
+    parts, draw_part = [], blocks._draw_part
+
+    def record(*args):
+        parts.append(args)
+        return draw_part(*args)
+
+    monkeypatch.setattr(blocks, "_draw_part", record)
+    draw(mesh, mask, y)
+    size = parts[0][1].shape[1]
+    for keys, indices, part, plan in parts:
+        per_device = indices.size // NUM_DEVICES
+        events = [part.data.arrays[i] for i, _ in part.data.held]
+        assert len(events) == 2
+        for x in events:
+            shards = [shard.data.shape for shard in x.addressable_shards]
+            assert shards == [(per_device, SIZE)] * NUM_DEVICES
+        assert per_device % size == 0
+        compiled = jax.jit(draw_part.__wrapped__, static_argnums=3).lower(
+            keys, indices, part, plan
+        )
+        assert not collectives(compiled.compile())
+    assert sum(len(np.unique(indices)) for _, indices, _, _ in parts) == num_events
+
+
+@on_eight
+def test_a_step_of_training_sums_its_gradients_once():
+    """One sum per array of weights, and one for the loss; XLA may join them."""
+    optimizer = optax.sgd(0.1)
+    state = init_training(make_prior().denoiser, optimizer)
+
+    def f(x):
+        key = jax.random.key(4)
+        return train(key, state, x, optimizer, num_steps=5, batch_size=64, mesh=make_mesh(8))[1]
+
+    num_weights = len(jax.tree.leaves(nnx.state(state.denoiser.net, nnx.Param)))
+    found = collectives(jax.jit(f).lower(Y).compile())
+    assert set(found) == {"all-reduce"}
+    assert 1 <= found["all-reduce"] <= num_weights + 1
 
 
 @on_eight

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior.diffusion.training as training
+from numpyro_diffprior._compile.lazy import lazy_arrays
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion import minibatches
 from numpyro_diffprior.diffusion.noise import LogBeta, LogNormal, LogUniform
 from numpyro_diffprior.diffusion.training import (
     denoising_loss,
@@ -412,6 +414,55 @@ def test_invalid_arguments(x, options, match):
     options = {"num_steps": 1, "batch_size": 2, **options}
     with pytest.raises(ValueError, match=match):
         train(jax.random.key(0), state, x, optimizer, **options)
+
+
+@pytest.mark.parametrize("max_read", [1, 48, 2**24])
+@pytest.mark.parametrize("kind", ["memory map", "lazy"])
+def test_minibatches_that_are_read(monkeypatch, tmp_path, kind, max_read):
+    """One step at a time, three (of eight events with two numbers), and all together."""
+    monkeypatch.setattr(minibatches, "_MAX_READ", max_read)
+    x = 3 * np.random.default_rng(0).normal(size=(30, 2))
+    np.save(tmp_path / "x.npy", x)
+    read = np.load(tmp_path / "x.npy", mmap_mode="r") if kind == "memory map" else lazy_arrays(x)
+    options = {"optimizer": optax.adam(0.01), "num_steps": 7, "batch_size": 8}
+    fits = [
+        fit_denoiser(jax.random.key(1), small_denoiser(dropout=0.5), events, **options)
+        for events in (x, read)
+    ]
+    for a, b in zip(jax.tree.leaves(fits[0]), jax.tree.leaves(fits[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_contexts_that_are_read_with_the_events():
+    x, context = np.random.default_rng(0).normal(size=(2, 30, 2)).astype("float32")
+    net = MLP((2,), context_shape=(2,), **SMALL, rngs=nnx.Rngs(0))
+    state = init_training(NetworkDenoiser(net), optimizer := optax.adam(0.01))
+    options = {"optimizer": optimizer, "num_steps": 5, "batch_size": 4}
+    called = []
+    read = lazy_arrays((x, context))
+    streamed = train(
+        jax.random.key(1), state, read[0], context=read[1], on_steps=called.append, **options
+    )
+    assert called == [5]
+    whole = train(jax.random.key(1), state, x, context=context, **options)
+    np.testing.assert_allclose(streamed[1], whole[1], rtol=1e-5)
+
+
+def test_some_events_stand_for_all(monkeypatch):
+    monkeypatch.setattr(minibatches, "_MAX_SOME", 20)
+    x, context = np.arange(66.0).reshape(33, 2), np.arange(33)
+    some, contexts = minibatches.take_some(lazy_arrays(x), context)
+    np.testing.assert_array_equal(some, x[contexts])
+    np.testing.assert_array_equal(contexts, np.arange(10) * 33 // 10)
+    assert minibatches.take_some(x, context)[0] is x
+
+
+def test_events_that_are_read_must_be_finite():
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    x[7] = np.nan
+    state = init_training(small_denoiser(), optimizer := optax.sgd(0.1))
+    with pytest.raises(ValueError, match="NaN or infinity in"):
+        train(jax.random.key(0), state, lazy_arrays(x), optimizer, num_steps=50, batch_size=4)
 
 
 @pytest.mark.parametrize("num_events", [1, 5])

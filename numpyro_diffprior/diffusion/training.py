@@ -40,10 +40,12 @@ from numpyro_diffprior._compile.devices import (
     replicate,
     spread,
 )
+from numpyro_diffprior._compile.lazy import is_lazy
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
 from numpyro_diffprior.denoisers.denoiser import Denoiser, align, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.diffusion.minibatches import Minibatches, choose_events, take_some
 from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
 from numpyro_diffprior.linalg.batched import magnitude
 from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
@@ -177,7 +179,9 @@ def train(
     Args:
         rng_key: Random key.
         state: The current state, from `init_training` or from a previous call.
-        x: Clean events to fit, in the data's units, with shape ``(n, *event_shape)``.
+        x: Clean events to fit, in the data's units, with shape ``(n, *event_shape)``. Memory maps
+            and `lazy_arrays` stay where they are; minibatches are read while the device takes
+            earlier steps, with the same numbers.
         optimizer: The optax transformation that `state` was initialized with.
         num_steps: Number of steps.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -201,30 +205,48 @@ def train(
             `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` is
             not a multiple of the number of devices.
     """
-    x = state.denoiser.from_data(_check_events(x, state.denoiser))
     num_steps = check_count("train", "num_steps", num_steps)
     batch_size = check_count("train", "batch_size", batch_size)
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
-    context = _check_context(context, x, state.denoiser)
+    _check_shapes(x, context, state.denoiser)
     num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
-    run = _Run.start(state, num_steps)
-    rng_key, state, x, context, run = replicate((rng_key, state, x, context, run), mesh)
-    steps = partial(_take_steps, rng_key, state.denoiser, x, context, noise, ema_decay)
-    options = optimizer, num_steps, batch_size, num_parts, mesh
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, run)))
-    if on_steps is None or is_traced or num_processes(mesh) > 1:
-        run = steps(run, num_steps, *options)
+    original, streamed = state.denoiser, is_lazy(x)
+
+    def convert(x: Any, context: Any) -> Any:
+        """Put events and contexts on the devices, in the denoiser's unit."""
+        x = original.from_data(_check_events(x, original))
+        return replicate((x, _as_context(context, original)), mesh)
+
+    run = replicate(_Run.start(state, num_steps), mesh)
+    if streamed:
+        minibatches = Minibatches(rng_key, x, context, num_steps, batch_size, convert)
+        events, size = minibatches.read(0), minibatches.size
     else:
-        done, size = 0, 1
-        while done < num_steps:
-            began = time.perf_counter()
-            done = min(done + size, num_steps)
-            run = jax.block_until_ready(steps(run, done, *options))
+        events, size = convert(x, context), 1
+    rng_key, state = replicate((rng_key, state), mesh)
+    steps = partial(_take_steps, rng_key, state.denoiser)
+    static = optimizer, num_steps, batch_size, num_parts, streamed, mesh
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((events, run)))
+    if is_traced or num_processes(mesh) > 1:
+        on_steps = None
+    if on_steps is None and not streamed:
+        size = num_steps
+    done = 0
+    while done < num_steps:
+        began = time.perf_counter()
+        done = min(done + size, num_steps)
+        run = steps(*events, noise, ema_decay, run, done, *static)
+        if streamed and done < num_steps:
+            events = minibatches.read(done)  # while the steps are taken
+        if on_steps is not None:
+            jax.block_until_ready(run)
             on_steps(done)
+        if not streamed:
             seconds = max(time.perf_counter() - began, 1e-9)
             size = max(1, min(2 * size, int(size / seconds)))
-    return localize(run.finish(state), mesh)
+    state, run = localize((state, run), mesh)
+    return run.finish(state)
 
 
 def measure_error(
@@ -252,8 +274,9 @@ def measure_error(
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite.
     """
+    _check_shapes(x, context, denoiser)
     x = denoiser.from_data(_check_events(x, denoiser))
-    context = _check_context(context, x, denoiser)
+    context = _as_context(context, denoiser)
     batch_size = check_count("measure_error", "batch_size", batch_size)
     num_parts = _num_parts(batch_size, denoiser)
     return _measure_error(rng_key, denoiser, x, context, batch_size, num_parts)
@@ -322,7 +345,9 @@ def fit_denoiser(
         rng_key: Random key.
         denoiser: A denoiser with an untrained network. (To continue with a trained one, whose
             preconditioning must not change, use `train`.)
-        x: Clean events, in the data's units, with shape ``(n, *event_shape)``.
+        x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. Of
+            memory maps and `lazy_arrays`, mean, covariance and error ratios are those of at most
+            2^28 elements, of evenly spaced events.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -339,23 +364,25 @@ def fit_denoiser(
     Raises:
         ValueError: If all events are the same; see also `train`.
     """
-    x = _check_events(x, denoiser)
-    x, context = replicate((x, context), own_devices(mesh))
-    deviation = _deviation(x)
+    _check_shapes(x, context, denoiser)
+    some, some_contexts = take_some(x, context)
+    some = _check_events(some, denoiser)
+    some, some_contexts = replicate((some, some_contexts), own_devices(mesh))
+    deviation = _deviation(some)
     if not isinstance(deviation, jax.core.Tracer) and not deviation > 0:
         raise ValueError(
-            f"fit_denoiser: expected events that differ, got {len(x)} that are all the same, to "
-            "which no distribution can be fitted."
+            f"fit_denoiser: expected events that differ, got {len(some)} that are all the same: "
+            "no distribution can be fitted to them."
         )
     unit = choose_unit(deviation, denoiser.unit)
     summary.check(denoiser.event_shape)
-    denoiser = denoiser.with_gaussian(*summary(x / unit), unit)
+    denoiser = denoiser.with_gaussian(*summary(some / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
     with make_bar("fit_denoiser", progress_bar, num_steps, delay=1) as bar:
         state, losses = train(
             key_train,
             init_training(denoiser, optimizer),
-            x,
+            x if is_lazy(x) else some,
             optimizer,
             num_steps=num_steps,
             batch_size=batch_size,
@@ -366,7 +393,8 @@ def fit_denoiser(
             on_steps=None if bar.disable else lambda done: bar.update(done - bar.n),
         )
     _warn_of_divergence(losses)
-    return FitResult(measure_error(key_measure, state.averaged, x, context=context), losses)
+    denoiser = measure_error(key_measure, state.averaged, some, context=some_contexts)
+    return FitResult(denoiser, losses)
 
 
 def _deviation(x: jax.Array) -> jax.Array:
@@ -398,7 +426,7 @@ class _Run(NamedTuple):
         rest: Its other variables, such as batch statistics.
         averaged: The average of the weights, at least float32.
         opt_state: See `TrainState`.
-        count: The number of steps of all calls.
+        num_steps: The number of steps of all calls.
         done: The number of steps of this call.
         diverged: Whether a loss, gradient or weight was not finite.
         losses: The losses of this call's steps, zero for those to come.
@@ -408,7 +436,7 @@ class _Run(NamedTuple):
     rest: Any
     averaged: Any
     opt_state: optax.OptState
-    count: jax.Array
+    num_steps: jax.Array
     done: jax.Array
     diverged: jax.Array
     losses: jax.Array
@@ -422,7 +450,7 @@ class _Run(NamedTuple):
             rest=rest,
             averaged=_widen(split_network(state.averaged.net)[0]),
             opt_state=state.opt_state,
-            count=state.num_steps,
+            num_steps=state.num_steps,
             done=jnp.zeros((), int),
             diverged=jnp.zeros((), bool),
             losses=jnp.zeros(num_steps, state.denoiser.dtype),
@@ -438,18 +466,18 @@ class _Run(NamedTuple):
             denoiser=replace(state.denoiser, net=net),
             averaged=replace(state.averaged, net=mean),
             opt_state=self.opt_state,
-            num_steps=self.count,
+            num_steps=self.num_steps,
         ), self.losses
 
 
 def _advise(factor: float, *args: Any) -> str:
-    batch_size, num_parts, _ = args[-3:]
+    batch_size, num_parts, *_ = args[-4:]
     smaller = advise("batch_size", factor, batch_size // num_parts)
     return f"use a network with remat=True, or {smaller}"
 
 
 @check_memory("Training steps", _advise)
-@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12))
+@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12, 13))
 def _take_steps(
     rng_key: jax.Array,
     fixed: NetworkDenoiser,
@@ -463,9 +491,13 @@ def _take_steps(
     num_steps: int,
     batch_size: int,
     num_parts: int,
+    streamed: bool,
     mesh: Mesh | None,
 ) -> _Run:
-    """Take the steps of a call of `train` that come before the step ``end``."""
+    """Take the steps of a call of `train` that come before the step ``end``.
+
+    The events are all of them or, if they are streamed, those of the minibatches of these steps.
+    """
     narrow, _, rebuild = split_network(fixed.net)
 
     def sample_levels(rng_key: jax.Array) -> jax.Array:
@@ -522,15 +554,18 @@ def _take_steps(
     def step(i: jax.Array, old: _Run) -> _Run:
         key_batch, key_loss = jax.random.split(keys[i])
         key_sigma, *keys_loss = jax.random.split(key_loss, 3)
-        index = spread(jax.random.randint(key_batch, (batch_size,), 0, x.shape[0]), mesh)
-        sigma = sample_levels(key_sigma)
+        if streamed:
+            index = (i - run.done) * batch_size + jnp.arange(batch_size)
+        else:
+            index = choose_events(key_batch, batch_size, len(x))
+        index, sigma = spread(index, mesh), sample_levels(key_sigma)
         if num_parts == 1:
             (loss, rest), gradient = differentiate(old.weights, old.rest, index, sigma, *keys_loss)
         else:
             loss, gradient, rest = accumulate(old.weights, old.rest, index, sigma, keys_loss)
         update, opt_state = optimizer.update(gradient, old.opt_state, old.weights)
         weights = optax.apply_updates(old.weights, update)
-        count = old.count + 1
+        count = old.num_steps + 1
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         averaged = jax.tree.map(
             # In the average's dtype, which may be narrower than that of `decay`.
@@ -541,7 +576,7 @@ def _take_steps(
         # A step that is not finite is not taken, nor is any later one; their losses are NaN.
         diverged = old.diverged | ~_are_finite((loss, gradient, weights))
         new = old._replace(
-            weights=weights, rest=rest, averaged=averaged, opt_state=opt_state, count=count
+            weights=weights, rest=rest, averaged=averaged, opt_state=opt_state, num_steps=count
         )
         kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
         losses = old.losses.at[i].set(jnp.where(diverged, jnp.nan, loss).astype(old.losses.dtype))
@@ -573,28 +608,31 @@ def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) 
     return denoiser if context is None else ConditionedDenoiser(denoiser, context[index])
 
 
-def _check_context(
-    context: jax.Array | None, x: jax.Array, denoiser: NetworkDenoiser
-) -> jax.Array | None:
-    shape = denoiser.context_shape
-    expected = None if shape is None else (len(x), *shape)
-    found = None if context is None else jnp.shape(context)
-    if found != expected:
+def _check_shapes(x: Any, context: Any, denoiser: NetworkDenoiser) -> None:
+    """Check the shapes of events and of their contexts, without reading them."""
+    shape, found = denoiser.event_shape, jnp.shape(x)
+    if len(found) != len(shape) + 1 or found[1:] != shape or found[0] == 0:
+        raise ValueError(
+            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
+            f"and n > 0, got {found}."
+        )
+    context_shape = denoiser.context_shape
+    expected = None if context_shape is None else (found[0], *context_shape)
+    given = None if context is None else jnp.shape(context)
+    if given != expected:
         raise ValueError(
             f"Expected contexts of shape {expected} for these events and their network, got "
-            f"{found}."
+            f"{given}."
         )
+
+
+def _as_context(context: Any, denoiser: NetworkDenoiser) -> jax.Array | None:
     return None if context is None else jnp.asarray(context, denoiser.dtype)
 
 
-def _check_events(x: jax.Array, denoiser: Denoiser) -> jax.Array:
+def _check_events(x: Any, denoiser: Denoiser) -> jax.Array:
+    """Return events as an array, if they are finite."""
     x = jnp.asarray(x, denoiser.dtype)
-    shape = denoiser.event_shape
-    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or x.shape[0] == 0:
-        raise ValueError(
-            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
-            f"and n > 0, got {x.shape}."
-        )
     if isinstance(x, jax.core.Tracer):  # which has no values to check
         return x
     with jax.ensure_compile_time_eval():  # known values inside of a traced function, too

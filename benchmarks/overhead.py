@@ -1,0 +1,112 @@
+"""What checkpoints, data in files and the progress bar cost, in time of an iteration of EM.
+
+Fashion-MNIST with hidden pixels, as in examples/images.py. Runs with arrays in memory, no
+checkpoints and no bar alternate with runs from memory-mapped files, with a checkpoint after every
+iteration, the draws of long E-steps included, and a bar in a terminal.
+
+    python benchmarks/overhead.py --output out
+"""
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from examples import images
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def measure(run):
+    """Return the seconds of a call, until all is written."""
+    started = {name: clock() for name, clock in CLOCKS.items()}
+    run()
+    return {name: clock() - started[name] for name, clock in CLOCKS.items()}
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    key_data, key_net, key_em = jax.random.split(jax.random.key(args.seed), 3)
+    train, _ = images.read_images(args.data, "train")
+    mask, y = images.hide(
+        key_data, images.scale(train[: args.num_images]), args.hidden, args.noise
+    )
+    optimizer = images.make_optimizer(args.learning_rate)
+    em = images.make_em("default", optimizer, args)
+    prior = images.make_prior(key_net, mask.shape[1:], args)
+    state = em.init(key_em, prior, mask, args.noise, y)
+    times = {"plain": [], "all": []}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, array in (("mask", mask), ("y", y)):
+            np.save(f"{folder}/{name}.npy", array)
+            files[name] = np.load(f"{folder}/{name}.npy", mmap_mode="r")
+
+        def run(name, number):
+            everything = name == "all"
+            arrays = (files["mask"], files["y"]) if everything else (mask, y)
+            em.run(
+                key_em,
+                args.num_iterations,
+                prior,
+                arrays[0],
+                args.noise,
+                arrays[1],
+                init_state=state,
+                checkpoint=f"{folder}/run{number}" if everything else None,
+                progress_bar=everything,
+            )
+
+        terminal, sys.stderr = sys.stderr, Terminal()
+        try:
+            for number in range(-1, args.num_repeats):
+                for name, runs in times.items():
+                    seconds = measure(lambda name=name, number=number: run(name, number))
+                    if number >= 0:  # the first ones compile
+                        runs.append(seconds)
+                        print(
+                            f"{name:6s} {seconds['wall']:8.2f} s"
+                            f" {seconds['processor']:8.2f} processor s",
+                            flush=True,
+                        )
+            shown = sys.stderr.getvalue()
+        finally:
+            sys.stderr = terminal
+    overhead = {
+        clock: float(
+            np.median([a[clock] / p[clock] for a, p in zip(*times.values(), strict=True)]) - 1
+        )
+        for clock in CLOCKS
+    }
+    print(f"overhead: {overhead['wall']:.1%} wall, {overhead['processor']:.1%} processor")
+    result = {"args": vars(args), "times": times, "overhead": overhead, "bar": bool(shown)}
+    (output / "overhead.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Other options: those of examples/images.py."
+    )
+    parser.add_argument("--num-repeats", type=int, default=5)
+    args, rest = parser.parse_known_args(argv)
+    settings = {"num_images": "256", "num_iterations": "2"}
+    defaults = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return argparse.Namespace(**vars(images.parse_args(defaults + rest)) | vars(args))
+
+
+if __name__ == "__main__":
+    main(parse_args())
