@@ -189,6 +189,9 @@ def show_curves(runs, task, path):
         axis.plot(seconds, values, marker=".", label=label)
     axis.set(xlabel="processor time [s]", ylabel=task.quality, xscale="log")
     axis.set_yscale(**task.scale)
+    values = [row["quality"] for rows in runs.values() for row in rows]
+    if min(values) > 0:
+        axis.set_ylim(min(values) / 2, 2 * max(values))
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -25,12 +25,14 @@ from benchmarks import (
     mixture,
     noise,
     noise_level,
+    overhead,
     partial,
     particles,
     reading,
     refresh,
     samplers,
     sharpening,
+    time_to_quality,
     units,
 )
 from benchmarks import evidence as evidence_benchmark
@@ -445,3 +447,47 @@ def test_benchmark_of_partial_e_steps(tmp_path):
     rows = partial.main(args)["rows"]
     assert [row["run"] for row in rows] == args.runs
     assert all(np.isfinite(row["sliced_w2"]) for row in rows)
+
+
+SMALL_SIZES = ["--default", '{"iterations": 2, "steps": 4, "sgd": 4, "batch": 8}']
+SMALL_SIZES += ["--paper", '{"iterations": 1, "steps": 4, "sgd": 4, "batch": 8}']
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn iterations did not converge")
+@pytest.mark.parametrize("task", time_to_quality.TASKS)
+def test_benchmark_of_time_to_quality(tmp_path, task):
+    write_images(tmp_path)
+    args = time_to_quality.parse_args(
+        f"{task} --num-events 24 --width 8 --channels 4 8 --num-generated 12"
+        f" --num-features-steps 2 --data {tmp_path} --output {tmp_path}".split()
+        + SMALL_SIZES
+    )
+    result = time_to_quality.main(args)
+    assert [row["iteration"] for row in result["runs"]["default"]] == [1, 2]
+    assert np.isfinite([row["quality"] for row in result["runs"]["default"]]).all()
+    assert set(result["comparison"]) == {"end", "best"}
+    assert (tmp_path / f"time_to_quality_{task}.png").stat().st_size > 5_000
+
+
+def test_when_a_quality_is_reached():
+    def rows(*pairs):
+        return [{"processor": seconds, "quality": quality} for seconds, quality in pairs]
+
+    runs = {"default": rows((1, 5), (2, 3), (3, 1)), "paper": rows((10, 4), (20, 2), (30, 3))}
+    comparison = time_to_quality.compare(runs)
+    assert comparison["end"]["ratio"] == 2 / 30
+    assert comparison["best"]["ratio"] == 3 / 20
+    runs["default"] = runs["default"][:2]
+    assert time_to_quality.compare(runs)["best"]["ratio"] is None
+
+
+def test_benchmark_of_overhead(tmp_path):
+    write_images(tmp_path)
+    args = overhead.parse_args(
+        "--num-images 16 --num-iterations 1 --num-repeats 1 --num-sgd-steps 2 --num-steps 4"
+        f" --channels 4 8 --data {tmp_path} --output {tmp_path}".split()
+    )
+    result = overhead.main(args)
+    assert result["bar"]
+    assert {name: len(runs) for name, runs in result["times"].items()} == {"plain": 1, "all": 1}
+    assert np.isfinite(list(result["overhead"].values())).all()

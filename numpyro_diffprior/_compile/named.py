@@ -71,7 +71,7 @@ def _fit(name: str, leaf: Any, array: Any) -> Any:
             f"'{name}': expected {expected.dtype} of shape {expected.shape}, got {found.dtype} of "
             f"shape {found.shape}."
         )
-    return jnp.asarray(array)
+    return found if isinstance(leaf, np.ndarray) else jnp.asarray(array)
 
 
 def _is_key(leaf: Any) -> bool:

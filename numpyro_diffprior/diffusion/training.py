@@ -211,42 +211,71 @@ def train(
     check_batch_size(batch_size, mesh)
     _check_shapes(x, context, state.denoiser)
     num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
-    original, streamed = state.denoiser, is_lazy(x)
+    original = state.denoiser
 
     def convert(x: Any, context: Any) -> Any:
         """Put events and contexts on the devices, in the denoiser's unit."""
         x = original.from_data(_check_events(x, original))
         return replicate((x, _as_context(context, original)), mesh)
 
-    run = replicate(_Run.start(state, num_steps), mesh)
-    if streamed:
-        minibatches = Minibatches(rng_key, x, context, num_steps, batch_size, convert)
-        events, size = minibatches.read(0), minibatches.size
-    else:
-        events, size = convert(x, context), 1
-    rng_key, state = replicate((rng_key, state), mesh)
-    steps = partial(_take_steps, rng_key, state.denoiser)
-    static = optimizer, num_steps, batch_size, num_parts, streamed, mesh
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((events, run)))
+    key_steps, state, run = replicate((rng_key, state, _Run.start(state, num_steps)), mesh)
+
+    def take(events: Any, run: _Run, end: int) -> _Run:
+        """Take the steps before ``end``."""
+        arrays = key_steps, state.denoiser, *events, noise, ema_decay, run, end
+        static = optimizer, num_steps, batch_size, num_parts, is_lazy(x), mesh
+        return _take_steps(*arrays, *static)
+
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, run)))
     if is_traced or num_processes(mesh) > 1:
         on_steps = None
-    if on_steps is None and not streamed:
-        size = num_steps
-    done = 0
+    if is_lazy(x):
+        minibatches = Minibatches(rng_key, x, context, num_steps, batch_size, convert)
+        run = _train_in_parts(take, run, minibatches, num_steps, on_steps)
+    elif on_steps is None:
+        run = take(convert(x, context), run, num_steps)
+    else:
+        run = _train_by_seconds(partial(take, convert(x, context)), run, num_steps, on_steps)
+    state, run = localize((state, run), mesh)
+    return run.finish(state)
+
+
+def _train_in_parts(
+    take: Callable[[Any, "_Run", int], "_Run"],
+    run: "_Run",
+    minibatches: Minibatches,
+    num_steps: int,
+    on_steps: Callable[[int], None] | None,
+) -> "_Run":
+    """Take steps whose minibatches are read while earlier steps are taken."""
+    events, done = minibatches.read(0), 0
     while done < num_steps:
-        began = time.perf_counter()
-        done = min(done + size, num_steps)
-        run = steps(*events, noise, ema_decay, run, done, *static)
-        if streamed and done < num_steps:
-            events = minibatches.read(done)  # while the steps are taken
+        done = min(done + minibatches.size, num_steps)
+        run = take(events, run, done)
+        if done < num_steps:
+            events = minibatches.read(done)
         if on_steps is not None:
             jax.block_until_ready(run)
             on_steps(done)
-        if not streamed:
-            seconds = max(time.perf_counter() - began, 1e-9)
-            size = max(1, min(2 * size, int(size / seconds)))
-    state, run = localize((state, run), mesh)
-    return run.finish(state)
+    return run
+
+
+def _train_by_seconds(
+    take: Callable[["_Run", int], "_Run"],
+    run: "_Run",
+    num_steps: int,
+    on_steps: Callable[[int], None],
+) -> "_Run":
+    """Take steps in parts that take about a second each."""
+    done, size = 0, 1
+    while done < num_steps:
+        began = time.perf_counter()
+        done = min(done + size, num_steps)
+        run = jax.block_until_ready(take(run, done))
+        seconds = max(time.perf_counter() - began, 1e-9)
+        size = max(1, min(2 * size, int(size / seconds)))
+        on_steps(done)
+    return run
 
 
 def measure_error(

@@ -14,7 +14,7 @@ from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior._compile.devices import num_devices
 from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
-from numpyro_diffprior.em.sites import Priors, Sites
+from numpyro_diffprior.em.sites import Priors, Sites, module_of
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.guidance import Guidance
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -46,6 +46,9 @@ class EStep:
             turn (default: all), rounded up to whole blocks of ``max_batch_size``. The others keep
             their last draws, and take part in M-steps from their first draw on;
             ``numpyro.param`` sites are learned once all events have been drawn.
+        draws_on_host: Whether the draws of all events stay in host memory, as arrays of NumPy.
+            Training then reads its minibatches from there, and of the draws of at most 2^28
+            elements mean and covariance. For draws that a device cannot hold beside the network.
 
     References:
         Neal and Hinton, *A view of the EM algorithm that justifies incremental, sparse, and other
@@ -58,6 +61,7 @@ class EStep:
     guidance: Guidance | None = None
     max_batch_size: int | None = None
     num_events: int | None = None
+    draws_on_host: bool = False
 
     def __post_init__(self) -> None:
         names = ("num_particles", "num_draws")
@@ -137,6 +141,7 @@ def draw_events(
         mesh=mesh,
         monitor=monitor,
         chosen=chosen,
+        on_host=e_step.draws_on_host,
     )
 
 
@@ -146,7 +151,8 @@ def take_draws(
     """Return the draws of chosen events, by site; see `EStep.choose`."""
     taken = dict(draws)
     for name, axis, index in _axes(model, chosen):
-        taken[name] = jnp.take(draws[name], index, axis=axis)
+        x = draws[name]
+        taken[name] = module_of(x).take(x, index, axis=axis)
     return taken
 
 
@@ -159,7 +165,12 @@ def put_draws(
     """Return draws with new ones of chosen events; the inverse of `take_draws`."""
     put = dict(new)
     for name, axis, index in _axes(model, chosen):
-        put[name] = draws[name].at[(slice(None),) * axis + (index,)].set(new[name])
+        x, at = draws[name], (slice(None),) * axis + (index,)
+        if isinstance(x, np.ndarray):
+            put[name] = x.copy()
+            put[name][at] = new[name]
+        else:
+            put[name] = x.at[at].set(new[name])
     return put
 
 
@@ -175,17 +186,17 @@ def _axes(
             yield name, axis, index
 
 
-def no_draws(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
+def no_draws(model: BoundModel, e_step: EStep) -> dict[str, jax.Array]:
     """Return the draws before the first E-step, which are NaN, by site."""
-    draws = {}
+    draws, xp = {}, np if e_step.draws_on_host else jnp
     for group in model.reading.groups:
         for site in group.latents.sites:
             sizes = {plate.dim: plate.size for plate in site.plates}
             batch = [
                 sizes.get(i - len(site.batch_shape), n) for i, n in enumerate(site.batch_shape)
             ]
-            shape = (num_draws, *batch, *site.event_shape)
-            draws[site.name] = jnp.full(shape, jnp.nan, model.reading.dtype)
+            shape = (e_step.num_draws, *batch, *site.event_shape)
+            draws[site.name] = xp.full(shape, jnp.nan, model.reading.dtype)
     return draws
 
 
@@ -197,14 +208,23 @@ def compare_draws(
     sites: Sites,
 ) -> jax.Array:
     """Return the mean over sites of the sliced Wasserstein distance to the previous draws."""
-    distances = [
-        _distance(rng_key, draws[site], previous[site], (-1, *priors[key].event_shape))
-        for site, key in sites.site_priors
-    ]
+    distances = []
+    for site, key in sites.site_priors:
+        shape = (-1, *priors[key].event_shape)
+        x, y = (_some(values[site], shape) for values in (draws, previous))
+        distances.append(_distance(rng_key, x, y, shape))
     return jnp.stack(distances).mean()
 
 
 _MAX_NUM_COMPARED = 32_768
+
+
+def _some(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return a regular subset of draws in host memory, or all of those on devices."""
+    if not isinstance(x, np.ndarray):
+        return x
+    events = x.reshape(shape)
+    return events[:: -(-len(events) // _MAX_NUM_COMPARED)]
 
 
 @partial(jax.jit, static_argnums=3)

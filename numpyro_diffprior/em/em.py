@@ -29,6 +29,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -66,6 +67,7 @@ from numpyro_diffprior.em.sites import (
     Priors,
     Sites,
     as_dict,
+    module_of,
     read_contexts,
     read_sites,
     replace_non_finite,
@@ -221,7 +223,10 @@ class EM:
         watch.enter("E-step")
         chosen = self.e_step.choose(bound, state.num_iterations)
         draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch, chosen)
-        previous = take_draws(state.draws, bound, chosen)
+        held: dict[str, Any] = state.draws
+        if self.e_step.draws_on_host:  # a state may come from a run whose draws were elsewhere
+            held = {site: np.asarray(x) for site, x in held.items()}
+        previous = take_draws(held, bound, chosen)
         samples, num_failed = replace_non_finite(
             draws.samples, previous, state.priors, state.sites
         )
@@ -235,7 +240,7 @@ class EM:
         distance = jax.block_until_ready(
             compare_draws(key_compare, samples, previous, state.priors, state.sites)
         )
-        samples = put_draws(state.draws, samples, bound, chosen)
+        samples = put_draws(held, samples, bound, chosen)
         between = time.perf_counter()
         watch.enter("M-step")
         trained = fit_priors(
@@ -250,7 +255,7 @@ class EM:
             on_steps=watch.steps_of(self.m_step.num_steps),
         )
         params, params_opt_state = state.params, state.params_opt_state
-        if params and all(bool(jnp.isfinite(x).all()) for x in samples.values()):
+        if params and all(bool(module_of(x).isfinite(x).all()) for x in samples.values()):
             batch = self._read(state.prior, arguments, params, batch_size=self.m_step.batch_size)
             params, params_opt_state = fit_params(
                 key_params,
@@ -507,7 +512,7 @@ class EM:
             initial=initial,
             params=params,
             params_opt_state=params_opt_state,
-            draws=no_draws(model, self.e_step.num_draws),
+            draws=no_draws(model, self.e_step),
             rng_key=rng_key,
             num_iterations=0,
             sites=sites,

@@ -198,6 +198,7 @@ def fit_by_sampling(
     e_step = replace(
         e_step,
         num_draws=1,
+        draws_on_host=False,
         sampler=MultistepSDE(own.num_steps),
         guidance=MMPS(GaussianCovariance()),
     )

@@ -6,15 +6,17 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
+from numpyro_diffprior._compile.lazy import as_lazy
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.minibatches import take_some
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
-from numpyro_diffprior.em.sites import pool
+from numpyro_diffprior.em.sites import module_of, pool
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import GaussianSummary
@@ -121,8 +123,10 @@ def fit_priors(
         shape = prior.denoiser.context_shape
         x = pool(draws, state.sites, key, prior.event_shape)
         context = None if shape is None else pool(contexts, state.sites, key, shape)
-        if not jnp.isfinite(x).all():
+        if not module_of(x).isfinite(x).all():
             x, context = _repeat_drawn(x, context)
+        if isinstance(x, np.ndarray):
+            x = as_lazy(x)
         trained[key] = _fit_prior(
             jax.random.fold_in(rng_key, i),
             state.training[key],
@@ -138,12 +142,12 @@ def fit_priors(
     return trained
 
 
-@jax.jit
 def _repeat_drawn(x: jax.Array, context: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """Put the events that were drawn, again and again, in the place of those that were not."""
-    drawn = jnp.isfinite(x.reshape(len(x), -1)).all(-1)
-    first = jnp.argsort(~drawn, stable=True)
-    index = first[jnp.arange(len(x)) % drawn.sum()]
+    xp = module_of(x)
+    drawn = xp.isfinite(x.reshape(len(x), -1)).all(-1)
+    first = xp.argsort(~drawn, stable=True)
+    index = first[xp.arange(len(x)) % drawn.sum()]
     return x[index], None if context is None else context[index]
 
 
@@ -159,9 +163,10 @@ def _fit_prior(
     mesh: Mesh | None,
     on_steps: Callable[[int], None] | None,
 ) -> Trained:
-    """Fit one prior to events, with shape ``(n, *event)``, and their contexts."""
+    """Fit one prior to events, with shape ``(n, *event)``, and their contexts; see `train`."""
     key_train, key_measure = jax.random.split(rng_key)
-    mean, cov = summarize(training.denoiser.from_data(x), summary)
+    some, some_contexts = take_some(x, context)
+    mean, cov = summarize(training.denoiser.from_data(some), summary)
     start = training if m_step.warm_start else init_training(initial, optimizer)
     if m_step.reset_optimizer:
         start = start._replace(opt_state=init_training(start.denoiser, optimizer).opt_state)
@@ -171,7 +176,9 @@ def _fit_prior(
     )
     # Measured before the network is trained on these draws: on them, its error would be too small.
     current = m_step.choose(training).with_summary(mean, cov)
-    current = measure_error(key_measure, current, x, context=context, batch_size=m_step.batch_size)
+    current = measure_error(
+        key_measure, current, some, context=some_contexts, batch_size=m_step.batch_size
+    )
     training, losses = train(
         key_train,
         start,

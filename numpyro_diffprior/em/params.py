@@ -5,6 +5,7 @@ The M-step of expectation maximization increases the observed sites' expected lo
 :math:`\phi` (a noise level, a gain), by steps of an optimizer in unconstrained coordinates.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,8 @@ def fit_params(
     Args:
         rng_key: A random key.
         model: A model, read with its parameters' values; its blocks are the minibatches.
-        draws: Draws by site, with shape ``(num_draws, *batch, *event)``.
+        draws: Draws by site, with shape ``(num_draws, *batch, *event)``. Of arrays of NumPy, only
+            the elements in the minibatches go to the device.
         optimizer: The optimizer.
         opt_state: Its state.
         num_steps: The number of steps.
@@ -61,7 +63,13 @@ def fit_params(
     minibatches = _choose_minibatches(rng_key, model.reading, num_steps)
     elements = {plate: np.sort(index, axis=None) for plate, index in minibatches.items()}
     model = load_elements(model, elements, mesh)
-    return _fit(model, draws, minibatches, optimizer, opt_state, num_steps)
+    held: dict[str, Any] = {}
+    if any(isinstance(x, np.ndarray) for x in draws.values()):
+        held, taken = elements, dict[str, Any](draws)
+        for name, axis, plate in _divided_axes(model.reading):
+            taken[name] = np.take(draws[name], held[plate], axis=axis)
+        draws = taken
+    return _fit(model, draws, held, minibatches, optimizer, opt_state, num_steps)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -84,6 +92,7 @@ def _choose_minibatches(
 def _fit(
     model: BoundModel,
     draws: dict[str, jax.Array],
+    held: dict[str, jax.Array],
     minibatches: dict[str, jax.Array],
     optimizer: optax.GradientTransformation,
     opt_state: optax.OptState,
@@ -98,12 +107,11 @@ def _fit(
         values = _constrain(free, transforms)
         given = data._replace(params=data.params | values)
         taken = dict(draws)
-        for group in reading.groups:
-            plate = group.latents.largest_plate
-            if plate is not None and plate.name in indices:
-                axis = 1 + len(group.latents.batch_shape) + plate.dim
-                for name in group.latents.names:
-                    taken[name] = jnp.take(draws[name], indices[plate.name], axis=axis)
+        for name, axis, plate in _divided_axes(reading):
+            index = indices[plate]
+            if plate in held:
+                index = jnp.searchsorted(held[plate], index)
+            taken[name] = jnp.take(draws[name], index, axis=axis)
         log_density = jax.vmap(lambda x: reading.log_density(given, x, indices))(taken)
         # Per event, so that the size of steps does not depend on that of a plate.
         return -log_density.mean() / num_events
@@ -118,6 +126,16 @@ def _fit(
     start = _unconstrain(data.params, transforms), opt_state
     (free, opt_state), _ = jax.lax.scan(step, start, minibatches, num_steps)
     return _constrain(free, transforms), opt_state
+
+
+def _divided_axes(reading: ModelReading) -> Iterator[tuple[str, int, str]]:
+    """Yield the sites in divided plates, each with the axis of its draws and the plate's name."""
+    for group in reading.groups:
+        if group.divided is not None:
+            plate, _ = group.divided
+            axis = 1 + len(group.latents.batch_shape) + plate.dim
+            for name in group.latents.names:
+                yield name, axis, plate.name
 
 
 def _transforms(reading: ModelReading) -> dict[str, Transform]:

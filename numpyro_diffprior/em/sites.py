@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -26,6 +27,7 @@ __all__ = [
     "Priors",
     "Sites",
     "as_dict",
+    "module_of",
     "pool",
     "read_contexts",
     "read_sites",
@@ -131,7 +133,13 @@ def pool(
 ) -> jax.Array:
     """Return the values (draws, contexts) of all sites of a prior, with shape ``(n, *shape)``."""
     chosen = [values[site] for site, name in sites.site_priors if name == key]
-    return jnp.concatenate([x.reshape(-1, *shape) for x in chosen])
+    flat = [x.reshape(-1, *shape) for x in chosen]
+    return flat[0] if len(flat) == 1 else module_of(flat[0]).concatenate(flat)
+
+
+def module_of(x: Any) -> Any:
+    """Return ``numpy`` for an array in host memory, and ``jax.numpy`` for one on a device."""
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
@@ -192,8 +200,8 @@ def replace_non_finite(
     mended, total = dict(draws), 0
     for site, key in sites.site_priors:
         x, mean = draws[site], priors[key].mean
-        finite = _are_finite(x, mean.ndim)
-        count = int(jnp.sum(~finite))
+        xp, finite = module_of(x), _are_finite(x, mean.ndim)
+        count = int(xp.sum(~finite))
         if count == finite.size:
             raise ValueError(
                 f"EM: none of the {count} draws of site '{site}' is finite; check that "
@@ -202,12 +210,12 @@ def replace_non_finite(
         if count:
             last = previous.get(site, mean)
             if last.shape == x.shape:
-                mean = jnp.where(_are_finite(last, mean.ndim), last, mean)
-            mended[site] = jnp.where(finite, x, mean)
+                mean = xp.where(_are_finite(last, mean.ndim), last, mean)
+            mended[site] = xp.where(finite, x, mean)
         total += count
     return mended, total
 
 
 def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
     """Whether events are finite, with axes of size one in place of theirs."""
-    return jnp.isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)
+    return module_of(x).isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)

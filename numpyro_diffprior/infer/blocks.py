@@ -89,6 +89,7 @@ def sample_blocks(
     monitor: Monitor = Monitor(),
     chosen: Mapping[int, np.ndarray] = MappingProxyType({}),
     folder: DrawsFolder | None = None,
+    on_host: bool = False,
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
@@ -96,7 +97,7 @@ def sample_blocks(
     `block_size` for these options, and the devices of the mesh must have all data. A monitor
     follows the draws, which are made in parts of some blocks. Groups of latent sites, by position,
     may be drawn for some elements of their divided plate only, given in order. Draws may be
-    written to a folder, part by part.
+    written to a folder, part by part, or be collected ``on_host``, as arrays of NumPy.
 
     Returns:
         Draws (unless they are in a folder) and their statistics, of the leading shape
@@ -112,6 +113,7 @@ def sample_blocks(
             monitor,
             chosen.get(i),
             folder,
+            on_host,
         )
         for i, key in enumerate(keys)
     ]
@@ -214,6 +216,7 @@ def _sample_group(
     monitor: Monitor,
     chosen: np.ndarray | None,
     folder: DrawsFolder | None,
+    on_host: bool,
 ) -> PosteriorSamples:
     group, all_devices = model.reading.groups[plan.position], plan.mesh
     mesh = own_devices(all_devices)
@@ -225,7 +228,9 @@ def _sample_group(
         draws = known[0] if known else _draw_whole(rng_key, part.model, plan)
         if not known:
             monitor.finish(plan.position, draws, division)
-        return draws if folder is None else next(_write(folder, [draws], 0, plan.num_draws))
+        if folder is not None:
+            draws = next(_write(folder, [draws], 0, plan.num_draws))
+        return jax.tree.map(np.asarray, draws) if on_host else draws
     plate, size = group.divided
     elements = np.arange(plate.size) if chosen is None else chosen
     keys = jax.random.split(rng_key, -(-len(elements) // size))
@@ -247,10 +252,12 @@ def _sample_group(
 
     axis = 1 + len(group.latents.batch_shape) + plate.dim
     results = draw() if folder is None else _write(folder, draw(), axis, len(elements))
-    drawn: PosteriorSamples = gather(join_parts(results, axis, len(own)), axis, all_devices)
-    if drawn.stats["residual"].shape[axis] == len(elements):
-        return drawn
-    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, len(elements), axis=axis), drawn)
+    joined = join_parts(results, axis, len(own), on_host)
+    drawn: PosteriorSamples = gather(joined, axis, all_devices)
+    if drawn.stats["residual"].shape[axis] > len(elements):
+        cut = (slice(None),) * axis + (slice(len(elements)),)
+        drawn = jax.tree.map(lambda x: x[cut], drawn)
+    return jax.tree.map(np.asarray, drawn) if on_host else drawn
 
 
 def _write(

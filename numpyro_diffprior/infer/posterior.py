@@ -110,8 +110,8 @@ def sample_posterior(
             one device (default: 256, or fewer with 2^18 elements in all). Only the largest of
             several plates is divided.
         mesh: Devices to spread the work over (`jax.make_mesh`): by elements of the largest plate,
-            or by draws if these elements are fewer than the devices. Data and prior are copied to
-            every device. Draws depend on the mesh.
+            or by draws if these elements are fewer than the devices. Each device has a copy of
+            the prior, and the data of the elements that it draws. Draws depend on the mesh.
         folder: A new folder for the draws, if they do not fit into memory: they are written part
             by part in the format of Zarr, with the statistics in the group ``stats``, and
             ``xarray.open_zarr`` opens them. The draws of the result are then arrays of Zarr. (For

@@ -142,17 +142,18 @@ def sharding_of_part(model: BoundModel, plate: str, mesh: Mesh) -> BoundModel:
     return replace(model, data=data)
 
 
-def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
+def join_parts(results: Iterable[Any], axis: int, size: int, on_host: bool = False) -> Any:
     """Join the results of parts, trees of arrays, along the axis of the divided plate.
 
     Elements beyond ``size`` are cut off. Several results are collected in host memory, one at a
-    time.
+    time, and stay there if they are to be ``on_host``.
     """
     remaining = iter(results)
     first = next(remaining)
     second = next(remaining, None)
     if second is None:
-        return jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, size, axis=axis), first)
+        cut = jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, size, axis=axis), first)
+        return jax.tree.map(np.asarray, cut) if on_host else cut
     results = chain([first, second], remaining)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((first, second))):
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *results)
@@ -172,7 +173,7 @@ def join_parts(results: Iterable[Any], axis: int, size: int) -> Any:
 
         jax.tree.map(put, whole, result)
         start = stop
-    return jax.tree.map(jnp.asarray, whole)
+    return whole if on_host else jax.tree.map(jnp.asarray, whole)
 
 
 def load_some(model: BoundModel, max_elements: int, mesh: Mesh | None = None) -> BoundModel:

@@ -1,0 +1,157 @@
+"""EM with draws in host memory against EM with draws on the device: the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+
+import numpyro_diffprior as ndp
+from numpyro_diffprior.diffusion import minibatches
+from numpyro_diffprior.infer import blocks
+from tests.counting import compilations
+
+N, D, NOISE = 60, 2, 0.3
+RNG = np.random.default_rng(0)
+X = 3 * RNG.normal(size=(N, D)) @ np.array([[1.0, 0.8], [0.0, 0.5]])
+Y = jnp.asarray(X + NOISE * RNG.normal(size=(N, D)), "float32")
+CONTEXT = jnp.asarray(RNG.normal(size=(N, 1)), "float32")
+KEY = jax.random.key(0)
+
+
+def model(prior, y):
+    with numpyro.plate("n", N):
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
+
+
+def unknown_noise(prior, y):
+    noise = numpyro.param("noise", 1.0, constraint=dist.constraints.positive)
+    with numpyro.plate("n", N):
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def two_sites(prior, y):
+    for name, plate in (("a", "n"), ("b", "m")):
+        with numpyro.plate(plate, N // 2):
+            part = numpyro.subsample(y[: N // 2] if name == "a" else y[N // 2 :], event_dim=1)
+            x = numpyro.sample(name, prior)
+            numpyro.sample(f"y_{name}", dist.Normal(x, NOISE).to_event(1), obs=part)
+
+
+def conditional(prior, y):
+    with numpyro.plate("n", N):
+        y = numpyro.subsample(y, event_dim=1)
+        context = numpyro.subsample(CONTEXT, event_dim=1)
+        x = numpyro.sample("x", prior.condition(context))
+        numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
+
+
+def make_prior(**options):
+    net = ndp.MLP((D,), features=(8,), embedding=4, rngs=nnx.Rngs(0), **options)
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(8))
+
+
+def run(model, on_host, prior=None, num_iterations=2, checkpoint=None, **options):
+    e_step = {"num_particles": 2, "max_batch_size": 32} | options
+    em = ndp.EM(
+        model,
+        optax.adam(1e-3),
+        e_step=ndp.EStep(draws_on_host=on_host, **e_step),
+        m_step=ndp.MStep(num_steps=6, batch_size=16),
+    )
+    return em.run(
+        KEY, num_iterations, prior or make_prior(), Y, checkpoint=checkpoint, progress_bar=False
+    )
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of some blocks of events, and of two steps of training."""
+    monkeypatch.setattr(blocks, "_PART_WORK", 1)
+    monkeypatch.setattr(minibatches, "_MAX_READ", 2 * 16 * D)
+
+
+def assert_same(first, second):
+    for site, x in first.state.draws.items():
+        assert type(x) is np.ndarray
+        np.testing.assert_allclose(x, second.state.draws[site], rtol=1e-3, atol=1e-4)
+    for name in ("loss", "sliced_wasserstein", "ess", "reduced_chi_square"):
+        a, b = getattr(first.history, name), getattr(second.history, name)
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+    for name, value in second.params.items():
+        np.testing.assert_allclose(first.params[name], value, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "network", "options"),
+    [
+        (model, {}, {"num_events": 32, "num_iterations": 3}),
+        (model, {}, {"max_batch_size": 1024}),  # one block
+        (unknown_noise, {}, {"num_draws": 2}),
+        (two_sites, {}, {}),
+        (conditional, {"context_shape": (1,)}, {}),
+    ],
+    ids=["some events", "one block", "param", "two sites", "contexts"],
+)
+def test_same_numbers(small_parts, model, network, options):
+    prior = make_prior(**network)
+    assert_same(run(model, True, prior, **options), run(model, False, prior, **options))
+
+
+def test_a_run_goes_on_with_draws_on_the_host(small_parts, tmp_path):
+    whole = run(model, True)
+    run(model, True, num_iterations=1, checkpoint=tmp_path)
+    rest = run(model, True, checkpoint=tmp_path)
+    np.testing.assert_array_equal(rest.state.draws["x"], whole.state.draws["x"])
+    np.testing.assert_array_equal(rest.history.loss, whole.history.loss)
+
+
+def test_events_whose_draws_fail(monkeypatch, small_parts):
+    """They keep their last draws, and in the first iteration they have the prior's mean."""
+    draw_part = blocks._draw_part
+
+    def fail(*args):
+        draws = draw_part(*args)
+        return draws._replace(samples={"x": draws.samples["x"].at[:, 3].set(jnp.nan)})
+
+    monkeypatch.setattr(blocks, "_draw_part", fail)
+    with pytest.warns(UserWarning, match="draws of iteration"):
+        runs = [run(model, on_host) for on_host in (True, False)]
+    assert int(runs[0].history.num_failed[0]) > 0
+    assert_same(*runs)
+
+
+def test_nothing_compiles_after_the_first_iterations(small_parts):
+    em = ndp.EM(
+        unknown_noise,
+        optax.adam(1e-3),
+        e_step=ndp.EStep(2, max_batch_size=32, num_events=32, draws_on_host=True),
+        m_step=ndp.MStep(num_steps=6, batch_size=16),
+    )
+    state = em.init(KEY, make_prior(), Y)
+    for _ in range(3):
+        state, _ = em.update(state, Y)
+    with compilations() as compiled:
+        em.update(state, Y)
+    assert compiled.compiled == 0
+
+
+def test_training_reads_a_part_of_the_draws(monkeypatch, small_parts):
+    sizes = []
+    take = minibatches.take_rows
+
+    def record(x, index):
+        sizes.append(len(index))
+        return take(x, index)
+
+    monkeypatch.setattr(minibatches, "take_rows", record)
+    run(model, True, num_iterations=1)
+    assert len(sizes) == 1 + 3  # mean and covariance, then two of six steps at a time
+    assert max(sizes[1:]) <= 2 * 16
