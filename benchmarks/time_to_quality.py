@@ -192,7 +192,7 @@ def show_curves(runs, task, path):
     values = [row["quality"] for rows in runs.values() for row in rows]
     if min(values) > 0:
         axis.set_ylim(min(values) / 2, 2 * max(values))
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
