@@ -484,7 +484,7 @@ def test_when_a_quality_is_reached():
 def test_benchmark_of_overhead(tmp_path):
     write_images(tmp_path)
     args = overhead.parse_args(
-        "--num-images 16 --num-iterations 1 --num-repeats 1 --num-sgd-steps 2 --num-steps 4"
+        "--num-images 16 --num-iterations 2 --num-repeats 1 --num-sgd-steps 2 --num-steps 4"
         f" --channels 4 8 --data {tmp_path} --output {tmp_path}".split()
     )
     result = overhead.main(args)
