@@ -17,8 +17,7 @@ def pytest_configure(config):
     """Keep compiled programs on disk, since most of the tests' time is compilation."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Programs need not tell where their operations come from, and what tracing makes is not
-    # garbage: a tenth of the time.
+    # Source locations in programs and frequent garbage collection take a tenth of the time.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     gc.set_threshold(200_000, 50, 100)
 

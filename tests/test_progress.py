@@ -91,6 +91,15 @@ def test_bars_do_not_change_results(monkeypatch, name):
         assert jnp.array_equal(x, y)
 
 
+@pytest.mark.parametrize("max_parts", [1, 4, 35])
+def test_simulations_in_parts_are_those_of_one(monkeypatch, max_parts):
+    """The last of four parts has eight simulations, and is filled up to nine."""
+    whole = CALLS["calibrate"]()
+    monkeypatch.setattr(calibration, "_MAX_PARTS", max_parts)
+    for x, y in zip(jax.tree.leaves(CALLS["calibrate"]()), jax.tree.leaves(whole), strict=True):
+        assert jnp.array_equal(x, y)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_bars_that_are_not_wanted(monkeypatch, name):
     terminal = open_terminal(monkeypatch)

@@ -740,3 +740,24 @@ def test_plate_data_that_is_not_subsampled_is_refused():
 
     with pytest.raises(ValueError, match="observed site 'y'.*numpyro.subsample"):
         read_model(model, (make_prior(), Y), {}, block_size=lambda group: 2)
+
+
+@pytest.mark.parametrize("is_replicated", [True, False])
+def test_arrays_that_processes_share(monkeypatch, is_replicated):
+    """As in one of several processes: a copy in each is an array, a part in each is none."""
+
+    def model(prior, y):
+        with numpyro.plate("n", 3):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(2), jnp.eye(2)))
+    y = jnp.ones((3, 2))
+    monkeypatch.setattr(type(y), "is_fully_addressable", False)
+    monkeypatch.setattr(type(y), "is_fully_replicated", is_replicated)
+    if is_replicated:
+        arrays = read_model(model, (prior, y), {}).data.arrays
+        assert any(np.array_equal(x, np.ones((3, 2))) for x in arrays)
+    else:
+        with pytest.raises(ValueError, match="of which other processes hold a part"):
+            read_model(model, (prior, y), {})

@@ -448,6 +448,19 @@ def test_contexts_that_are_read_with_the_events():
     np.testing.assert_allclose(streamed[1], whole[1], rtol=1e-5)
 
 
+def test_contexts_that_are_read_beside_events_in_memory():
+    x, context = np.random.default_rng(0).normal(size=(2, 30, 2)).astype("float32")
+    net = MLP((2,), context_shape=(2,), **SMALL, rngs=nnx.Rngs(0))
+    options = {"optimizer": optax.sgd(0.1), "num_steps": 2, "batch_size": 4}
+    fits = [
+        fit_denoiser(jax.random.key(1), NetworkDenoiser(net), x, context=c, mesh=mesh, **options)
+        for c in (context, lazy_arrays(context))
+        for mesh in (None, jax.make_mesh((1,), ("a",)))
+    ]
+    for fit in fits[1:]:
+        np.testing.assert_allclose(fit.losses, fits[0].losses, rtol=1e-5)
+
+
 def test_some_events_stand_for_all(monkeypatch):
     monkeypatch.setattr(minibatches, "_MAX_SOME", 20)
     x, context = np.arange(66.0).reshape(33, 2), np.arange(33)

@@ -374,9 +374,9 @@ def fit_denoiser(
         rng_key: Random key.
         denoiser: A denoiser with an untrained network. (To continue with a trained one, whose
             preconditioning must not change, use `train`.)
-        x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. Of
-            memory maps and `lazy_arrays`, mean, covariance and error ratios are those of at most
-            2^28 elements, of evenly spaced events.
+        x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. For
+            memory maps and `lazy_arrays`, mean, covariance and error ratios are estimated from
+            evenly spaced events, with 2^28 elements in all at most.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -395,8 +395,9 @@ def fit_denoiser(
     """
     _check_shapes(x, context, denoiser)
     some, some_contexts = take_some(x, context)
-    some = _check_events(some, denoiser)
-    some, some_contexts = replicate((some, some_contexts), own_devices(mesh))
+    some, some_contexts = replicate(
+        (_check_events(some, denoiser), _as_context(some_contexts, denoiser)), own_devices(mesh)
+    )
     deviation = _deviation(some)
     if not isinstance(deviation, jax.core.Tracer) and not deviation > 0:
         raise ValueError(

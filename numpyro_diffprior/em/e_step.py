@@ -47,8 +47,9 @@ class EStep:
             their last draws, and take part in M-steps from their first draw on;
             ``numpyro.param`` sites are learned once all events have been drawn.
         draws_on_host: Whether the draws of all events stay in host memory, as arrays of NumPy.
-            Minibatches of the M-step are read from there; mean and covariance are those of evenly
-            spaced draws, of at most 2^28 elements. For draws that a device cannot hold.
+            The M-step reads its minibatches from there, and estimates mean and covariance from
+            evenly spaced draws, with 2^28 elements in all at most. Use it if a device cannot hold
+            all draws.
 
     References:
         Neal and Hinton, *A view of the EM algorithm that justifies incremental, sparse, and other

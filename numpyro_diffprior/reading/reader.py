@@ -96,8 +96,7 @@ def read(
         _LAST_DIVISIONS[signature] = wanted
         while len(_LAST_DIVISIONS) > _MAX_DIVISIONS:
             _LAST_DIVISIONS.pop(next(iter(_LAST_DIVISIONS)))
-    data = [arrays[kept] if isinstance(kept, int) else kept for kept in traced.kept]
-    _check_addressable(data)
+    data = [_localize(arrays[k] if isinstance(k, int) else k) for k in traced.kept]
     kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
     blocks = traced.reading.blocks
@@ -129,15 +128,22 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(array), dtype)
 
 
-def _check_addressable(data: list[Any]) -> None:
-    for x in data:
-        is_traced = isinstance(x, jax.core.Tracer)
-        if isinstance(x, jax.Array) and not is_traced and not x.is_fully_addressable:
-            raise ValueError(
-                f"the model takes an array of shape {x.shape} of which other processes hold a "
-                "part; pass the whole array in every process, or `lazy_arrays`, of which each "
-                "process reads the events that it draws."
-            )
+def _localize(x: Any) -> Any:
+    """Return an array of this process, if it has all of an array that others share.
+
+    Raises:
+        ValueError: If other processes hold a part of it.
+    """
+    is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    if not is_known or x.is_fully_addressable:
+        return x
+    if x.is_fully_replicated:
+        return np.asarray(x)
+    raise ValueError(
+        f"the model takes an array of shape {x.shape} of which other processes hold a part; pass "
+        "the whole array in every process, or `lazy_arrays`, of which each process reads the "
+        "events that it draws."
+    )
 
 
 def _load(array: Any) -> Any:
