@@ -16,7 +16,7 @@ from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.function import FunctionDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion import noise, samplers, training
-from numpyro_diffprior.diffusion.training import FitResult, fit_denoiser, measure_error
+from numpyro_diffprior.diffusion.fitting import FitResult, fit_denoiser, measure_error
 from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
 from numpyro_diffprior.em.initial import GaussianStart

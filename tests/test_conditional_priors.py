@@ -15,8 +15,8 @@ from numpyro.infer import MCMC, NUTS
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
+from numpyro_diffprior.diffusion.fitting import fit_denoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
-from numpyro_diffprior.diffusion.training import fit_denoiser
 from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
 from numpyro_diffprior.em.initial import GaussianStart

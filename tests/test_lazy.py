@@ -169,7 +169,7 @@ def test_em(tmp_path, monkeypatch, data, model, context, num_events):
 
 def test_rows():
     x = np.arange(24).reshape(6, 4)
-    for index in ([0, 1, 2], [1, 3, 5], [4, 5, 5, 5], [2], [0, 0, 3]):
+    for index in ([0, 1, 2], [1, 3, 5], [4, 5, 5, 5], [2], [0, 0, 3], [3, 1, 2], [5, 0, 5]):
         index = np.array(index)
         np.testing.assert_array_equal(take_rows(x, index), x[index])
         np.testing.assert_array_equal(take_rows(x, index % 4, 1), x[:, index % 4])

@@ -15,7 +15,7 @@ from flax import nnx
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile import memory
 from numpyro_diffprior._compile.memory import BatchLimit, check_memory
-from numpyro_diffprior.diffusion import training
+from numpyro_diffprior.diffusion import fitting, minibatches, training
 from tests.counting import compilations
 
 KEY = jax.random.key(0)
@@ -157,7 +157,7 @@ def test_gradients_accumulate_over_parts_of_a_batch(monkeypatch):
     assert not np.allclose(losses[0], losses[-1], rtol=1e-3)
     monkeypatch.setattr(memory, "_MAX_ELEMENTS", 5 * SIZE)
     parts, losses_of_parts = steps(24)  # of four events
-    assert training._num_parts(24, DENOISER) == 6
+    assert minibatches.count_parts(24, DENOISER) == 6
     np.testing.assert_allclose(losses_of_parts, losses, rtol=1e-5)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
@@ -168,7 +168,7 @@ def test_gradients_accumulate_over_parts_of_a_batch(monkeypatch):
 
 def test_error_ratios_by_parts_of_a_batch(monkeypatch):
     x = jax.random.normal(KEY, (64, SIZE))
-    measure = partial(training.measure_error, KEY, DENOISER, x, batch_size=24)
+    measure = partial(fitting.measure_error, KEY, DENOISER, x, batch_size=24)
     whole = measure().error_ratios
     monkeypatch.setattr(memory, "_MAX_ELEMENTS", 5 * SIZE)
     np.testing.assert_allclose(measure().error_ratios, whole, rtol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior as ndp
-from numpyro_diffprior.diffusion import training
+from numpyro_diffprior.diffusion import fitting
 from numpyro_diffprior.infer import blocks, calibration, progress
 
 N, D = 40, 2
@@ -32,7 +32,7 @@ def open_terminal(monkeypatch):
     terminal, make_bar = Terminal(), progress.make_bar
     monkeypatch.setattr(sys, "stderr", terminal)
     options = {"delay": 0, "mininterval": 0, "miniters": 1}
-    for module in (calibration, progress, training):
+    for module in (calibration, progress, fitting):
         monkeypatch.setattr(
             module, "make_bar", lambda *args, **kwargs: make_bar(*args, **(kwargs | options))
         )

@@ -9,19 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-import numpyro_diffprior.diffusion.training as training
 from numpyro_diffprior._compile.lazy import lazy_arrays
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
-from numpyro_diffprior.diffusion import minibatches
+from numpyro_diffprior.diffusion import minibatches, training
+from numpyro_diffprior.diffusion.fitting import fit_denoiser, measure_error
 from numpyro_diffprior.diffusion.noise import LogBeta, LogNormal, LogUniform
-from numpyro_diffprior.diffusion.training import (
-    denoising_loss,
-    fit_denoiser,
-    init_training,
-    measure_error,
-    train,
-)
+from numpyro_diffprior.diffusion.training import denoising_loss, init_training, train
 from numpyro_diffprior.linalg.covariances import Isotropic
 from numpyro_diffprior.linalg.empirical import LowRankSummary, empirical_gaussian
 from numpyro_diffprior.nets.mlp import MLP

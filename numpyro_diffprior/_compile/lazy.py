@@ -138,11 +138,11 @@ def is_lazy(x: Any) -> bool:
 
 
 def take_rows(x: np.ndarray | LazyArray, index: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Read elements of an axis, in order; the last ones may be repeated."""
+    """Read elements of an axis, in any order; each is read once."""
     rows, inverse = np.unique(index, return_inverse=True)
     is_whole = rows[-1] - rows[0] == len(rows) - 1
     taken: Any = slice(int(rows[0]), int(rows[-1]) + 1) if is_whole else rows
     if isinstance(x, LazyArray) and axis:
         x = np.asarray(x)
     found = np.array(x[(slice(None),) * axis + (taken,)] if axis else x[taken])
-    return found if len(rows) == len(index) else np.take(found, inverse, axis)
+    return found if np.array_equal(rows, index) else np.take(found, inverse, axis)

@@ -1,6 +1,6 @@
-"""Minibatches of events that do not fit into the memory of a device.
+"""The events of a training: their checks, and minibatches of those that are read from a source.
 
-The events of the next few steps of training are read while the device takes the current ones.
+The events of the next few steps are read while the device takes the current ones.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_diffprior._compile.lazy import is_lazy, take_rows
+from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.denoisers.denoiser import Denoiser
+from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 
-__all__ = ["Minibatches", "choose_events", "take_some"]
+__all__ = [
+    "Minibatches",
+    "as_context",
+    "at_contexts",
+    "check_events",
+    "check_shapes",
+    "choose_events",
+    "count_parts",
+    "take_some",
+]
 
 _MAX_READ = 2**24  # elements of the minibatches that are read together
 _MAX_SOME = 2**28  # elements of events that stand for all
@@ -58,8 +71,8 @@ class Minibatches:
     def read(self, first: int) -> Any:
         """Return events and contexts of a part that begins at a step, one step after another."""
         index = np.asarray(self._indices(first)).ravel()
-        context = None if self._context is None else _take(self._context, index)
-        return self._convert(_take(self._x, index), context)
+        context = None if self._context is None else take_rows(self._context, index)
+        return self._convert(take_rows(self._x, index), context)
 
 
 @partial(jax.jit, static_argnames=("num_steps", "size", "shape"))
@@ -72,16 +85,65 @@ def _indices(
     return jax.vmap(lambda key: choose_events(jax.random.split(key)[0], *shape))(keys)
 
 
-def _take(x: Any, index: np.ndarray) -> np.ndarray:
-    """Read rows in any order, of which some may be the same."""
-    rows, inverse = np.unique(index, return_inverse=True)
-    return np.take(take_rows(x, rows), inverse, axis=0)
-
-
 def take_some(x: Any, context: Any) -> tuple[Any, Any]:
     """Return events that stand for all, evenly spaced, and their contexts; all if they are few."""
     if not is_lazy(x):
         return x, context
     num = max(2, min(len(x), _MAX_SOME // prod(x.shape[1:])))
     index = np.unique(np.arange(num) * len(x) // num)
-    return take_rows(x, index), None if context is None else _take(context, index)
+    return take_rows(x, index), None if context is None else take_rows(context, index)
+
+
+def check_shapes(x: Any, context: Any, denoiser: NetworkDenoiser) -> None:
+    """Check the shapes of events and of their contexts, without reading them."""
+    shape, found = denoiser.event_shape, jnp.shape(x)
+    if len(found) != len(shape) + 1 or found[1:] != shape or found[0] == 0:
+        raise ValueError(
+            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
+            f"and n > 0, got {found}."
+        )
+    context_shape = denoiser.context_shape
+    expected = None if context_shape is None else (found[0], *context_shape)
+    given = None if context is None else jnp.shape(context)
+    if given != expected:
+        raise ValueError(
+            f"Expected contexts of shape {expected} for these events and their network, got "
+            f"{given}."
+        )
+
+
+def check_events(x: Any, denoiser: Denoiser) -> jax.Array:
+    """Return events as an array, if they are finite."""
+    x = jnp.asarray(x, denoiser.dtype)
+    if isinstance(x, jax.core.Tracer):  # which has no values to check
+        return x
+    with jax.ensure_compile_time_eval():  # known values inside of a traced function, too
+        bad = int(jnp.sum(~jnp.isfinite(x.reshape(x.shape[0], -1)).all(axis=1)))
+    if bad:
+        raise ValueError(
+            f"Events to train on must be finite, got NaN or infinity in {bad} of {x.shape[0]}; "
+            "remove these events, or treat their values as unobserved (EM)."
+        )
+    return x
+
+
+def as_context(context: Any, denoiser: NetworkDenoiser) -> jax.Array | None:
+    """Return contexts as an array of the denoiser's type."""
+    return None if context is None else jnp.asarray(context, denoiser.dtype)
+
+
+def count_parts(num_events: int, denoiser: Denoiser) -> int:
+    """Return the least number of equal parts of a batch that are computed one after another.
+
+    A batch whose size has no suitable divisor, such as a prime number, stays whole.
+    """
+    limit = BatchLimit.of("train", None, default=num_events).num_groups(denoiser.event_size)
+    least = -(-num_events // limit)
+    return next((n for n in range(least, 2 * least + 1) if num_events % n == 0), 1)
+
+
+def at_contexts(
+    denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array
+) -> Denoiser:
+    """Return the denoiser at the contexts of some events."""
+    return denoiser if context is None else ConditionedDenoiser(denoiser, context[index])

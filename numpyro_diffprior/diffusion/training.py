@@ -1,4 +1,4 @@
-r"""Fit a denoiser to samples, by denoising score matching.
+r"""Train the network of a denoiser, by denoising score matching.
 
 .. math:: \min_\theta E_{x, \sigma, \varepsilon} \left[ \left( \frac{1}{\sigma^2} + \frac{1}{s^2}
     \right) \frac{1}{d} \lVert D_\theta(x + \sigma \varepsilon, \sigma) - x \rVert^2 \right]
@@ -17,7 +17,6 @@ References:
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,35 +28,35 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.bars import make_bar
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import (
     check_batch_size,
     localize,
     num_devices,
     num_processes,
-    own_devices,
     replicate,
     spread,
 )
 from numpyro_diffprior._compile.lazy import is_lazy
-from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
-from numpyro_diffprior.denoisers.denoiser import Denoiser, align, choose_unit
+from numpyro_diffprior._compile.memory import advise, check_memory
+from numpyro_diffprior.denoisers.denoiser import Denoiser, align
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
-from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
-from numpyro_diffprior.diffusion.minibatches import Minibatches, choose_events, take_some
-from numpyro_diffprior.diffusion.noise import LogLinear, LogNormal, NoiseDistribution
-from numpyro_diffprior.linalg.batched import magnitude
-from numpyro_diffprior.linalg.empirical import GaussianSummary, LowRankSummary
+from numpyro_diffprior.diffusion.minibatches import (
+    Minibatches,
+    as_context,
+    at_contexts,
+    check_events,
+    check_shapes,
+    choose_events,
+    count_parts,
+)
+from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.nets.adapters import split_network
 
 __all__ = [
-    "FitResult",
     "TrainState",
     "denoising_loss",
-    "fit_denoiser",
     "init_training",
-    "measure_error",
     "train",
 ]
 
@@ -76,18 +75,6 @@ class TrainState(NamedTuple):
     averaged: NetworkDenoiser
     opt_state: optax.OptState
     num_steps: jax.Array
-
-
-class FitResult(NamedTuple):
-    """The result of `fit_denoiser`.
-
-    Attributes:
-        denoiser: The denoiser with averaged weights.
-        losses: Loss of every minibatch before its step, with shape ``(num_steps,)``.
-    """
-
-    denoiser: NetworkDenoiser
-    losses: jax.Array
 
 
 def denoising_loss(
@@ -209,14 +196,14 @@ def train(
     batch_size = check_count("train", "batch_size", batch_size)
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
-    _check_shapes(x, context, state.denoiser)
-    num_parts = _num_parts(batch_size // num_devices(mesh), state.denoiser)
+    check_shapes(x, context, state.denoiser)
+    num_parts = count_parts(batch_size // num_devices(mesh), state.denoiser)
     original = state.denoiser
 
     def convert(x: Any, context: Any) -> Any:
         """Put events and contexts on the devices, in the denoiser's unit."""
-        x = original.from_data(_check_events(x, original))
-        return replicate((x, _as_context(context, original)), mesh)
+        x = original.from_data(check_events(x, original))
+        return replicate((x, as_context(context, original)), mesh)
 
     key_steps, state, run = replicate((rng_key, state, _Run.start(state, num_steps)), mesh)
 
@@ -276,174 +263,6 @@ def _train_by_seconds(
         size = max(1, min(2 * size, int(size / seconds)))
         on_steps(done)
     return run
-
-
-def measure_error(
-    rng_key: jax.Array,
-    denoiser: NetworkDenoiser,
-    x: jax.Array,
-    *,
-    context: jax.Array | None = None,
-    batch_size: int = 256,
-) -> NetworkDenoiser:
-    """Measure a denoiser's error over its range of noise levels; see `Denoiser.error_ratio`.
-
-    On the events that the network was trained on, the measured error is too small.
-
-    Args:
-        rng_key: Random key.
-        denoiser: The denoiser; its mean and covariance should be those of `x`.
-        x: Clean events, in the data's units, with shape ``(n, *event_shape)``.
-        context: Their contexts, see `train`.
-        batch_size: Number of events, drawn from `x`, per noise level.
-
-    Returns:
-        The denoiser with the measured ``error_ratios``.
-
-    Raises:
-        ValueError: If `x` has the wrong shape, no events or values that are not finite.
-    """
-    _check_shapes(x, context, denoiser)
-    x = denoiser.from_data(_check_events(x, denoiser))
-    context = _as_context(context, denoiser)
-    batch_size = check_count("measure_error", "batch_size", batch_size)
-    num_parts = _num_parts(batch_size, denoiser)
-    return _measure_error(rng_key, denoiser, x, context, batch_size, num_parts)
-
-
-def _num_parts(num_events: int, denoiser: Denoiser) -> int:
-    """Return the least number of equal parts of a batch that are computed one after another.
-
-    A batch whose size has no suitable divisor, such as a prime number, stays whole.
-    """
-    limit = BatchLimit.of("train", None, default=num_events).num_groups(denoiser.event_size)
-    least = -(-num_events // limit)
-    return next((n for n in range(least, 2 * least + 1) if num_events % n == 0), 1)
-
-
-@partial(jax.jit, static_argnums=(4, 5))
-def _measure_error(
-    rng_key: jax.Array,
-    denoiser: NetworkDenoiser,
-    x: jax.Array,
-    context: jax.Array | None,
-    batch_size: int,
-    num_parts: int,
-) -> NetworkDenoiser:
-    num_levels = len(denoiser.error_ratios)
-    sigmas = LogLinear()(num_levels, denoiser.sigma_min, denoiser.sigma_max)
-
-    def ratio(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        (key, sigma) = inputs
-        key_batch, key_noise = jax.random.split(key)
-        index = jax.random.randint(key_batch, (batch_size,), 0, len(x))
-        x_t = x[index] + sigma * jax.random.normal(key_noise, (batch_size, *x.shape[1:]), x.dtype)
-
-        def error(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-            index, x_t = part
-            return jnp.sum((x[index] - _at(denoiser, context, index)(x_t, sigma)) ** 2)
-
-        parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (index, x_t))
-        total = error((index, x_t)) if num_parts == 1 else jax.lax.map(error, parts).sum()
-        return total / batch_size / denoiser.cov.conditional(sigma**2).trace()
-
-    ratios = jax.lax.map(ratio, (jax.random.split(rng_key, num_levels), sigmas))
-    return replace(denoiser, error_ratios=ratios)
-
-
-def fit_denoiser(
-    rng_key: jax.Array,
-    denoiser: NetworkDenoiser,
-    x: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation,
-    num_steps: int,
-    batch_size: int = 256,
-    context: jax.Array | None = None,
-    noise: NoiseDistribution = LogNormal(),
-    ema_decay: float = 0.999,
-    summary: GaussianSummary = LowRankSummary(),
-    mesh: Mesh | None = None,
-    progress_bar: bool = True,
-) -> FitResult:
-    """Fit a denoiser to clean events: first its mean and covariance, then its network.
-
-    If the denoiser's unit is far from the events' scale, the result has another unit.
-
-    Args:
-        rng_key: Random key.
-        denoiser: A denoiser with an untrained network. (To continue with a trained one, whose
-            preconditioning must not change, use `train`.)
-        x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. For
-            memory maps and `lazy_arrays`, mean, covariance and error ratios are estimated from
-            evenly spaced events, with 2^28 elements in all at most.
-        optimizer: Any optax transformation.
-        num_steps: Number of steps of stochastic gradient descent.
-        batch_size: Number of events per step; it may exceed ``n``.
-        context: The events' contexts, see `train`.
-        noise: Distribution of the noise levels, see `train`.
-        ema_decay: Largest decay of the average of the weights, see `train`.
-        summary: The form of the events' Gaussian summary.
-        mesh: Devices to spread minibatches over, see `train`.
-        progress_bar: Whether to show the steps in a terminal or a notebook, after a second.
-
-    Returns:
-        The denoiser with averaged weights and measured error ratios, and the losses.
-
-    Raises:
-        ValueError: If all events are the same; see also `train`.
-    """
-    _check_shapes(x, context, denoiser)
-    some, some_contexts = take_some(x, context)
-    some, some_contexts = replicate(
-        (_check_events(some, denoiser), _as_context(some_contexts, denoiser)), own_devices(mesh)
-    )
-    deviation = _deviation(some)
-    if not isinstance(deviation, jax.core.Tracer) and not deviation > 0:
-        raise ValueError(
-            f"fit_denoiser: expected events that differ, got {len(some)} that are all the same: "
-            "no distribution can be fitted to them."
-        )
-    unit = choose_unit(deviation, denoiser.unit)
-    summary.check(denoiser.event_shape)
-    denoiser = denoiser.with_gaussian(*summary(some / unit), unit)
-    key_train, key_measure = jax.random.split(rng_key)
-    with make_bar("fit_denoiser", progress_bar, num_steps, delay=1) as bar:
-        state, losses = train(
-            key_train,
-            init_training(denoiser, optimizer),
-            x if is_lazy(x) else some,
-            optimizer,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            context=context,
-            noise=noise,
-            ema_decay=ema_decay,
-            mesh=mesh,
-            on_steps=None if bar.disable else lambda done: bar.update(done - bar.n),
-        )
-    _warn_of_divergence(losses)
-    denoiser = measure_error(key_measure, state.averaged, some, context=some_contexts)
-    return FitResult(denoiser, losses)
-
-
-def _deviation(x: jax.Array) -> jax.Array:
-    """Return the largest standard deviation of an element, without overflow or underflow."""
-    unit = magnitude(x)
-    return (unit * jnp.std(x / unit, axis=0)).max()
-
-
-def _warn_of_divergence(losses: jax.Array) -> None:
-    """Warn if training met numbers that are not finite."""
-    if isinstance(losses, jax.core.Tracer) or bool(jnp.isfinite(losses).all()):
-        return
-    step = int(jnp.argmin(jnp.isfinite(losses))) + 1
-    warnings.warn(
-        f"training diverged at step {step} of {len(losses)}: its loss, gradient or weights are "
-        "not finite. The denoiser is the one before that step; a smaller learning rate, or "
-        "gradients clipped by `optax.clip_by_global_norm`, may help.",
-        stacklevel=3,
-    )
 
 
 class _Run(NamedTuple):
@@ -549,7 +368,7 @@ def _take_steps(
     ) -> tuple[jax.Array, Any]:
         rngs = nnx.Rngs(dropout=key_dropout)
         net = rebuild(_like(weights, narrow), rest)
-        denoiser = _at(replace(fixed, net=net), context, index)
+        denoiser = at_contexts(replace(fixed, net=net), context, index)
         loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
         # Batch statistics and the counts of random streams are passed to the next step.
         return loss, split_network(net)[1]
@@ -631,45 +450,3 @@ def _are_finite(tree: Any) -> jax.Array:
     """Whether all numbers of a tree are finite."""
     flags = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(flags).all()
-
-
-def _at(denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array) -> Denoiser:
-    """Return the denoiser at the contexts of some events."""
-    return denoiser if context is None else ConditionedDenoiser(denoiser, context[index])
-
-
-def _check_shapes(x: Any, context: Any, denoiser: NetworkDenoiser) -> None:
-    """Check the shapes of events and of their contexts, without reading them."""
-    shape, found = denoiser.event_shape, jnp.shape(x)
-    if len(found) != len(shape) + 1 or found[1:] != shape or found[0] == 0:
-        raise ValueError(
-            f"Expected events x with shape (n, *event_shape) = (n, {', '.join(map(str, shape))}) "
-            f"and n > 0, got {found}."
-        )
-    context_shape = denoiser.context_shape
-    expected = None if context_shape is None else (found[0], *context_shape)
-    given = None if context is None else jnp.shape(context)
-    if given != expected:
-        raise ValueError(
-            f"Expected contexts of shape {expected} for these events and their network, got "
-            f"{given}."
-        )
-
-
-def _as_context(context: Any, denoiser: NetworkDenoiser) -> jax.Array | None:
-    return None if context is None else jnp.asarray(context, denoiser.dtype)
-
-
-def _check_events(x: Any, denoiser: Denoiser) -> jax.Array:
-    """Return events as an array, if they are finite."""
-    x = jnp.asarray(x, denoiser.dtype)
-    if isinstance(x, jax.core.Tracer):  # which has no values to check
-        return x
-    with jax.ensure_compile_time_eval():  # known values inside of a traced function, too
-        bad = int(jnp.sum(~jnp.isfinite(x.reshape(x.shape[0], -1)).all(axis=1)))
-    if bad:
-        raise ValueError(
-            f"Events to train on must be finite, got NaN or infinity in {bad} of {x.shape[0]}; "
-            "remove these events, or treat their values as unobserved (EM)."
-        )
-    return x

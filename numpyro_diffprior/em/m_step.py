@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior._compile.lazy import as_lazy
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.fitting import measure_error
 from numpyro_diffprior.diffusion.minibatches import take_some
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
-from numpyro_diffprior.diffusion.training import TrainState, init_training, measure_error, train
+from numpyro_diffprior.diffusion.training import TrainState, init_training, train
 from numpyro_diffprior.em.sites import module_of, pool
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
