@@ -3,13 +3,15 @@
 Executions are counted at a first call and at a second one. Memory is the largest that a process of
 its own has during a call, less what it had before; each process reads a model of so many events of
 32 values, from arrays, from a file that is mapped into memory, and from Zarr. Pages of mapped
-files, which the system may drop at any time, are not counted.
+files, which the system may drop at any time, are not counted. A run of EM is also measured in two
+processes, each of which draws half of the events; the larger number is shown.
 
     python benchmarks/reading.py --num-events 250000 2000000
 """
 
 import argparse
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,16 @@ import numpyro_diffprior as ndp
 
 SIZE = 32
 FUNCTIONS = ("sample_posterior", "log_evidence", "EM.init", "EM.update", "MMPSKernel")
-MEASURED = ("sample_posterior", "sample_posterior, draws in a folder", "log_evidence", "EM.init")
+MEASURED = (
+    "sample_posterior",
+    "sample_posterior, draws in a folder",
+    "log_evidence",
+    "EM.init",
+    "EM.run",
+    "EM.run, draws in a folder",
+    "EM.run, draws in a folder, checkpoints",
+)
+IN_TWO_PROCESSES = ("EM.run", "EM.run, draws in a folder")
 KINDS = ("array", "mapped", "zarr")
 
 
@@ -49,7 +60,7 @@ def make_model():
     return model, executions
 
 
-def make_call(name, model):
+def make_call(name, model, mesh=None):
     """A function of the data that calls one of the public functions."""
     key = jax.random.key(0)
     sampler = ndp.samplers.DDPM(2)
@@ -57,12 +68,18 @@ def make_call(name, model):
     prior = ndp.DiffusionPrior(gaussian, sampler=sampler)
     net = ndp.MLP((SIZE,), features=(8,), embedding=4, rngs=nnx.Rngs(0))
     network = ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=sampler)
+    folder = tempfile.TemporaryDirectory()
     em = ndp.EM(
         model,
         optax.adam(1e-3),
-        e_step=ndp.EStep(num_particles=2, max_batch_size=512),
+        e_step=ndp.EStep(
+            num_particles=2,
+            max_batch_size=512,
+            draws_in=folder.name if "draws in a folder" in name else "device",
+        ),
         m_step=ndp.MStep(num_steps=2),
         start=ndp.GaussianStart(num_iterations=2),
+        mesh=mesh,
     )
     states = []
 
@@ -71,6 +88,13 @@ def make_call(name, model):
             states.append(em.init(key, network, y))
         states.append(em.update(states[-1], y)[0])
         return states[-1].draws
+
+    def run(y):
+        with folder, tempfile.TemporaryDirectory() as checkpoint:
+            if "checkpoints" not in name:
+                checkpoint = None
+            result = em.run(key, 2, network, y, checkpoint=checkpoint, progress_bar=False)
+            return result.history.loss
 
     def kernel(y):
         mcmc = MCMC(ndp.MMPSKernel(model), num_warmup=0, num_samples=2, progress_bar=False)
@@ -82,6 +106,8 @@ def make_call(name, model):
             folder = Path(folder) / "draws"
             return ndp.sample_posterior(key, model, prior, y, folder=folder).stats
 
+    if name.startswith("EM.run"):
+        return run
     return {
         "sample_posterior": lambda y: ndp.sample_posterior(key, model, prior, y).samples,
         "sample_posterior, draws in a folder": write,
@@ -147,25 +173,37 @@ def make_data(folder, kind, num_events):
     return y if kind == "mapped" else ndp.lazy_arrays(y)
 
 
-def measure_memory(name, num_events, kind):
+def measure_memory(name, num_events, kind, address, process):
     """The memory of one call, after one on little data of the same kind, in MiB."""
+    mesh = None
+    if address:
+        jax.distributed.initialize(address, 2, process)
+        mesh = jax.make_mesh((2,), ("events",))
     model, _ = make_model()
-    call = make_call(name, model)
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
-        jax.block_until_ready(call(make_data(few, kind, 20_000)))
-        y = make_data(many, kind, num_events)
+        jax.block_until_ready(make_call(name, model, mesh)(make_data(few, kind, 20_000)))
+        y, call = make_data(many, kind, num_events), make_call(name, model, mesh)
         before = resident()
         with Peak() as peak:
             jax.block_until_ready(call(y))
         return (peak.largest - before) / 2**20
 
 
-def in_a_process(name, num_events, kind):
-    arguments = ["--child", name, str(num_events), kind]
-    found = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
-    )
-    return float(found.stdout.strip().splitlines()[-1])
+def in_processes(name, num_events, kind, num_processes=1):
+    address = ""
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, __file__, "--child", name, str(num_events), kind, address]
+    children = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True)
+        for i in range(num_processes)
+    ]
+    found = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        raise RuntimeError(f"{name}: a process ended with an error")
+    return max(float(text.strip().splitlines()[-1]) for text in found)
 
 
 def main(args):
@@ -176,11 +214,13 @@ def main(args):
     memory = {}
     sizes = ", ".join(f"{n * SIZE * 4 / 2**20:.0f}" for n in args.num_events)
     print(f"peak memory in MiB, for data of {sizes} MiB")
-    for name in MEASURED:
-        for kind in KINDS:
-            found = [in_a_process(name, n, kind) for n in args.num_events]
-            memory[f"{name}: {kind}"] = found
-            print(f"{name:36s} {kind:6s}", *(f"{x:7.0f}" for x in found), flush=True)
+    for name in args.measured:
+        for kind in args.kinds:
+            for num_processes in (1, 2) if name in IN_TWO_PROCESSES else (1,):
+                found = [in_processes(name, n, kind, num_processes) for n in args.num_events]
+                label = name if num_processes == 1 else f"{name}, two processes"
+                memory[f"{label}: {kind}"] = found
+                print(f"{label:40s} {kind:6s}", *(f"{x:7.0f}" for x in found), flush=True)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     result = {"executions": executions, "memory": memory}
@@ -192,14 +232,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-events", type=int, nargs="+", default=[250_000, 2_000_000])
     parser.add_argument("--output", default="out")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measured", nargs="+", choices=MEASURED, default=MEASURED)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     if arguments.child:
-        child, count, kind = arguments.child
-        print(measure_memory(child, int(count), kind))
+        child, count, kind, address, process = arguments.child
+        print(measure_memory(child, int(count), kind, address, int(process)))
     else:
         main(arguments)

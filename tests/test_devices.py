@@ -232,8 +232,8 @@ def test_minibatch_that_cannot_be_divided():
 
 
 @on_eight
-@pytest.mark.parametrize("on_host", [False, True])
-def test_em(on_host):
+@pytest.mark.parametrize("draws_in", ["device", "host"])
+def test_em(draws_in):
     """From data that lie on the mesh, in the same blocks as on one device; evidence too."""
     data = [jnp.tile(x, (4, 1))[:64] for x in (MASK, Y)]
     sharding = NamedSharding(make_mesh(4, 2), PartitionSpec("a"))
@@ -242,7 +242,7 @@ def test_em(on_host):
         em = ndp.EM(
             model,
             optax.adam(1e-3),
-            e_step=ndp.EStep(sampler=SAMPLER, max_batch_size=32, draws_on_host=on_host),
+            e_step=ndp.EStep(sampler=SAMPLER, max_batch_size=32, draws_in=draws_in),
             m_step=ndp.MStep(num_steps=8, batch_size=8),
             mesh=mesh,
         )

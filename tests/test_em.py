@@ -13,7 +13,8 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import DDIM, MultistepSDE
 from numpyro_diffprior.em import em as em_module
 from numpyro_diffprior.em import initial
-from numpyro_diffprior.em.e_step import EStep, _distance
+from numpyro_diffprior.em.draws import _distance
+from numpyro_diffprior.em.e_step import EStep
 from numpyro_diffprior.em.em import EM
 from numpyro_diffprior.em.initial import GaussianStart
 from numpyro_diffprior.em.m_step import MStep, summarize

@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 __all__ = [
     "along",
     "check_batch_size",
+    "collect",
+    "exchange",
     "gather",
     "localize",
     "num_devices",
@@ -107,14 +109,25 @@ def gather(tree: T, axis: int, mesh: Mesh | None) -> T:
     """Concatenate the arrays of all processes along an axis, in the order of the processes."""
     if num_processes(mesh) == 1:
         return tree
-    stacked = multihost_utils.process_allgather(tree)
-
-    def join(leaf: np.ndarray) -> jax.Array:
-        leaf = np.moveaxis(leaf, 0, axis)
-        return jnp.asarray(leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :]))
-
-    joined: T = jax.tree.map(join, stacked)
+    trees = exchange(tree, mesh)
+    joined: T = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves, axis)), *trees)
     return joined
+
+
+def exchange(tree: T, mesh: Mesh | None) -> list[T]:
+    """Return the arrays of each process, in the order of the processes, in host memory."""
+    if (number := num_processes(mesh)) == 1:
+        return [tree]
+    stacked: T = multihost_utils.process_allgather(tree)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
+
+
+def collect(x: jax.Array) -> np.ndarray:
+    """Return an array of which other processes hold a part, as a whole, in host memory.
+
+    All processes must call this at the same time.
+    """
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _on_data(f: Callable[[Any], jax.Array], tree: T) -> T:

@@ -1,12 +1,13 @@
 r"""Arrays of which rows are read when they are needed, for data that do not fit into memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["LazyArray", "as_lazy", "is_lazy", "lazy_arrays", "take_rows"]
+__all__ = ["LazyArray", "as_lazy", "chunks_of", "is_lazy", "lazy_arrays", "take_rows"]
 
 
 def lazy_arrays(source: Any, num_events: int | None = None, *, by_event: bool = False) -> Any:
@@ -146,3 +147,23 @@ def take_rows(x: np.ndarray | LazyArray, index: np.ndarray, axis: int = 0) -> np
         x = np.asarray(x)
     found = np.array(x[(slice(None),) * axis + (taken,)] if axis else x[taken])
     return found if np.array_equal(rows, index) else np.take(found, inverse, axis)
+
+
+def chunks_of(shape: tuple[int, ...], num_axes: int | None = None) -> Iterator[tuple[Any, ...]]:
+    """Yield indices that cover an array in the order of its elements, for 2^22 of them at most.
+
+    Only the leading axes (default: all) are divided.
+    """
+    num_axes = len(shape) if num_axes is None else num_axes
+    sizes = [prod(shape[i + 1 :]) for i in range(num_axes)]
+    axis = next((i for i, size in enumerate(sizes) if size <= _MAX_CHUNK), num_axes - 1)
+    if axis < 0:
+        yield ()
+        return
+    step = max(1, _MAX_CHUNK // max(1, sizes[axis]))
+    for index in np.ndindex(shape[:axis]):
+        for start in range(0, shape[axis], step):
+            yield (*index, slice(start, start + step))
+
+
+_MAX_CHUNK = 2**22

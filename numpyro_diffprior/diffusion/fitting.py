@@ -102,7 +102,7 @@ def fit_denoiser(
             preconditioning must not change, use `train`.)
         x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. For
             memory maps and `lazy_arrays`, mean, covariance and error ratios are estimated from
-            evenly spaced events, with 2^28 elements in all at most.
+            evenly spaced events, with 2^25 elements in all, or 4,096.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.

@@ -30,7 +30,9 @@ __all__ = [
 ]
 
 _MAX_READ = 2**24  # elements of the minibatches that are read together
-_MAX_SOME = 2**28  # elements of events that stand for all
+_MAX_SOME = 2**25  # elements of events that stand for all, but for a least number of events
+_LEAST_SOME = 4096
+_MOST_SOME = 2**28  # elements, in any case
 
 
 def choose_events(rng_key: jax.Array, batch_size: int, num_events: int) -> jax.Array:
@@ -89,7 +91,9 @@ def take_some(x: Any, context: Any) -> tuple[Any, Any]:
     """Return events that stand for all, evenly spaced, and their contexts; all if they are few."""
     if not is_lazy(x):
         return x, context
-    num = max(2, min(len(x), _MAX_SOME // prod(x.shape[1:])))
+    size = prod(x.shape[1:])
+    num = max(_LEAST_SOME, _MAX_SOME // size)
+    num = max(2, min(len(x), num, _MOST_SOME // size))
     index = np.unique(np.arange(num) * len(x) // num)
     return take_rows(x, index), None if context is None else take_rows(context, index)
 

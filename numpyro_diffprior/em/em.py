@@ -25,6 +25,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -44,14 +45,16 @@ from numpyro_diffprior.em.conditions import (
     describe_model,
     describe_optimizers,
 )
-from numpyro_diffprior.em.e_step import (
-    EStep,
+from numpyro_diffprior.em.draws import (
+    DrawFiles,
+    are_all_finite,
     compare_draws,
-    draw_events,
     no_draws,
     put_draws,
+    replace_non_finite,
     take_draws,
 )
+from numpyro_diffprior.em.e_step import EStep, draw_events
 from numpyro_diffprior.em.initial import (
     Gaussian,
     GaussianStart,
@@ -67,10 +70,8 @@ from numpyro_diffprior.em.sites import (
     Priors,
     Sites,
     as_dict,
-    module_of,
     read_contexts,
     read_sites,
-    replace_non_finite,
     with_network,
 )
 from numpyro_diffprior.em.state import Best, EMMetrics, EMResult, EMState, Progress
@@ -222,10 +223,13 @@ class EM:
         bound = self._read(state.prior, arguments, state.params)
         watch.enter("E-step")
         chosen = self.e_step.choose(bound, state.num_iterations)
-        draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch, chosen)
-        held: dict[str, Any] = state.draws
-        if self.e_step.draws_on_host:  # a state may come from a run whose draws were elsewhere
-            held = {site: np.asarray(x) for site, x in held.items()}
+        files = None
+        if self.e_step.folder is not None:
+            files = DrawFiles(self.e_step.folder, state.num_iterations + 1)
+        draws = draw_events(key_draw, bound, self.e_step, self.mesh, watch, chosen, files)
+        # A state may come from a run whose draws were elsewhere.
+        to = np.asanyarray if self.e_step.on_host else jnp.asarray
+        held: dict[str, Any] = {site: to(x) for site, x in state.draws.items()}
         previous = take_draws(held, bound, chosen)
         samples, num_failed = replace_non_finite(
             draws.samples, previous, state.priors, state.sites
@@ -240,7 +244,9 @@ class EM:
         distance = jax.block_until_ready(
             compare_draws(key_compare, samples, previous, state.priors, state.sites)
         )
-        samples = put_draws(held, samples, bound, chosen)
+        samples = put_draws(held, samples, bound, chosen, files)
+        if files is not None:
+            files.keep(samples)
         between = time.perf_counter()
         watch.enter("M-step")
         trained = fit_priors(
@@ -255,7 +261,7 @@ class EM:
             on_steps=watch.steps_of(self.m_step.num_steps),
         )
         params, params_opt_state = state.params, state.params_opt_state
-        if params and all(bool(module_of(x).isfinite(x).all()) for x in samples.values()):
+        if params and all(are_all_finite(x) for x in samples.values()):
             batch = self._read(state.prior, arguments, params, batch_size=self.m_step.batch_size)
             params, params_opt_state = fit_params(
                 key_params,
@@ -481,7 +487,7 @@ class EM:
         samplers = {key: own.sampler for key, own in as_dict(prior).items()}
         conditions = {
             "the random key": describe_arrays(rng_key),
-            "the E-step": describe((self.e_step, samplers)),
+            "the E-step": describe((replace(self.e_step, draws_in="device"), samplers)),
             "the M-step": describe(self.m_step),
             "the start": describe(self.start) if init_state is None else describe_arrays(template),
             "the held-out data": describe_arrays(heldout),
@@ -512,7 +518,7 @@ class EM:
             initial=initial,
             params=params,
             params_opt_state=params_opt_state,
-            draws=no_draws(model, self.e_step),
+            draws=no_draws(model, self.e_step.num_draws, self.e_step.on_host),
             rng_key=rng_key,
             num_iterations=0,
             sites=sites,

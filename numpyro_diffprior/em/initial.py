@@ -13,10 +13,11 @@ from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.em.draws import replace_non_finite
 from numpyro_diffprior.em.e_step import EStep, draw_events
 from numpyro_diffprior.em.gaussian import MAX_DENSE, draw_linear_gaussian, fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
-from numpyro_diffprior.em.sites import Priors, Sites, pool, replace_non_finite, with_network
+from numpyro_diffprior.em.sites import Priors, Sites, pool, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -198,7 +199,7 @@ def fit_by_sampling(
     e_step = replace(
         e_step,
         num_draws=1,
-        draws_on_host=False,
+        draws_in="device",
         sampler=MultistepSDE(own.num_steps),
         guidance=MMPS(GaussianCovariance()),
     )

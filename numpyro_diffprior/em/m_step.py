@@ -6,18 +6,17 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
-from numpyro_diffprior._compile.lazy import as_lazy
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.fitting import measure_error
 from numpyro_diffprior.diffusion.minibatches import take_some
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, train
-from numpyro_diffprior.em.sites import module_of, pool
+from numpyro_diffprior.em.draws import pool_draws
+from numpyro_diffprior.em.sites import pool
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.empirical import GaussianSummary
@@ -122,12 +121,10 @@ def fit_priors(
             continue
         prior = state.priors[key]
         shape = prior.denoiser.context_shape
-        x = pool(draws, state.sites, key, prior.event_shape)
+        x, index = pool_draws(draws, state.sites, key, prior.event_shape)
         context = None if shape is None else pool(contexts, state.sites, key, shape)
-        if not module_of(x).isfinite(x).all():
-            x, context = _repeat_drawn(x, context)
-        if isinstance(x, np.ndarray):
-            x = as_lazy(x)
+        if context is not None and index is not None:
+            context = context[index]
         trained[key] = _fit_prior(
             jax.random.fold_in(rng_key, i),
             state.training[key],
@@ -141,15 +138,6 @@ def fit_priors(
             on_steps,
         )
     return trained
-
-
-def _repeat_drawn(x: jax.Array, context: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Put the events that were drawn, again and again, in the place of those that were not."""
-    xp = module_of(x)
-    drawn = xp.isfinite(x.reshape(len(x), -1)).all(-1)
-    first = xp.argsort(~drawn, stable=True)
-    index = first[xp.arange(len(x)) % drawn.sum()]
-    return x[index], None if context is None else context[index]
 
 
 def _fit_prior(

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from numpyro_diffprior._compile.arguments import split_arguments
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -27,11 +26,9 @@ __all__ = [
     "Priors",
     "Sites",
     "as_dict",
-    "module_of",
     "pool",
     "read_contexts",
     "read_sites",
-    "replace_non_finite",
     "with_network",
 ]
 
@@ -134,12 +131,7 @@ def pool(
     """Return the values (draws, contexts) of all sites of a prior, with shape ``(n, *shape)``."""
     chosen = [values[site] for site, name in sites.site_priors if name == key]
     flat = [x.reshape(-1, *shape) for x in chosen]
-    return flat[0] if len(flat) == 1 else module_of(flat[0]).concatenate(flat)
-
-
-def module_of(x: Any) -> Any:
-    """Return ``numpy`` for an array in host memory, and ``jax.numpy`` for one on a device."""
-    return np if isinstance(x, np.ndarray) else jnp
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
 
 
 def read_contexts(model: BoundModel, num_draws: int) -> dict[str, jax.Array]:
@@ -179,43 +171,3 @@ def _contexts(
         if context is not None:
             values[site.name] = context.reshape(*site.batch_shape, *context.shape[1:])
     return values
-
-
-def replace_non_finite(
-    draws: Mapping[str, jax.Array],
-    previous: Mapping[str, jax.Array],
-    priors: Priors,
-    sites: Sites,
-) -> tuple[dict[str, jax.Array], int]:
-    """Replace draws that are not finite by the previous ones, or by the prior's mean.
-
-    Dropping such events would bias the M-step towards events that are easy to draw.
-
-    Returns:
-        The draws, and how many were replaced.
-
-    Raises:
-        ValueError: If no draw of a site is finite.
-    """
-    mended, total = dict(draws), 0
-    for site, key in sites.site_priors:
-        x, mean = draws[site], priors[key].mean
-        xp, finite = module_of(x), _are_finite(x, mean.ndim)
-        count = int(xp.sum(~finite))
-        if count == finite.size:
-            raise ValueError(
-                f"EM: none of the {count} draws of site '{site}' is finite; check that "
-                "observations and arguments are, or use more sampler steps or another guidance."
-            )
-        if count:
-            last = previous.get(site, mean)
-            if last.shape == x.shape:
-                mean = xp.where(_are_finite(last, mean.ndim), last, mean)
-            mended[site] = xp.where(finite, x, mean)
-        total += count
-    return mended, total
-
-
-def _are_finite(x: jax.Array, event_dim: int) -> jax.Array:
-    """Whether events are finite, with axes of size one in place of theirs."""
-    return module_of(x).isfinite(x).all(axis=tuple(range(-event_dim, 0)), keepdims=True)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_diffprior._compile.lazy import chunks_of
+
 __all__ = ["Arrays", "Store", "specs_of"]
 
 _FORMAT = "numpyro_diffprior.checkpoint"
@@ -167,6 +169,7 @@ def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-        # As bytes, without a copy; NumPy has no buffers of types such as bfloat16.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for rows in chunks_of(array.shape):
+            # As bytes, without a copy; NumPy has no buffers of types such as bfloat16.
+            digest.update(np.ascontiguousarray(array[rows]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.devices import (
+    exchange,
     gather,
     num_devices,
     num_processes,
@@ -19,7 +20,7 @@ from numpyro_diffprior._compile.devices import (
     round_up,
 )
 from numpyro_diffprior._compile.memory import BatchLimit, advise, check_memory
-from numpyro_diffprior.infer.folder import DrawsFolder
+from numpyro_diffprior.infer.folder import DrawsWriter
 from numpyro_diffprior.infer.progress import Division, Monitor
 from numpyro_diffprior.particles.smc import draw_posterior
 from numpyro_diffprior.particles.system import Draws, SamplingOptions
@@ -88,7 +89,7 @@ def sample_blocks(
     mesh: Mesh | None = None,
     monitor: Monitor = Monitor(),
     chosen: Mapping[int, np.ndarray] = MappingProxyType({}),
-    folder: DrawsFolder | None = None,
+    folder: DrawsWriter | None = None,
     on_host: bool = False,
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
@@ -215,7 +216,7 @@ def _sample_group(
     plan: _Plan,
     monitor: Monitor,
     chosen: np.ndarray | None,
-    folder: DrawsFolder | None,
+    folder: DrawsWriter | None,
     on_host: bool,
 ) -> PosteriorSamples:
     group, all_devices = model.reading.groups[plan.position], plan.mesh
@@ -229,7 +230,7 @@ def _sample_group(
         if not known:
             monitor.finish(plan.position, draws, division)
         if folder is not None:
-            draws = next(_write(folder, [draws], 0, plan.num_draws))
+            draws = next(_write(folder, [draws], 0, plan.num_draws, plan.num_draws))
         return jax.tree.map(np.asarray, draws) if on_host else draws
     plate, size = group.divided
     elements = np.arange(plate.size) if chosen is None else chosen
@@ -251,7 +252,9 @@ def _sample_group(
             yield draws
 
     axis = 1 + len(group.latents.batch_shape) + plate.dim
-    results = draw() if folder is None else _write(folder, draw(), axis, len(elements))
+    results = draw()
+    if folder is not None:
+        results = _write(folder, results, axis, len(elements), len(own), all_devices)
     joined = join_parts(results, axis, len(own), on_host)
     drawn: PosteriorSamples = gather(joined, axis, all_devices)
     if drawn.stats["residual"].shape[axis] > len(elements):
@@ -261,12 +264,25 @@ def _sample_group(
 
 
 def _write(
-    folder: DrawsFolder, parts: Iterable[PosteriorSamples], axis: int, size: int
+    folder: DrawsWriter,
+    parts: Iterable[PosteriorSamples],
+    axis: int,
+    size: int,
+    share: int,
+    mesh: Mesh | None = None,
 ) -> Iterator[PosteriorSamples]:
-    """Write the draws of parts along an axis of this size; yield the parts without draws."""
+    """Write the draws of parts along an axis of this size; yield the parts without draws.
+
+    Each process of a mesh writes the draws of all of them, each of which has a share of the axis.
+    """
     start = 0
     for part in parts:
-        start = folder.write(part.samples, axis, start, size)
+        count = next(iter(part.samples.values())).shape[axis]
+        for i, samples in enumerate(exchange(part.samples, mesh)):
+            first, end = i * share + start, min((i + 1) * share, size)
+            if first < end:
+                folder.write(samples, axis, first, min(first + count, end), size)
+        start += count
         yield part._replace(samples={})
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -10,7 +10,16 @@ import numpy as np
 from numpyro_diffprior.reading.latent import LatentSite
 from numpyro_diffprior.reading.model import ModelReading
 
-__all__ = ["DrawsFolder"]
+__all__ = ["DrawsFolder", "DrawsWriter", "key_of"]
+
+
+class DrawsWriter(Protocol):
+    """Takes draws, part by part."""
+
+    def write(
+        self, samples: Mapping[str, jax.Array], axis: int, start: int, stop: int, size: int
+    ) -> None:
+        """Write draws by site to a range of an axis of this size; those beyond are left out."""
 
 
 class DrawsFolder:
@@ -48,23 +57,21 @@ class DrawsFolder:
     @property
     def samples(self) -> dict[str, Any]:
         """The draws by site, as arrays of Zarr."""
-        return {name: self._group[_key(name)] for name in self._sites}
+        return {name: self._group[key_of(name)] for name in self._sites}
 
-    def write(self, samples: Mapping[str, jax.Array], axis: int, start: int, size: int) -> int:
-        """Write draws by site at a position of an axis of this size; return where they end.
-
-        Those beyond the size are left out.
-        """
+    def write(
+        self, samples: Mapping[str, jax.Array], axis: int, start: int, stop: int, size: int
+    ) -> None:
+        """Write draws by site to a range of an axis of this size; those beyond are left out."""
         for name, values in samples.items():
             x = np.asarray(values)
-            if _key(name) not in self._group:
+            if key_of(name) not in self._group:
                 shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
                 dims = ("draw", *_dims(self._sites[name]))
-                _create(self._group, _key(name), shape, x, dims)
-            stop, before = min(start + x.shape[axis], size), (slice(None),) * axis
-            array: Any = self._group[_key(name)]
+                _create(self._group, key_of(name), shape, x, dims)
+            before = (slice(None),) * axis
+            array: Any = self._group[key_of(name)]
             array[(*before, slice(start, stop))] = x[(*before, slice(stop - start))]
-        return stop
 
     def write_stats(self, stats: Mapping[str, jax.Array]) -> None:
         """Write the statistics."""
@@ -86,7 +93,7 @@ def _create(
     )
 
 
-def _key(site: str) -> str:
+def key_of(site: str) -> str:
     """Return the name of a site's array: one with a slash would be in a group of its own."""
     return site.replace("/", ".")
 
@@ -98,4 +105,4 @@ def _dims(site: LatentSite) -> tuple[str, ...]:
     names = [plates.get(i - num_batch, "") for i in range(num_batch)]
     names += [""] * len(site.event_shape)
     free = iter(range(len(names)))
-    return tuple(name or f"{_key(site.name)}_dim_{next(free)}" for name in names)
+    return tuple(name or f"{key_of(site.name)}_dim_{next(free)}" for name in names)

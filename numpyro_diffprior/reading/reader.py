@@ -21,7 +21,7 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.devices import num_devices, own_devices, replicate
+from numpyro_diffprior._compile.devices import collect, num_devices, own_devices, replicate
 from numpyro_diffprior._compile.lazy import LazyArray, as_lazy, is_lazy
 from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
@@ -73,8 +73,8 @@ def read(
 
     Raises:
         ValueError: If the model has no diffusion site, or latent sites that have no sampler; if
-            the samplers of its priors differ; if the model fails on a part of a plate; or if
-            other processes hold a part of an array. Errors of the model on whole plates propagate.
+            the samplers of its priors differ; or if the model fails on a part of a plate. Errors
+            of the model on whole plates propagate.
     """
     arrays, static = split_arguments((tuple(args), dict(kwargs)))
     specs = [_spec(array) for array in arrays]
@@ -129,21 +129,13 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _localize(x: Any) -> Any:
-    """Return an array of this process, if it has all of an array that others share.
-
-    Raises:
-        ValueError: If other processes hold a part of it.
-    """
+    """Return an array of this process in place of one that processes share or divide."""
     is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
     if not is_known or x.is_fully_addressable:
         return x
     if x.is_fully_replicated:
         return np.asarray(x)
-    raise ValueError(
-        f"the model takes an array of shape {x.shape} of which other processes hold a part; pass "
-        "the whole array in every process, or `lazy_arrays`, of which each process reads the "
-        "events that it draws."
-    )
+    return collect(x)
 
 
 def _load(array: Any) -> Any:

@@ -1,4 +1,4 @@
-"""EM with draws in host memory against EM with draws on the device: the same numbers."""
+"""EM with draws in host memory or files against EM with draws on the device: the same numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior as ndp
+from numpyro_diffprior._compile import lazy
 from numpyro_diffprior.diffusion import minibatches
 from numpyro_diffprior.infer import blocks
 from tests.counting import compilations
@@ -58,12 +59,12 @@ def make_prior(**options):
     return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(8))
 
 
-def run(model, on_host, prior=None, num_iterations=2, checkpoint=None, **options):
+def run(model, draws_in, prior=None, num_iterations=2, checkpoint=None, **options):
     e_step = {"num_particles": 2, "max_batch_size": 32} | options
     em = ndp.EM(
         model,
         optax.adam(1e-3),
-        e_step=ndp.EStep(draws_on_host=on_host, **e_step),
+        e_step=ndp.EStep(draws_in=draws_in, **e_step),
         m_step=ndp.MStep(num_steps=6, batch_size=16),
     )
     return em.run(
@@ -80,13 +81,18 @@ def small_parts(monkeypatch):
 
 def assert_same(first, second):
     for site, x in first.state.draws.items():
-        assert type(x) is np.ndarray
+        assert isinstance(x, np.ndarray)
         np.testing.assert_allclose(x, second.state.draws[site], rtol=1e-3, atol=1e-4)
     for name in ("loss", "sliced_wasserstein", "ess", "reduced_chi_square"):
         a, b = getattr(first.history, name), getattr(second.history, name)
         np.testing.assert_allclose(a, b, rtol=1e-3)
     for name, value in second.params.items():
         np.testing.assert_allclose(first.params[name], value, rtol=1e-3)
+
+
+@pytest.fixture(params=["host", "folder"])
+def draws_in(request, tmp_path):
+    return "host" if request.param == "host" else tmp_path / "draws"
 
 
 @pytest.mark.parametrize(
@@ -96,24 +102,29 @@ def assert_same(first, second):
         (model, {}, {"max_batch_size": 1024}),  # one block
         (unknown_noise, {}, {"num_draws": 2}),
         (two_sites, {}, {}),
+        (two_sites, {}, {"num_events": 10, "max_batch_size": 10, "num_iterations": 3}),
         (conditional, {"context_shape": (1,)}, {}),
     ],
-    ids=["some events", "one block", "param", "two sites", "contexts"],
+    ids=["some events", "one block", "param", "two sites", "some of two sites", "contexts"],
 )
-def test_same_numbers(small_parts, model, network, options):
+def test_same_numbers(small_parts, draws_in, model, network, options):
     prior = make_prior(**network)
-    assert_same(run(model, True, prior, **options), run(model, False, prior, **options))
+    found = run(model, draws_in, prior, **options)
+    assert_same(found, run(model, "device", prior, **options))
+    mapped = [isinstance(x, np.memmap) for x in found.state.draws.values()]
+    assert all(mapped) if draws_in != "host" else not any(mapped)
 
 
-def test_a_run_goes_on_with_draws_on_the_host(small_parts, tmp_path):
-    whole = run(model, True)
-    run(model, True, num_iterations=1, checkpoint=tmp_path)
-    rest = run(model, True, checkpoint=tmp_path)
+def test_a_run_goes_on_wherever_its_draws_are(small_parts, draws_in, tmp_path):
+    whole = run(model, draws_in)
+    run(model, draws_in, num_iterations=1, checkpoint=tmp_path / "run")
+    other = "host" if draws_in != "host" else tmp_path / "draws"
+    rest = run(model, other, checkpoint=tmp_path / "run")
     np.testing.assert_array_equal(rest.state.draws["x"], whole.state.draws["x"])
     np.testing.assert_array_equal(rest.history.loss, whole.history.loss)
 
 
-def test_events_whose_draws_fail(monkeypatch, small_parts):
+def test_events_whose_draws_fail(monkeypatch, small_parts, draws_in):
     """They keep their last draws, and in the first iteration they have the prior's mean."""
     draw_part = blocks._draw_part
 
@@ -123,16 +134,16 @@ def test_events_whose_draws_fail(monkeypatch, small_parts):
 
     monkeypatch.setattr(blocks, "_draw_part", fail)
     with pytest.warns(UserWarning, match="draws of iteration"):
-        runs = [run(model, on_host) for on_host in (True, False)]
+        runs = [run(model, where) for where in (draws_in, "device")]
     assert int(runs[0].history.num_failed[0]) > 0
     assert_same(*runs)
 
 
-def test_nothing_compiles_after_the_first_iterations(small_parts):
+def test_nothing_compiles_after_the_first_iterations(small_parts, draws_in):
     em = ndp.EM(
         unknown_noise,
         optax.adam(1e-3),
-        e_step=ndp.EStep(2, max_batch_size=32, num_events=32, draws_on_host=True),
+        e_step=ndp.EStep(2, max_batch_size=32, num_events=32, draws_in=draws_in),
         m_step=ndp.MStep(num_steps=6, batch_size=16),
     )
     state = em.init(KEY, make_prior(), Y)
@@ -143,7 +154,7 @@ def test_nothing_compiles_after_the_first_iterations(small_parts):
     assert compiled.compiled == 0
 
 
-def test_training_reads_a_part_of_the_draws(monkeypatch, small_parts):
+def test_training_reads_a_part_of_the_draws(monkeypatch, small_parts, draws_in):
     sizes = []
     take = minibatches.take_rows
 
@@ -152,6 +163,46 @@ def test_training_reads_a_part_of_the_draws(monkeypatch, small_parts):
         return take(x, index)
 
     monkeypatch.setattr(minibatches, "take_rows", record)
-    run(model, True, num_iterations=1)
+    run(model, draws_in, num_iterations=1)
     assert len(sizes) == 1 + 3  # mean and covariance, then two of six steps at a time
     assert max(sizes[1:]) <= 2 * 16
+
+
+@pytest.mark.parametrize("num_events", [None, 32])
+def test_files_of_draws(small_parts, tmp_path, num_events):
+    """Those of the last iteration stay; arrays of earlier ones are what they were."""
+    em = ndp.EM(
+        model,
+        optax.adam(1e-3),
+        e_step=ndp.EStep(2, max_batch_size=32, num_events=num_events, draws_in=tmp_path),
+        m_step=ndp.MStep(num_steps=2, batch_size=16),
+    )
+    (tmp_path / "own.npy").touch()
+    first = em.init(KEY, make_prior(), Y)
+    states, copies = [first], []
+    for _ in range(3):
+        states.append(em.update(states[-1], Y)[0])
+        copies.append(np.array(states[-1].draws["x"]))
+    em.update(first, Y)  # writes to the file of the first iteration again
+    for state, copy in zip(states[1:], copies, strict=True):
+        np.testing.assert_array_equal(state.draws["x"], copy)
+    kind = "drawn" if num_events is None else "all"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"draws.x.1.{kind}.npy", "own.npy"]
+    np.testing.assert_array_equal(np.load(tmp_path / names[0]), copies[0])
+
+
+def test_where_draws_are_is_checked():
+    with pytest.raises(ValueError, match='draws_in to be "device", "host" or a folder, got True'):
+        ndp.EStep(draws_in=True)
+
+
+def test_draws_on_the_host_are_handled_in_chunks(monkeypatch):
+    monkeypatch.setattr(lazy, "_MAX_CHUNK", 6)
+    for shape in ((), (0,), (4,), (2, 5), (3, 2, 7), (2, 3, 4, 1), (9, 3)):
+        for num_axes in range(len(shape) + 1):
+            x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+            seen = [x[rows].ravel() for rows in lazy.chunks_of(shape, num_axes)]
+            np.testing.assert_array_equal(np.concatenate([*seen, []]), x.ravel())
+            rest = int(np.prod(shape[num_axes:], dtype=int))
+            assert all(part.size <= max(6, rest) for part in seen)
