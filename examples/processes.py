@@ -11,8 +11,8 @@ Kubernetes), or with the address of the first host:
     python examples/processes.py --address host0:1234 --num-processes 2 --process 0
 
 Events are noisy random walks, some of whose steps are hidden. The data are files, of which each
-process reads the events that it draws. A run goes on from its checkpoints, also with another
-number of processes.
+process reads the events that it draws, or arrays that the processes divide among them. A run goes
+on from its checkpoints, also with another number of processes.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import numpyro.distributions as dist
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
@@ -52,6 +53,13 @@ def simulate(folder, num_events):
     np.save(folder / "y.npy", (x + NOISE * rng.normal(size=x.shape)).astype("float32"))
 
 
+def divide(x, mesh):
+    """An array of which each process holds its own events."""
+    sharding = NamedSharding(mesh, PartitionSpec("events"))
+    own = np.array_split(x, jax.process_count())[jax.process_index()]
+    return jax.make_array_from_process_local_data(sharding, own, x.shape)
+
+
 def learn(args):
     """Run EM on the devices of all processes; return what the first process writes."""
     folder = Path(args.output)
@@ -60,14 +68,17 @@ def learn(args):
         simulate(folder, args.num_events)
     multihost_utils.sync_global_devices("the data are written")
     mask, y = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mask", "y"))
+    mesh = jax.make_mesh((jax.device_count(),), ("events",))
+    if args.divided:
+        mask, y = (divide(x, mesh) for x in (mask, y))
     net = ndp.MLP((SIZE,), features=(32,), embedding=16, rngs=nnx.Rngs(0))
     prior = ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(16))
     em = ndp.EM(
         model,
         optax.adam(1e-3),
         e_step=ndp.EStep(num_particles=4, max_batch_size=128),
-        m_step=ndp.MStep(num_steps=64, batch_size=64),
-        mesh=jax.make_mesh((jax.device_count(),), ("events",)),
+        m_step=ndp.MStep(num_steps=64, batch_size=64, min_shard_size=args.min_shard_size),
+        mesh=mesh,
     )
     result = em.run(
         jax.random.key(0), args.num_iterations, prior, mask, y, checkpoint=folder / "run"
@@ -89,8 +100,10 @@ def start(args):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, "--address", address, "--output", args.output]
-    for name in ("num_processes", "num_events", "num_iterations"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    for name in ("num_processes", "num_events", "num_iterations", "min_shard_size"):
+        if getattr(args, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--divided"] * args.divided
     processes = [
         subprocess.Popen([*command, "--process", str(i)]) for i in range(args.num_processes)
     ]
@@ -122,6 +135,8 @@ def parse_args(argv=None):
     parser.add_argument("--num-processes", type=int, default=2)
     parser.add_argument("--num-events", type=int, default=4096)
     parser.add_argument("--num-iterations", type=int, default=8)
+    parser.add_argument("--divided", action="store_true", help="arrays instead of files")
+    parser.add_argument("--min-shard-size", type=int, help="of weights, in training")
     parser.add_argument("--cluster", action="store_true", help="processes started by a cluster")
     parser.add_argument("--address", help="of the first process, with a port")
     parser.add_argument("--process", type=int, default=0, help="the number of this process")

@@ -194,6 +194,63 @@ def test_training_is_that_of_one_device(monkeypatch, num_parts):
 
 
 @on_eight
+def test_large_weights_are_sharded():
+    """With their average and the optimizer's state; the numbers stay the same."""
+    optimizer, mesh = optax.adam(1e-2), make_mesh(4, 2)
+    state = init_training(make_prior().denoiser, optimizer)
+    options = {"num_steps": 6, "batch_size": 16, "mesh": mesh}
+    key = jax.random.key(4)
+    whole, losses = train(key, state, Y, optimizer, **options)
+    divided, divided_losses = train(key, state, Y, optimizer, min_shard_size=256, **options)
+    np.testing.assert_allclose(divided_losses, losses, rtol=10 * tolerance())
+    for a, b in zip(jax.tree.leaves(divided), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=10 * tolerance())
+
+    def sizes(tree):
+        arrays = [x for x in jax.tree.leaves(tree) if x.ndim == 2 and x.size >= 256]
+        return [(x.size, x.addressable_shards[0].data.size) for x in arrays]
+
+    for tree in (divided.denoiser.net, divided.averaged.net, divided.opt_state):
+        assert sizes(tree)
+        assert all(own == size // NUM_DEVICES for size, own in sizes(tree))
+    assert all(own == size for size, own in sizes(whole))
+    again, _ = train(key, divided, Y, optimizer, min_shard_size=256, **options)
+    np.testing.assert_allclose(
+        jax.tree.leaves(again.averaged)[0],
+        jax.tree.leaves(train(key, whole, Y, optimizer, **options)[0].averaged)[0],
+        rtol=1e-3,
+        atol=10 * tolerance(),
+    )
+
+
+@on_eight
+def test_em_with_sharded_weights(tmp_path):
+    """It goes on from its checkpoints, and gives whole priors."""
+
+    def run(num_iterations, **options):
+        em = ndp.EM(
+            model,
+            optax.adam(1e-3),
+            e_step=ndp.EStep(sampler=SAMPLER, max_batch_size=32),
+            m_step=ndp.MStep(num_steps=8, batch_size=8, **options),
+            mesh=make_mesh(8),
+        )
+        return em.run(
+            jax.random.key(5), num_iterations, make_prior(), MASK, Y,
+            checkpoint=tmp_path if options else None, progress_bar=False,
+        )  # fmt: skip
+
+    run(1, min_shard_size=256)
+    found, expected = run(2, min_shard_size=256), run(2)
+    np.testing.assert_allclose(found.history.loss, expected.history.loss, rtol=1e-3)
+    arrays = [x for x in jax.tree.leaves(found.prior.denoiser.net) if x.size >= 256]
+    assert arrays
+    assert all(x.is_fully_replicated for x in arrays)
+    state = jax.tree.leaves(found.state.training["prior"].opt_state)
+    assert not all(x.is_fully_replicated for x in state if x.size >= 256)
+
+
+@on_eight
 def test_training_is_divided():
     optimizer = optax.sgd(0.1)
     state = init_training(make_prior().denoiser, optimizer)

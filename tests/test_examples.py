@@ -434,7 +434,8 @@ def test_benchmark_of_kills(tmp_path):
 @pytest.mark.parametrize("kind", reading.KINDS)
 def test_benchmark_of_reading(kind):
     assert reading.count_executions("log_evidence")[1] == 1
-    written = reading.measure_memory("sample_posterior, draws in a folder", 21_000, kind)
+    name = "sample_posterior, draws in a folder"
+    written = reading.measure_memory(name, 21_000, kind, address="", process=0)
     assert np.isfinite(written)
 
 

@@ -44,10 +44,11 @@ def test_one_process_shares_nothing():
     assert devices.gather(x, 0, mesh) is devices.localize(x, mesh) is x
 
 
-def parse(folder, num_processes, num_iterations):
+def parse(folder, num_processes, num_iterations, *options):
     return processes.parse_args(
         f"--num-events 250 --num-processes {num_processes} --num-iterations {num_iterations} "
         f"--output {folder}".split()
+        + list(options)
     )
 
 
@@ -56,6 +57,11 @@ def test_two_processes(tmp_path):
     """They have the numbers of one; if one is killed, another number of them goes on."""
     two = processes.main(parse(tmp_path / "two", 2, 2))
     assert two["num_processes"] == 2
+    # Events and weights that the processes divide among them.
+    divided = processes.main(
+        parse(tmp_path / "divided", 2, 2, "--divided", "--min-shard-size", "512")
+    )
+    np.testing.assert_allclose(divided["loss"], two["loss"], rtol=1e-4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

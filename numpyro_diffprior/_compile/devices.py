@@ -5,10 +5,20 @@ arrays that are not divided. Without a mesh, computation stays on the device of 
 of a mesh are treated as one.
 
 Every process runs the same program on the same arguments. Its arrays are its own, except within a
-training, whose arrays all processes share.
+training, whose arrays all processes share. There, large arrays may be divided, too: each device
+has a part of the weights, their average and the optimizer's state, and the compiler gathers a
+layer's weights where they are used.
+
+References:
+    Rajbhandari, Rasley, Ruwase, He, *ZeRO: memory optimizations toward training trillion parameter
+    models*, 2020, arXiv 1910.02054 (weights divided over devices).
+
+    Xu et al., *GSPMD: general and scalable parallelization for ML computation graphs*, 2021, arXiv
+    2105.04663 (what the compiler makes of it).
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, TypeVar
 
 import jax
@@ -20,13 +30,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 __all__ = [
     "along",
     "check_batch_size",
-    "collect",
+    "constrain",
+    "divide",
     "exchange",
     "gather",
     "localize",
     "num_devices",
     "num_processes",
     "on_devices",
+    "own_array",
     "own_devices",
     "replicate",
     "round_up",
@@ -73,17 +85,50 @@ def own_devices(mesh: Mesh | None) -> Mesh | None:
 
 def replicate(tree: T, mesh: Mesh | None) -> T:
     """Copy all arrays of a tree to every device."""
+    return divide(tree, mesh, None)
+
+
+def divide(tree: T, mesh: Mesh | None, min_size: int | None) -> T:
+    """Put the arrays of a tree on the devices: divided if they are large, else copied to each.
+
+    Args:
+        tree: The arrays.
+        mesh: The devices, or None.
+        min_size: The least number of elements of an array that is divided, along its longest axis
+            of a multiple of the devices; None to divide none.
+    """
     if mesh is None:
         return tree
-    sharding = NamedSharding(_automatic(mesh), PartitionSpec())
-    if num_processes(mesh) == 1:
-        return jax.device_put(tree, sharding)
 
     def put(leaf: Any) -> jax.Array:
+        sharding = _sharding(leaf, mesh, min_size)
+        if num_processes(mesh) == 1:
+            return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return _on_data(put, tree)
+
+
+def constrain(tree: T, mesh: Mesh | None, min_size: int | None) -> T:
+    """Constrain traced arrays to be on the devices as `divide` puts them."""
+    if mesh is None or min_size is None:
+        return tree
+
+    def put(leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, _sharding(leaf, mesh, min_size))
+
+    return _on_data(put, tree)
+
+
+def _sharding(x: Any, mesh: Mesh, min_size: int | None) -> NamedSharding:
+    """Return the sharding of an array in a training, see `divide`."""
+    shape = np.shape(x)
+    lengths = [n if n % num_devices(mesh) == 0 else 0 for n in shape]
+    spec = PartitionSpec()
+    if min_size is not None and prod(shape) >= min_size and any(lengths):
+        spec = along(lengths.index(max(lengths)), mesh)
+    return NamedSharding(_automatic(mesh), spec)
 
 
 def along(axis: int, mesh: Mesh) -> PartitionSpec:
@@ -99,10 +144,15 @@ def shard(x: Any, axis: int, mesh: Mesh | None) -> jax.Array:
 
 
 def localize(tree: T, mesh: Mesh | None) -> T:
-    """Return arrays that all processes share as arrays of this process; see `replicate`."""
+    """Return arrays that all processes share or divide as arrays of this process."""
     if num_processes(mesh) == 1:
         return tree
-    return _on_data(lambda leaf: jnp.asarray(leaf.addressable_data(0)), tree)
+
+    def take(leaf: jax.Array) -> jax.Array:
+        own = leaf.addressable_data(0) if leaf.is_fully_replicated else _collect(leaf)
+        return jnp.asarray(own)
+
+    return _on_data(take, tree)
 
 
 def gather(tree: T, axis: int, mesh: Mesh | None) -> T:
@@ -122,11 +172,21 @@ def exchange(tree: T, mesh: Mesh | None) -> list[T]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
 
 
-def collect(x: jax.Array) -> np.ndarray:
-    """Return an array of which other processes hold a part, as a whole, in host memory.
+def own_array(x: Any) -> Any:
+    """Return an array of this process, in host memory, in place of one of several processes.
 
-    All processes must call this at the same time.
+    Of an array that is divided, all processes must call this at the same time. Other values are
+    returned as they are.
     """
+    is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    if not is_known or x.is_fully_addressable:
+        return x
+    if x.is_fully_replicated:
+        return np.asarray(x)
+    return _collect(x)
+
+
+def _collect(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 

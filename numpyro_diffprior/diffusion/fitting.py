@@ -90,6 +90,7 @@ def fit_denoiser(
     ema_decay: float = 0.999,
     summary: GaussianSummary = LowRankSummary(),
     mesh: Mesh | None = None,
+    min_shard_size: int | None = None,
     progress_bar: bool = True,
 ) -> FitResult:
     """Fit a denoiser to clean events: first its mean and covariance, then its network.
@@ -102,7 +103,7 @@ def fit_denoiser(
             preconditioning must not change, use `train`.)
         x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. For
             memory maps and `lazy_arrays`, mean, covariance and error ratios are estimated from
-            evenly spaced events, with 2^25 elements in all, or 4,096.
+            some events, evenly spaced: 4,096 of them, or as many as have 2^25 elements.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -111,6 +112,7 @@ def fit_denoiser(
         ema_decay: Largest decay of the average of the weights, see `train`.
         summary: The form of the events' Gaussian summary.
         mesh: Devices to spread minibatches over, see `train`.
+        min_shard_size: The least size of weights that are sharded in training, see `train`.
         progress_bar: Whether to show the steps in a terminal or a notebook, after a second.
 
     Returns:
@@ -146,10 +148,12 @@ def fit_denoiser(
             noise=noise,
             ema_decay=ema_decay,
             mesh=mesh,
+            min_shard_size=min_shard_size,
             on_steps=None if bar.disable else lambda done: bar.update(done - bar.n),
         )
     _warn_of_divergence(losses)
-    denoiser = measure_error(key_measure, state.averaged, some, context=some_contexts)
+    averaged = replicate(state.averaged, own_devices(mesh))
+    denoiser = measure_error(key_measure, averaged, some, context=some_contexts)
     return FitResult(denoiser, losses)
 
 

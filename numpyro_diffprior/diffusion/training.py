@@ -31,6 +31,8 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count, check_number
 from numpyro_diffprior._compile.devices import (
     check_batch_size,
+    constrain,
+    divide,
     localize,
     num_devices,
     num_processes,
@@ -148,6 +150,7 @@ def train(
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
     mesh: Mesh | None = None,
+    min_shard_size: int | None = None,
     on_steps: Callable[[int], None] | None = None,
 ) -> tuple[TrainState, jax.Array]:
     r"""Take steps of stochastic gradient descent in a compiled loop.
@@ -179,6 +182,10 @@ def train(
         ema_decay: Largest decay :math:`\gamma` of the average, from 0 (no averaging) to 1.
         mesh: Devices over which every minibatch is sharded (`jax.make_mesh`); the events and the
             weights are copied to each.
+        min_shard_size: The least number of elements of weights that are sharded over the devices
+            rather than copied, with their average and the optimizer's state: for networks that
+            do not fit on one device four times (default: none are). They stay so in the state,
+            if the devices are those of one process.
         on_steps: A function of the number of steps taken, called about once a second. With one,
             the loop runs in parts, between which the call can be interrupted; the numbers are the
             same. It is not called inside ``jax.jit``, nor by one of several processes.
@@ -194,6 +201,8 @@ def train(
     """
     num_steps = check_count("train", "num_steps", num_steps)
     batch_size = check_count("train", "batch_size", batch_size)
+    if min_shard_size is not None:
+        min_shard_size = check_count("train", "min_shard_size", min_shard_size)
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
     check_shapes(x, context, state.denoiser)
@@ -205,12 +214,13 @@ def train(
         x = original.from_data(check_events(x, original))
         return replicate((x, as_context(context, original)), mesh)
 
-    key_steps, state, run = replicate((rng_key, state, _Run.start(state, num_steps)), mesh)
+    key_steps = replicate(rng_key, mesh)
+    state, run = divide((state, _Run.start(state, num_steps)), mesh, min_shard_size)
 
     def take(events: Any, run: _Run, end: int) -> _Run:
         """Take the steps before ``end``."""
         arrays = key_steps, state.denoiser, *events, noise, ema_decay, run, end
-        static = optimizer, num_steps, batch_size, num_parts, is_lazy(x), mesh
+        static = optimizer, num_steps, batch_size, num_parts, is_lazy(x), mesh, min_shard_size
         return _take_steps(*arrays, *static)
 
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, run)))
@@ -320,13 +330,13 @@ class _Run(NamedTuple):
 
 
 def _advise(factor: float, *args: Any) -> str:
-    batch_size, num_parts, *_ = args[-4:]
+    batch_size, num_parts, *_ = args[-5:]
     smaller = advise("batch_size", factor, batch_size // num_parts)
     return f"use a network with remat=True, or {smaller}"
 
 
 @check_memory("Training steps", _advise)
-@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12, 13))
+@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12, 13, 14))
 def _take_steps(
     rng_key: jax.Array,
     fixed: NetworkDenoiser,
@@ -342,6 +352,7 @@ def _take_steps(
     num_parts: int,
     streamed: bool,
     mesh: Mesh | None,
+    min_shard_size: int | None,
 ) -> _Run:
     """Take the steps of a call of `train` that come before the step ``end``.
 
@@ -429,7 +440,8 @@ def _take_steps(
         )
         kept = jax.tree.map(lambda a, b: jnp.where(diverged, b, a), new, old)
         losses = old.losses.at[i].set(jnp.where(diverged, jnp.nan, loss).astype(old.losses.dtype))
-        return kept._replace(done=i + 1, diverged=diverged, losses=losses)
+        new = kept._replace(done=i + 1, diverged=diverged, losses=losses)
+        return constrain(new, mesh, min_shard_size)
 
     return jax.lax.fori_loop(run.done, end, step, run)
 

@@ -47,8 +47,8 @@ class EStep:
         draws_in: Where the draws of all events are kept: on the ``"device"``; in the memory of the
             ``"host"``, as arrays of NumPy; or in a folder, as memory-mapped files, which the next
             iteration replaces (each of several processes has a folder of its own in it). From
-            host or folder, the M-step reads its minibatches, and estimates mean and covariance
-            from evenly spaced draws, with 2^25 elements in all, or 4,096.
+            host or folder, the M-step reads its minibatches; mean and covariance are estimated
+            from some draws, evenly spaced: 4,096 of them, or as many as have 2^25 elements.
 
     References:
         Neal and Hinton, *A view of the EM algorithm that justifies incremental, sparse, and other

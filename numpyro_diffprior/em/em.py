@@ -35,7 +35,7 @@ import optax
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
-from numpyro_diffprior._compile.devices import check_batch_size
+from numpyro_diffprior._compile.devices import check_batch_size, own_array
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.training import init_training
 from numpyro_diffprior.em.checkpoints import Checkpoints
@@ -355,7 +355,8 @@ class EM:
         """
         check_names(EM.run, self.model, 1 + len(args), locals())
         self._check_run(num_iterations, prior, init_state, heldout, patience)
-        arguments = args, kwargs
+        arguments = args, kwargs = jax.tree.map(own_array, (args, kwargs))
+        heldout = jax.tree.map(own_array, heldout)
         # `init` splits the key in two; this is a third one.
         key_heldout = jax.random.fold_in(rng_key, 2)
         progress, checkpoints = None, None
@@ -488,7 +489,7 @@ class EM:
         conditions = {
             "the random key": describe_arrays(rng_key),
             "the E-step": describe((replace(self.e_step, draws_in="device"), samplers)),
-            "the M-step": describe(self.m_step),
+            "the M-step": describe(replace(self.m_step, min_shard_size=None)),
             "the start": describe(self.start) if init_state is None else describe_arrays(template),
             "the held-out data": describe_arrays(heldout),
             "the optimizer": describe_optimizers(self.optimizer, template),

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
+from numpyro_diffprior._compile.devices import own_devices, replicate
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.fitting import measure_error
 from numpyro_diffprior.diffusion.minibatches import take_some
@@ -56,6 +57,8 @@ class MStep:
         use_average: Whether E-steps (and the result) use averaged weights.
         warm_start: Whether an M-step starts from the weights of the last one.
         reset_optimizer: Whether an M-step starts with a new state of the optimizer.
+        min_shard_size: The least number of elements of weights that are sharded over the devices
+            of ``mesh`` in training, see `numpyro_diffprior.training.train` (default: none are).
         params: How ``numpyro.param`` sites are learned.
     """
 
@@ -66,6 +69,7 @@ class MStep:
     use_average: bool = True
     warm_start: bool = True
     reset_optimizer: bool = False
+    min_shard_size: int | None = None
     params: ParamStep = field(default=ParamStep())
 
     def __post_init__(self) -> None:
@@ -79,6 +83,9 @@ class MStep:
             batch_size=check_count("MStep", "batch_size", self.batch_size),
             ema_decay=check_number("MStep", "ema_decay", self.ema_decay, 0, 1, inclusive=True),
         )
+        if self.min_shard_size is not None:
+            size = check_count("MStep", "min_shard_size", self.min_shard_size)
+            set_fields(self, min_shard_size=size)
 
     def choose(self, training: TrainState) -> NetworkDenoiser:
         """Return the denoiser to draw with."""
@@ -179,9 +186,11 @@ def _fit_prior(
         noise=m_step.noise,
         ema_decay=m_step.ema_decay,
         mesh=mesh,
+        min_shard_size=m_step.min_shard_size,
         on_steps=on_steps,
     )
-    denoiser = replace(m_step.choose(training), error_ratios=current.error_ratios)
+    chosen = replicate(m_step.choose(training), own_devices(mesh))
+    denoiser = replace(chosen, error_ratios=current.error_ratios)
     return Trained(denoiser, training, losses)
 
 

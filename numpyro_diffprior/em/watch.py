@@ -32,6 +32,7 @@ class Watch(Monitor):
         self._known: dict[int, tuple[Division, list[Any]]] = {}
         self._num_drawn = 0
         self._metrics = ""
+        self._entered: set[str] = set()
 
     def start(self, progress: Progress) -> None:
         """Begin, or go on, from here."""
@@ -43,9 +44,11 @@ class Watch(Monitor):
             self._known = self._checkpoints.load_draws(progress)
 
     def enter(self, phase: str) -> None:
-        """Begin a phase of an iteration."""
+        """Begin a phase of an iteration, which compiles its programs the first time."""
         self._num_drawn = 0
-        self._bar.set_postfix_str(phase + self._metrics)
+        compiling = "" if phase in self._entered else ", compiling"
+        self._entered.add(phase)
+        self._bar.set_postfix_str(phase + compiling + self._metrics)
 
     def steps_of(self, num_steps: int) -> Callable[[int], None] | None:
         """Return a function that takes the number of steps of an M-step so far; None if unseen."""

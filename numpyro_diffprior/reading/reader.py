@@ -21,7 +21,7 @@ from numpyro_diffprior._compile.arguments import (
     merge_arguments,
     split_arguments,
 )
-from numpyro_diffprior._compile.devices import collect, num_devices, own_devices, replicate
+from numpyro_diffprior._compile.devices import num_devices, own_array, own_devices, replicate
 from numpyro_diffprior._compile.lazy import LazyArray, as_lazy, is_lazy
 from numpyro_diffprior._compile.program import trace
 from numpyro_diffprior.reading.latent import (
@@ -96,7 +96,7 @@ def read(
         _LAST_DIVISIONS[signature] = wanted
         while len(_LAST_DIVISIONS) > _MAX_DIVISIONS:
             _LAST_DIVISIONS.pop(next(iter(_LAST_DIVISIONS)))
-    data = [_localize(arrays[k] if isinstance(k, int) else k) for k in traced.kept]
+    data = [own_array(arrays[k] if isinstance(k, int) else k) for k in traced.kept]
     kept_at = {kept: i for i, kept in enumerate(traced.kept) if isinstance(kept, int)}
     positions = tuple(kept_at.get(i) for i in range(len(arrays)))
     blocks = traced.reading.blocks
@@ -126,16 +126,6 @@ def _spec(array: Any) -> jax.ShapeDtypeStruct:
     if isinstance(array, np.ndarray | np.generic | LazyArray):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(array), dtype)
-
-
-def _localize(x: Any) -> Any:
-    """Return an array of this process in place of one that processes share or divide."""
-    is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    if not is_known or x.is_fully_addressable:
-        return x
-    if x.is_fully_replicated:
-        return np.asarray(x)
-    return collect(x)
 
 
 def _load(array: Any) -> Any:
