@@ -404,6 +404,15 @@ def test_some_events_are_drawn_in_turn():
     assert np.sqrt((error**2).sum() / seen.sum()) < 1.2 * NOISE
 
 
+@pytest.mark.parametrize(("most", "num_drawn"), [(N, N), (N // 2, N // 2)])
+def test_many_events_are_drawn_in_turn(monkeypatch, most, num_drawn):
+    """By default, an iteration draws a bounded number of them."""
+    monkeypatch.setattr("numpyro_diffprior.em.e_step._MAX_EVENTS", most)
+    em = make_em(e_step={"max_batch_size": 50, "num_particles": 1})
+    state, _ = em.update(em.init(jax.random.key(0), make_prior(), MASK, Y), MASK, Y)
+    assert int(jnp.isfinite(state.draws["x"]).all((0, -1)).sum()) == num_drawn
+
+
 def test_some_events_are_as_good_as_all():
     """The Gaussian of a prior that learns from a quarter of the events at a time."""
     found = []

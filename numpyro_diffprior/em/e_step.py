@@ -41,9 +41,10 @@ class EStep:
         max_batch_size: The number of particles in memory at once on one device (default: 1,024,
             or fewer with 2^18 elements in all).
         num_events: The number of elements of the largest plate that are drawn in one iteration, in
-            turn (default: all), rounded up to whole blocks of ``max_batch_size``. The others keep
-            their last draws, and take part in M-steps from their first draw on;
-            ``numpyro.param`` sites are learned once all events have been drawn.
+            turn (default: all, or 65,536 of more), rounded up to whole blocks of
+            ``max_batch_size``. The others keep their last draws, and take part in M-steps from
+            their first draw on; ``numpyro.param`` sites are learned once all events have been
+            drawn.
         draws_in: Where the draws of all events are kept: on the ``"device"``; in the memory of the
             ``"host"``, as arrays of NumPy; or in a folder, as memory-mapped files, which the next
             iteration replaces (each of several processes has a folder of its own in it). From
@@ -82,6 +83,11 @@ class EStep:
         return BatchLimit.of("EStep", self.max_batch_size, default=1024)
 
     @property
+    def _most_events(self) -> int:
+        """The number of events in one iteration, at most."""
+        return self.num_events or _MAX_EVENTS
+
+    @property
     def on_host(self) -> bool:
         """Whether draws are arrays of NumPy, in memory or in files."""
         return self.draws_in != "device"
@@ -100,9 +106,9 @@ class EStep:
 
         def size(group: LatentGroup) -> int:
             plate, most = group.largest_plate, whole(group)
-            if self.num_events is None or plate is None or plate.size <= self.num_events:
+            if plate is None or plate.size <= self._most_events:
                 return most
-            return min(most, -(-self.num_events // num_devices(mesh)))
+            return min(most, -(-self._most_events // num_devices(mesh)))
 
         return size
 
@@ -113,10 +119,10 @@ class EStep:
         """
         chosen: dict[int, np.ndarray] = {}
         for i, group in enumerate(model.reading.groups):
-            if self.num_events is None or group.divided is None:
+            if group.divided is None:
                 continue
             plate, size = group.divided
-            num = -(-self.num_events // size) * size
+            num = -(-self._most_events // size) * size
             if num >= plate.size:
                 continue
             turn, position = divmod(iteration, -(-plate.size // num))
@@ -137,6 +143,11 @@ class EStep:
             # a curve.
             guidance = MMPS(GaussianCovariance())
         return resolve_options(default, self.num_particles, self.sampler, guidance)
+
+
+# Four times as many as the examples learn from; `benchmarks/partial.py` and
+# `benchmarks/time_to_quality.py` draw a quarter of theirs.
+_MAX_EVENTS = 2**16
 
 
 def draw_events(
