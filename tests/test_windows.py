@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import oracles
 import pytest
 from flax import nnx
@@ -434,6 +435,9 @@ REFUSALS = {
         WindowDenoiser(d, 9, cov=d.cov)
     ),
     "expected no rngs": lambda d: WindowDenoiser(d, 9)(jnp.zeros((9, 2)), 1.0, rngs=nnx.Rngs(0)),
+    "the denoiser of windows is trained, by fit_denoiser": lambda d: ndp.EM(
+        model, optax.adam(1e-3)
+    ).init(KEY, ndp.DiffusionPrior(WindowDenoiser(d, 9)), jnp.zeros(3)),
     "condition the prior of the long events": lambda _: WindowDenoiser(
         ConditionedDenoiser(network(5, context_shape=(3,)), jnp.ones(3)), 9
     ),

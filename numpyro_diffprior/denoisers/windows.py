@@ -343,6 +343,6 @@ def _check_stride(stride: Any, window: int) -> int:
     if stride > window:
         raise ValueError(
             f"WindowDenoiser: expected a stride of at most the window's length, {window}, got "
-            f"{stride}; some elements would be in no window."
+            f"{stride}, which leaves elements in no window; pass a smaller one."
         )
     return stride
