@@ -15,6 +15,7 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.function import FunctionDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.windows import WindowDenoiser
 from numpyro_diffprior.diffusion import noise, samplers, training
 from numpyro_diffprior.diffusion.fitting import FitResult, fit_denoiser, measure_error
 from numpyro_diffprior.em.e_step import EStep
@@ -70,6 +71,7 @@ __all__ = [
     "ParticleGibbs",
     "PosteriorSamples",
     "UNet",
+    "WindowDenoiser",
     "__version__",
     "calibrate",
     "complex_noise",

@@ -30,6 +30,8 @@ SMALLER = {
         "jnp.arange(8)": "jnp.arange(4)",
         "ndp.MLP((8, 8), ": "ndp.MLP((4, 4), features=(8,), ",
         "ndp.MLP((4,), ": "ndp.MLP((4,), features=(8,), ",
+        "ndp.MLP((16,), ": "ndp.MLP((16,), features=(8,), ",
+        "1_000, stride=4": "32, stride=4",
         "ndp.MLP((3,), ": "ndp.MLP((3,), features=(8,), ",
         "key(3), 64, ": "key(3), 2, ",
         "key(3), 16, ": "key(3), 1, ",

@@ -107,6 +107,11 @@ class TestCovariance:
         assert_close(cov.solve(v), np.linalg.inv(matrix) @ v)
         assert cov.sqrt_matvec(v).shape == cov.diagonal().shape
 
+    def test_leading_coordinates(self, make: Make, batch: tuple[int, ...]):
+        cov, matrix = make(*batch)
+        assert cov.leading(4).size == 4
+        assert_close(cov.leading(4).dense(), matrix[..., :4, :4])
+
     def test_is_a_pytree(self, make: Make, batch: tuple[int, ...]):
         cov, matrix = make(*batch)
         v = normal(9, *batch, SIZE)

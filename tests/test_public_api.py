@@ -44,6 +44,7 @@ PUBLIC = [
     "ParticleGibbs",
     "PosteriorSamples",
     "UNet",
+    "WindowDenoiser",
     "__version__",
     "calibrate",
     "complex_noise",

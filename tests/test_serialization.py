@@ -18,6 +18,7 @@ from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.serialization import load_denoiser, read_metadata, save_denoiser
+from numpyro_diffprior.denoisers.windows import WindowDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.linalg.covariances import Diagonal, Isotropic
 from numpyro_diffprior.nets.adapters import FunctionNetwork
@@ -111,6 +112,7 @@ def own():
 CASES = {name: lambda name=name: gaussian(name) for name in COVARIANCES}
 CASES |= {"mixture": mixture, "mlp": mlp, "unet": unet, "dit": dit, "half": half, "own": own}
 CASES |= {"conditioned": lambda: ConditionedDenoiser(NetworkDenoiser(conditional()), jnp.ones(3))}
+CASES |= {"windows": lambda: WindowDenoiser(gaussian(), 7, stride=2)}
 CASES |= {"scalar": lambda: GaussianDenoiser(1.5, Isotropic(2.0, 1))}
 
 

@@ -19,7 +19,7 @@ Exact denoisers are in `numpyro_diffprior.denoisers.exact`, learned ones in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import fields
 from math import prod
 from typing import Any, TypeVar
@@ -50,19 +50,24 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register(cls: _Class) -> _Class:
-    """Register a dataclass as a pytree.
+    """Register a dataclass as a pytree; fields with the metadata ``static`` are no data.
 
     JAX rebuilds pytrees with leaves that are not arrays, so that it must not call ``__init__``.
     """
-    names = [spec.name for spec in fields(cls)]
+    static = [spec.name for spec in fields(cls) if spec.metadata.get("static", False)]
+    names = [spec.name for spec in fields(cls) if spec.name not in static]
 
-    def flatten(denoiser: object) -> tuple[list[tuple[GetAttrKey, object]], None]:
+    def flatten(
+        denoiser: object,
+    ) -> tuple[list[tuple[GetAttrKey, object]], tuple[Hashable, ...]]:
         values = vars(denoiser)
-        return [(GetAttrKey(name), values[name]) for name in names], None
+        children = [(GetAttrKey(name), values[name]) for name in names]
+        return children, tuple(values[name] for name in static)
 
-    def unflatten(_: None, children: Iterable[object]) -> object:
+    def unflatten(aux: tuple[Hashable, ...], children: Iterable[object]) -> object:
         denoiser: Any = object.__new__(cls)
         vars(denoiser).update(zip(names, children, strict=True))
+        vars(denoiser).update(zip(static, aux, strict=True))
         return denoiser
 
     register_pytree_with_keys(cls, flatten, unflatten)

@@ -38,6 +38,7 @@ from safetensors.numpy import save
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser, MixtureDenoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.denoisers.windows import WindowDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.linalg.covariances import (
     Blocks,
@@ -62,6 +63,7 @@ _TYPES: dict[str, Any] = {
         MixtureDenoiser,
         NetworkDenoiser,
         ConditionedDenoiser,
+        WindowDenoiser,
         Isotropic,
         Diagonal,
         DiagonalPlusLowRank,

@@ -71,7 +71,8 @@ def as_dict(prior: Any) -> Priors:
         kinds = " and ".join(sorted({type(p.denoiser).__name__ for p in priors.values()}))
         raise ValueError(
             f"EM: expected a prior with a NetworkDenoiser to train, got {kinds}; analytic "
-            "priors have nothing to learn."
+            "priors have nothing to learn, and of a WindowDenoiser the denoiser of windows is "
+            "trained, by fit_denoiser."
         )
     for value in networks.values():
         same = [k for k, p in networks.items() if p.denoiser is value.denoiser]

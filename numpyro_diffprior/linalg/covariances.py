@@ -150,6 +150,10 @@ class Covariance(ABC):
 
         return Update(solve, factor.logdet())
 
+    def leading(self, size: int) -> "Covariance":
+        """Return the covariance of the first ``size`` coordinates."""
+        return Dense.from_matrix(self.dense()[..., :size, :size])
+
     def trace(self) -> jax.Array:
         """Return the total variance, with shape ``(*batch,)``."""
         return self.diagonal().sum(-1)
@@ -216,6 +220,9 @@ class Isotropic(Covariance):
     def conditional(self, variance: ArrayLike) -> "Isotropic":
         return Isotropic(parallel(self.variance, variance), self.size)
 
+    def leading(self, size: int) -> "Isotropic":
+        return Isotropic(self.variance, size)
+
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         return _update_elementwise(append_axis(self.variance), precision, square)
 
@@ -262,6 +269,9 @@ class Diagonal(Covariance):
 
     def conditional(self, variance: ArrayLike) -> "Diagonal":
         return Diagonal(parallel(self.variances, append_axis(variance)))
+
+    def leading(self, size: int) -> "Diagonal":
+        return Diagonal(self.variances[..., :size])
 
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         return _update_elementwise(self.variances, precision, square)
@@ -333,6 +343,9 @@ class DiagonalPlusLowRank(Covariance):
         inverse = inverse_lower(_capacitance(self.factor, weights))
         factor = matmul(append_axis(v * weights) * self.factor, inverse.mT)
         return DiagonalPlusLowRank(parallel(self.diag, v), factor)
+
+    def leading(self, size: int) -> "DiagonalPlusLowRank":
+        return DiagonalPlusLowRank(self.diag[..., :size], self.factor[..., :size, :])
 
     def update(self, precision: jax.Array, square: ArrayLike | None = None) -> Update:
         # The matrix is D + F F^T, or D + c D^2 + H B H^T with H = (F, c D F), K = I + c F^T F and

@@ -2,6 +2,7 @@ r"""Stationary covariances of fields on a periodic grid, diagonal in the Fourier
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_diffprior.linalg.batched import append_axis, apply, matmul
+from numpyro_diffprior.linalg.batched import append_axis, apply, einsum, matmul
 from numpyro_diffprior.linalg.covariances import Covariance, parallel
 
-__all__ = ["Stationary"]
+__all__ = ["Stationary", "extend_stationary"]
 
 
 @jax.tree_util.register_dataclass
@@ -118,3 +119,63 @@ class Stationary(Covariance):
         rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
         product = matmul(rotated, self.rotation.mT)
         return product.reshape(*product.shape[:-2], self.size)
+
+
+def extend_stationary(
+    cov: Covariance, window: tuple[int, ...], grid: tuple[int, ...]
+) -> Stationary:
+    r"""Return a covariance of fields on a periodic grid, from that of smaller windows of them.
+
+    The channels are rotated to those of their covariance, and the autocovariance is that of the
+    window :math:`W`, summed over pairs of its :math:`n` points and tapered by their number:
+
+    .. math:: S(f) = \frac{1}{n} \sum_{p, q \in W} \Sigma_{pq} \, e^{-2 \pi i f (p - q)} \ge 0
+
+    The power is not negative, nor larger than the largest eigenvalue of the window's covariance;
+    the mean variance of each channel is kept.
+
+    Args:
+        cov: The covariance of windows, flattened arrays ``(*window, channels)``.
+        window: The shape of the windows.
+        grid: The shape of the grid, at least that of the windows.
+    """
+    num_points, num_axes = prod(window), len(window)
+    channels = cov.size // num_points
+    dtype = cov.diagonal().dtype
+    points = tuple(range(1, 1 + num_axes))
+    padded = tuple(2 * width for width in window)  # so that no two lags coincide
+
+    def columns(index: jax.Array) -> jax.Array:
+        """Return columns of the root of the covariance, zero beyond the last one."""
+        basis = index[:, None] == jnp.arange(cov.size)
+        return cov.sqrt_matvec(basis.astype(dtype)).reshape(len(index), num_points, channels)
+
+    def total(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Sum a function of some columns over all of them."""
+        size = min(cov.size, _NUM_COLUMNS)
+        index = jnp.arange(-(-cov.size // size) * size).reshape(-1, size)
+        zero = jnp.zeros_like(function(columns(index[0])))
+        step = lambda carry, some: (carry + function(columns(some)), None)  # noqa: E731
+        return jax.lax.scan(step, zero, index)[0]
+
+    _, rotation = jnp.linalg.eigh(total(lambda x: einsum("jpa,jpb->ab", x, x)))
+
+    def spectrum(x: jax.Array) -> jax.Array:
+        rotated = matmul(x, rotation).reshape(len(x), *window, channels)
+        waves = jnp.fft.fftn(rotated, s=padded, axes=points)
+        return (jnp.square(waves.real) + jnp.square(waves.imag)).sum(0)
+
+    axes = tuple(range(num_axes))
+    lags = jnp.fft.ifftn(total(spectrum), axes=axes).real / num_points
+    places = [
+        np.fft.fftfreq(width, 1 / width).astype(int) % size
+        for width, size in zip(padded, grid, strict=True)
+    ]
+    autocovariance = jnp.zeros((*grid, channels), dtype).at[np.ix_(*places)].add(lags)
+    power = jnp.fft.fftn(autocovariance, axes=axes).real
+    # Rounding would leave frequencies without power, in which nothing could be drawn.
+    power = jnp.maximum(power, jnp.finfo(dtype).eps * power.max())
+    return Stationary(power.reshape(-1), rotation, grid)
+
+
+_NUM_COLUMNS = 64
