@@ -14,7 +14,7 @@ References:
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser, as_covariance, check_size, register
+from numpyro_diffprior.denoisers.windowed_axes import WindowedAxis, outer
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 from numpyro_diffprior.linalg.covariances import Blocks, Covariance, Repeated
 from numpyro_diffprior.linalg.stationary import extend_stationary
@@ -190,9 +191,9 @@ class WindowDenoiser(Denoiser):
             max_batch_size=self.max_batch_size,
         )
 
-    def _axes(self) -> list["_Axis"]:
+    def _axes(self) -> list["WindowedAxis"]:
         options = zip(self.length, self._window, self.stride, self.periodic, strict=True)
-        return [_Axis.cut(*option) for option in options]
+        return [WindowedAxis.cut(*option) for option in options]
 
     @property
     def _window(self) -> tuple[int, ...]:
@@ -247,9 +248,9 @@ def _denoise(
         targets = [axis.targets(i) for axis, i in zip(axes, index, strict=True)]
         # A target beyond the end is dropped.
         targets[0] = jnp.where((numbers < num)[:, None], targets[0], axes[0].length)
-        means = denoiser._evaluate(x[(..., *_outer(places), *features)], sigma, context)
+        means = denoiser._evaluate(x[(..., *outer(places), *features)], sigma, context)
         means = means.astype(x.dtype)
-        return total.at[(..., *_outer(targets), *features)].add(means, mode="drop"), None
+        return total.at[(..., *outer(targets), *features)].add(means, mode="drop"), None
 
     total = jnp.zeros_like(x)
     if size == num:
@@ -257,65 +258,6 @@ def _denoise(
     # Checkpointed: gradients keep the intermediate values of one part, not of all.
     numbers = jnp.arange(-(-num // size) * size).reshape(-1, size)
     return jax.lax.scan(jax.checkpoint(add), total, numbers)[0]
-
-
-class _Axis(NamedTuple):
-    """The windows along one axis.
-
-    Attributes:
-        length: The length of the axis.
-        window: The length of the windows.
-        starts: Where each window starts; negative beyond the start of a periodic axis.
-        firsts: The first element that is read from each window.
-        ends: The element after the last one that is read from each window.
-    """
-
-    length: int
-    window: int
-    starts: np.ndarray
-    firsts: np.ndarray
-    ends: np.ndarray
-
-    @classmethod
-    def cut(cls, length: int, window: int, stride: int, periodic: bool) -> "_Axis":
-        before = (window - stride) // 2
-        if length == window:
-            starts = firsts = np.zeros(1, int)
-        elif periodic:
-            firsts = np.arange(0, length, stride)
-            starts = firsts - before
-        else:
-            aligned = np.arange(0, length - window + stride, stride)
-            starts = np.minimum(aligned, length - window)
-            firsts = np.concatenate([[0], aligned[1:] + before])
-        return cls(length, window, starts, firsts, np.append(firsts[1:], length))
-
-    def offsets(self) -> np.ndarray:
-        """Return the place in its window where each element is read."""
-        elements = np.arange(self.length)
-        return elements - self.starts[np.searchsorted(self.firsts, elements, side="right") - 1]
-
-    def places(self, index: jax.Array) -> jax.Array:
-        """Return the elements of windows, with shape ``(n, window)``."""
-        return self._unwrapped(index) % self.length
-
-    def targets(self, index: jax.Array) -> jax.Array:
-        """Return the elements that are read from windows, and ``length`` for the others."""
-        places = self._unwrapped(index)
-        firsts, ends = jnp.asarray(self.firsts)[index], jnp.asarray(self.ends)[index]
-        is_read = (firsts[:, None] <= places) & (places < ends[:, None])
-        return jnp.where(is_read, places, self.length)
-
-    def _unwrapped(self, index: jax.Array) -> jax.Array:
-        return jnp.asarray(self.starts)[index, None] + jnp.arange(self.window)
-
-
-def _outer(indices: list[jax.Array]) -> list[jax.Array]:
-    """Align indices ``(n, window)`` of each axis, so that they index all axes at once."""
-    return [
-        index.reshape(len(index), *np.where(np.arange(len(indices)) == i, index.shape[1], 1))
-        for i, index in enumerate(indices)
-    ]
 
 
 def _per_axis(name: str, value: Any, num_axes: int) -> tuple[Any, ...]:
