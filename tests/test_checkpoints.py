@@ -378,8 +378,8 @@ def test_the_only_checkpoint_is_damaged(folder):
 
 
 def test_checkpoints_of_a_later_version(folder):
-    edit(folder / "iterations" / "2", version=2)
-    with pytest.raises(ValueError, match="has version 2 of the format, expected 1.*upgrade"):
+    edit(folder / "iterations" / "2", version=3)
+    with pytest.raises(ValueError, match="has version 3 of the format, expected 2.*upgrade"):
         run(make_em(), 4, folder, heldout=(Y,))
 
 

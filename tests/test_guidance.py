@@ -22,6 +22,7 @@ from numpyro_diffprior.guidance.covariances import (
     IsotropicPriorCovariance,
     TweedieCovariance,
 )
+from numpyro_diffprior.guidance.guidance import SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -126,9 +127,9 @@ def test_golden(method, prior, noise):
     np.testing.assert_allclose(guided.x_hat_y, expected, atol=TOL * np.abs(expected).max())
     expected = case.flat(lambda m, c, a, n, y, x, s: oracles.gaussian_denoiser(m, c, x, s))
     np.testing.assert_allclose(guided.x_hat, expected, atol=TOL * np.abs(expected).max())
-    assert guided.residual.shape == guided.num_truncated.shape == (3, NUM_EVENTS)
-    assert np.all(guided.residual < 10 * RTOL)
-    assert not np.any(guided.num_truncated)
+    assert guided.stats.residual.shape == guided.stats.num_truncated.shape == (3, NUM_EVENTS)
+    assert np.all(guided.stats.residual < 10 * RTOL)
+    assert not np.any(guided.stats.num_truncated)
     if "dense" in method:
         log_twist = case.over(oracles.gaussian_log_twist)
         np.testing.assert_allclose(guided.log_twist, log_twist, atol=30 * TOL)
@@ -229,7 +230,7 @@ def test_nothing_observed():
         with jax.disable_jit():  # compiled twice into one program, x_hat may be rounded twice
             guided = guide(guidance, case.denoiser, nothing, case.x_t)
         np.testing.assert_array_equal(guided.x_hat_y, guided.x_hat)
-        assert np.all(guided.residual == 0)
+        assert np.all(guided.stats.residual == 0)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_gauss_newton_finds_the_mode(method):
 def test_residual_is_reported(covariance):
     case = problem()
     budget = MMPS(covariance, max_dense=0, max_steps=1)
-    residual = guide(budget, case.denoiser, case.observed, case.x_t).residual
+    residual = guide(budget, case.denoiser, case.observed, case.x_t).stats.residual
     # One step of conjugate gradients goes along the score.
     mean, cov = case.prior
     sigma, matrix, cov_y = SIGMA[1, 0], case.matrix[2], case.cov_y[2]
@@ -438,7 +439,7 @@ def test_learned_jacobian_is_truncated():
 
     expected = case.flat(expected)
     assert 0 < np.sum(num_truncated) < 3 * NUM_EVENTS * NUM_OBSERVED
-    np.testing.assert_array_equal(guided.num_truncated.reshape(-1), num_truncated)
+    np.testing.assert_array_equal(guided.stats.num_truncated.reshape(-1), num_truncated)
     np.testing.assert_allclose(guided.x_hat_y, expected, atol=100 * TOL * np.abs(expected).max())
     iterated = guide(MMPS(max_dense=0, max_steps=12), denoiser, case.observed, case.x_t)
     for leaf in jax.tree.leaves((guided, iterated)):
@@ -504,7 +505,7 @@ def test_nearly_singular_system_stays_finite():
         guided = guide(MMPS(GaussianCovariance()), denoiser, observed, x_t, sigma)
         for leaf in guided:
             assert np.all(np.isfinite(leaf))
-        assert guided.residual < 1e-2  # of the jitter, where there had to be one
+        assert guided.stats.residual < 1e-2  # of the jitter, where there had to be one
         distance = np.abs(guided.x_hat_y - observed[0]).max()
         assert distance < (0.5 if sigma < 0.1 else 0.01)
 
@@ -575,3 +576,24 @@ def test_calibrated_covariance_is_the_gaussian_one_times_the_measured_error():
         np.testing.assert_allclose(
             found.matvec(jnp.ones((2, 5, 3)))[i, 0], alone.matvec(jnp.ones(3)), rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("covariance", [TweedieCovariance(), GaussianCovariance()])
+def test_steps_of_the_solver_are_counted(covariance):
+    case = problem()
+    for max_steps in (1, 2):
+        budget = MMPS(covariance, rtol=1e-12, max_dense=0, max_steps=max_steps)
+        stats = guide(budget, case.denoiser, case.observed, case.x_t).stats
+        np.testing.assert_array_equal(stats.num_steps, np.full((3, NUM_EVENTS), max_steps))
+    stats = guide(MMPS(covariance), case.denoiser, case.observed, case.x_t).stats
+    assert not np.any(stats.num_steps)
+
+
+def test_statistics_of_several_solves():
+    first = SolveStats(jnp.array([0.1, 0.3]), jnp.array([2, 1]), jnp.array([3.0, 4.0]))
+    later = SolveStats(jnp.array([0.2, 0.1]), jnp.array([0, 5]), jnp.array([1.0, 2.0]))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, later)
+    expected = SolveStats(np.array([0.2, 0.3]), np.array([2, 5]), np.array([4.0, 6.0]))
+    for stats in (first.then(later), both.over_path()):
+        jax.tree.map(np.testing.assert_allclose, stats, expected)
+    np.testing.assert_allclose(both.over_particles().num_steps, [2.0, 3.0])

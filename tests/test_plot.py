@@ -22,6 +22,7 @@ HISTORY = ndp.EMMetrics(
     sliced_wasserstein=ONES.at[0].set(jnp.nan),
     residual=ONES,
     num_truncated=jnp.zeros(N, int),
+    num_solver_steps=jnp.zeros(N),
     ess=ONES,
     num_resamplings=jnp.zeros(N, int),
     log_evidence=jnp.nan * ONES,

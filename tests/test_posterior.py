@@ -85,6 +85,20 @@ def test_gaussian_posterior_moments(sampler, guidance, num_particles):
     assert draws.stats["num_evaluations"] == num_particles * sampler.num_evaluations
 
 
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_steps_of_conjugate_gradients_are_counted(num_particles):
+    """One per noise level, and none for an event without observations."""
+    guidance = MMPS(TweedieCovariance(), rtol=1e-12, max_dense=0, max_steps=1)
+    draws = sample_posterior(
+        jax.random.key(1), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y), num_samples=2,
+        num_particles=num_particles, sampler=MultistepSDE(8), guidance=guidance,
+    )  # fmt: skip
+    counts = draws.stats["num_solver_steps"]
+    np.testing.assert_array_equal(counts, np.broadcast_to(counts[0], (2, N)))
+    assert 7 <= counts[0, 0] == counts[0, 1] <= 8
+    assert counts[0, 2] == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*do not fit what was observed")
 def test_draws_do_not_depend_on_how_the_plate_is_cut():
     """Not the numbers, but their distribution and their order along the plate."""

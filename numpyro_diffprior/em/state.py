@@ -62,6 +62,7 @@ class EMMetrics(NamedTuple):
             previous ones, the mean over the sites; beyond 32,768 draws, of a regular subset.
         residual: The mean relative residual of guidance's solves.
         num_truncated: The mean number of directions that guidance left out.
+        num_solver_steps: The mean number of steps of conjugate gradients per draw.
         ess: The mean over the draws of the smallest effective sample size along the path.
         num_resamplings: The mean number of resamplings per draw.
         log_evidence: The mean log-evidence per event (NaN with one particle).
@@ -80,6 +81,7 @@ class EMMetrics(NamedTuple):
     sliced_wasserstein: jax.Array
     residual: jax.Array
     num_truncated: jax.Array
+    num_solver_steps: jax.Array
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
@@ -123,6 +125,7 @@ _ATTRIBUTES = {
     "sliced_wasserstein": _attributes("sliced Wasserstein distance to previous draws", None),
     "residual": _attributes("relative residual of guidance's solves"),
     "num_truncated": _attributes("number of directions left out by guidance"),
+    "num_solver_steps": _attributes("number of steps of conjugate gradients per draw"),
     "ess": _attributes("smallest effective sample size along the path"),
     "num_resamplings": _attributes("number of resamplings per draw"),
     "log_evidence": _attributes("log-evidence per event", "nat"),

@@ -24,7 +24,7 @@ from numpyro_diffprior._compile.lazy import chunks_of
 __all__ = ["Arrays", "Store", "specs_of"]
 
 _FORMAT = "numpyro_diffprior.checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 Arrays = dict[str, np.ndarray]
 

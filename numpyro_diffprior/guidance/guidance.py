@@ -22,7 +22,46 @@ from numpyro_diffprior.denoisers.wrappers import DenoiserWrapper
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.look_ahead import LookAhead
 
-__all__ = ["Guidance", "Guided", "GuidedDenoiser", "finest_sigma"]
+__all__ = ["Guidance", "Guided", "GuidedDenoiser", "SolveStats", "finest_sigma"]
+
+
+class SolveStats(NamedTuple):
+    """Statistics of guidance's solves, per event.
+
+    Attributes:
+        residual: The relative residual of the solve, with shape ``(*batch,)``; zero if there is
+            no solve, or an exact one.
+        num_truncated: The number of directions with negative prior variance, same shape; zero
+            where the solve is matrix-free.
+        num_steps: The number of steps of conjugate gradients, same shape, a float; zero if the
+            solve is another one.
+    """
+
+    residual: jax.Array
+    num_truncated: jax.Array
+    num_steps: jax.Array
+
+    @classmethod
+    def of(cls, residual: jax.Array, num_truncated: jax.Array | None = None) -> "SolveStats":
+        """Return the statistics of a solve that takes no steps."""
+        zeros = jnp.zeros_like(residual)
+        return cls(residual, zeros.astype(int) if num_truncated is None else num_truncated, zeros)
+
+    def over_path(self) -> "SolveStats":
+        """Return the largest residual and count, and the sum of steps, over the leading axis."""
+        return SolveStats(self.residual.max(0), self.num_truncated.max(0), self.num_steps.sum(0))
+
+    def over_particles(self) -> "SolveStats":
+        """Return the largest residual and count, and the mean of steps, over the leading axis."""
+        return self.over_path()._replace(num_steps=self.num_steps.mean(0))
+
+    def then(self, later: "SolveStats") -> "SolveStats":
+        """Return the statistics of these solves and of later ones."""
+        return SolveStats(
+            residual=jnp.maximum(self.residual, later.residual),
+            num_truncated=jnp.maximum(self.num_truncated, later.num_truncated),
+            num_steps=self.num_steps + later.num_steps,
+        )
 
 
 class Guided(NamedTuple):
@@ -33,17 +72,13 @@ class Guided(NamedTuple):
         x_hat_y: The posterior's mean :math:`E[x \mid x_t, y]`, with the same shape.
         log_twist: The approximate :math:`\log p(y \mid x_t)`, with shape ``(*batch,)``, without
             its log-determinant where the solve is matrix-free.
-        residual: The relative residual of the solve, with shape ``(*batch,)``; zero if there is
-            no solve, or an exact one.
-        num_truncated: The number of directions with negative prior variance, with shape
-            ``(*batch,)``; zero where the solve is matrix-free.
+        stats: The statistics of the solve.
     """
 
     x_hat: jax.Array
     x_hat_y: jax.Array
     log_twist: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
+    stats: SolveStats
 
 
 @dataclass(frozen=True, eq=False)

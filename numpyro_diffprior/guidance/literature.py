@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from numpyro_diffprior._compile.checks import check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.guidance.covariances import IsotropicPriorCovariance, pull_back
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood, Linearization, gaussian_log_density
 from numpyro_diffprior.guidance.mmps import MMPS
 from numpyro_diffprior.linalg.covariances import Diagonal
@@ -109,11 +109,9 @@ def _guided(
 ) -> Guided:
     """Return the result of guidance from its correction, which took no iterative solver."""
     log_twist = gaussian_log_density(local.residual, solution, logdet)
-    zeros = jnp.zeros_like(log_twist)
     return Guided(
         x_hat=x_hat,
         x_hat_y=x_hat + correction.reshape(x_hat.shape),
         log_twist=log_twist,
-        residual=zeros,
-        num_truncated=zeros.astype(int),
+        stats=SolveStats.of(jnp.zeros_like(log_twist)),
     )

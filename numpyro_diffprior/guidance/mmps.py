@@ -40,7 +40,7 @@ from numpyro_diffprior.guidance.covariances import (
     Product,
     TweedieCovariance,
 )
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.guidance.look_ahead import LookAhead
 from numpyro_diffprior.guidance.solves import (
@@ -161,7 +161,7 @@ class _Posterior(GuidedDenoiser):
         origin = jnp.zeros((*batch_shape, self.event_size), x_hat.dtype)
         start = _Mode(origin, origin, jnp.zeros(batch_shape, x_hat.dtype))
 
-        def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, jax.Array, jax.Array]]:
+        def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, SolveStats]]:
             x = x_hat + mode.shift.reshape(x_hat.shape)
             local = self.likelihood.linearize(x).recenter(mode.shift)
             solution = self.solve(local, cov, partial(self.likelihood.operator, x))
@@ -169,15 +169,15 @@ class _Posterior(GuidedDenoiser):
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
                 mode = self._search(x_hat, mode, solution.shift, solution.b)
-            return mode, (solution.logdet, solution.residual, solution.num_truncated)
+            return mode, (solution.logdet, solution.stats)
 
         if self.likelihood.linear:
-            mode, (logdet, residual, num_truncated) = step(start, None)
+            mode, (logdet, stats) = step(start, None)
         else:
-            mode, (logdets, residuals, counts) = jax.lax.scan(
+            mode, (logdets, all_stats) = jax.lax.scan(
                 step, start, length=self.guidance.num_iterations
             )
-            logdet, residual, num_truncated = logdets[-1], residuals.max(0), counts.max(0)
+            logdet, stats = logdets[-1], all_stats.over_path()
         correction = mode.shift
         if cov.closed_form is not None:
             correction = self._pull(x_hat, mode, cov.pull)
@@ -185,8 +185,7 @@ class _Posterior(GuidedDenoiser):
             x_hat=x_hat,
             x_hat_y=x_hat + correction.reshape(x_hat.shape),
             log_twist=mode.log_joint - logdet / 2,
-            residual=residual,
-            num_truncated=num_truncated,
+            stats=stats,
         )
 
     @property

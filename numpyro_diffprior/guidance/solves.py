@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
+from numpyro_diffprior.guidance.guidance import SolveStats
 from numpyro_diffprior.guidance.likelihood import Linearization
 from numpyro_diffprior.guidance.look_ahead import (
     DenseLookAhead,
@@ -54,15 +55,13 @@ class Solution(NamedTuple):
         shift: :math:`V b`, with the same shape.
         logdet: :math:`\log \det (I + \Lambda V)`, with shape ``(*batch,)``; zero where the solve
             is matrix-free.
-        residual: The relative residual, with shape ``(*batch,)``.
-        num_truncated: The number of directions with negative prior variance, ``(*batch,)``.
+        stats: The statistics of the solve.
     """
 
     b: jax.Array
     shift: jax.Array
     logdet: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
+    stats: SolveStats
 
 
 class Solve(ABC):
@@ -120,8 +119,7 @@ class FactoredSolve(Solve):
             b=b,
             shift=cov.matvec(b),
             logdet=logdet - local.noise.logdet(),
-            residual=residual,
-            num_truncated=jnp.zeros(residual.shape, int),
+            stats=SolveStats.of(residual),
         )
 
     @property
@@ -162,8 +160,7 @@ class ElementwiseSolve(Solve):
             b=b,
             shift=shift,
             logdet=jnp.broadcast_to(update.logdet, left.shape),
-            residual=left / jnp.where(largest > 0, largest, 1),
-            num_truncated=jnp.zeros(left.shape, int),
+            stats=SolveStats.of(left / jnp.where(largest > 0, largest, 1)),
         )
 
     @property
@@ -200,8 +197,7 @@ class EigenSolve(Solve):
             b=local.transpose(solve.solution),
             shift=einsum("m...d,...m->...d", rows, solve.solution),
             logdet=solve.logdet - local.noise.logdet(),
-            residual=jnp.zeros_like(solve.logdet),
-            num_truncated=solve.num_truncated,
+            stats=SolveStats.of(jnp.zeros_like(solve.logdet), solve.num_truncated),
         )
 
 
@@ -234,11 +230,10 @@ class ConjugateGradients(Solve):
         # Without matrices the twist lacks its determinant. With a closed form for V and a linear
         # mean, the determinant is the same for all particles of an event and cancels. Otherwise
         # particle samplers stay exact, since any positive function is a valid twist.
-        zeros = jnp.zeros_like(result.residual)
+        stats = SolveStats.of(result.residual)
         return Solution(
             b=result.b,
             shift=result.shift,
-            logdet=zeros,
-            residual=result.residual,
-            num_truncated=zeros.astype(int),
+            logdet=jnp.zeros_like(result.residual),
+            stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
         )

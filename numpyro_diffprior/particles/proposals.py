@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
-from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guided, GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.look_ahead import LookAhead
 from numpyro_diffprior.linalg.batched import gather
 
@@ -135,15 +135,13 @@ class Evaluation(NamedTuple):
         proposal: The proposal for the next level.
         x_hat: The prior's means, with shape ``(num_particles, *batch, *event)``.
         x_hat_y: The guided means, with the same shape; ``x_hat`` if particles look ahead instead.
-        residual: The relative residual of guidance's solve, ``(num_particles, *batch)``.
-        num_truncated: The number of directions that guidance left out, same shape.
+        stats: The statistics of guidance's solve, with shapes ``(num_particles, *batch)``.
     """
 
     proposal: Proposal
     x_hat: jax.Array
     x_hat_y: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
+    stats: SolveStats
 
 
 def propose(
@@ -156,13 +154,11 @@ def propose(
         mean, tau = sampler.transition(previous.x_t, x_tilde, levels)
         observed = posterior.look_ahead(x_hat, levels.following, tau)
         proposal = _LookAheadProposal(mean, tau, observed.log_twist, observed)
-        zeros = jnp.zeros_like(proposal.log_twist)
         return Evaluation(
             proposal=proposal,
             x_hat=x_hat,
             x_hat_y=x_hat,
-            residual=zeros,
-            num_truncated=zeros.astype(int),
+            stats=SolveStats.of(jnp.zeros_like(proposal.log_twist)),
         )
     guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
@@ -174,8 +170,7 @@ def propose(
         proposal=_GuidedProposal(mean, tau, guided.log_twist, shift),
         x_hat=guided.x_hat,
         x_hat_y=guided.x_hat_y,
-        residual=guided.residual,
-        num_truncated=guided.num_truncated,
+        stats=guided.stats,
     )
 
 

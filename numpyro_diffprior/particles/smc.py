@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
-from numpyro_diffprior.guidance.guidance import GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.particles.system import (
     Draws,
@@ -77,7 +77,7 @@ def draw_posterior(
         return _guided_walk(key_run, posterior, sampler, x_t)
     x = sampler.run(key_run, posterior, x_t)
     last = posterior.guide(x, sampler.sigmas(posterior)[-1])
-    return _single_draws(posterior, sampler, x, last.residual, last.num_truncated)
+    return _single_draws(posterior, sampler, x, last.stats)
 
 
 def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
@@ -93,7 +93,7 @@ def _initial_shift(posterior: GuidedDenoiser, sampler: Sampler) -> jax.Array:
 def _guided_walk(
     rng_key: jax.Array, posterior: GuidedDenoiser, sampler: Sampler, x_t: jax.Array
 ) -> Draws:
-    """Run the sampler once per draw, and record the largest residual of guidance's solves.
+    """Run the sampler once per draw, and record the statistics of guidance's solves.
 
     The evaluation at the last level is one more step of the scan, whose transition is discarded:
     the network is compiled once.
@@ -101,35 +101,33 @@ def _guided_walk(
 
     def body(
         carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    ) -> tuple[tuple[jax.Array, jax.Array], SolveStats]:
         (x_t, x_hat_prev), (key, levels) = carry, inputs
         guided = posterior.guide(x_t, levels.current)
         x_tilde = sampler.extrapolate(guided.x_hat_y, x_hat_prev, levels)
         x_s, tau = sampler.transition(x_t, x_tilde, levels)
         if sampler.eta > 0:
             x_s = x_s + tau * jax.random.normal(key, x_t.shape, x_t.dtype)
-        return (x_s, guided.x_hat_y), (guided.residual, guided.num_truncated)
+        return (x_s, guided.x_hat_y), guided.stats
 
     levels = sampler.levels_and_last(posterior)
     keys = jax.random.split(rng_key, sampler.num_steps)
     first = x_t, jnp.zeros_like(x_t)
-    (_, x), (residual, num_truncated) = jax.lax.scan(body, first, (keys, levels))
-    return _single_draws(posterior, sampler, x, residual.max(0), num_truncated.max(0))
+    (_, x), stats = jax.lax.scan(body, first, (keys, levels))
+    return _single_draws(posterior, sampler, x, stats.over_path())
 
 
 def _single_draws(
-    posterior: GuidedDenoiser,
-    sampler: Sampler,
-    x: jax.Array,
-    residual: jax.Array,
-    num_truncated: jax.Array,
+    posterior: GuidedDenoiser, sampler: Sampler, x: jax.Array, stats: SolveStats
 ) -> Draws:
     """Return draws of one particle and their statistics."""
+    residual = stats.residual
     info = ParticleInfo(
         residual=residual,
-        num_truncated=num_truncated,
+        num_truncated=stats.num_truncated,
+        num_solver_steps=stats.num_steps,
         ess=jnp.ones_like(residual),
-        num_resamplings=jnp.zeros_like(num_truncated),
+        num_resamplings=jnp.zeros_like(stats.num_truncated),
         log_evidence=jnp.full_like(residual, jnp.nan),
         reduced_chi_square=posterior.likelihood.reduced_chi_square(x),
         ess_path=jnp.ones((*residual.shape, sampler.num_steps), residual.dtype),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_diffprior.diffusion.samplers import Levels, Sampler
-from numpyro_diffprior.guidance.guidance import Guidance, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import gather
 from numpyro_diffprior.particles.proposals import Evaluation, Particles, Proposal, propose
@@ -37,6 +37,8 @@ class ParticleInfo(NamedTuple):
         residual: The largest relative residual of guidance's solves along the path (that of its
             end alone for samplers with several evaluations per step).
         num_truncated: The largest number of directions that guidance left out.
+        num_solver_steps: The number of steps of conjugate gradients along the path (at its end
+            alone for samplers with several evaluations per step), the mean over the particles.
         ess: The smallest effective sample size along the path.
         num_resamplings: The number of resamplings of the particles.
         log_evidence: The estimated log-density of the event's observations; NaN with one
@@ -49,6 +51,7 @@ class ParticleInfo(NamedTuple):
 
     residual: jax.Array
     num_truncated: jax.Array
+    num_solver_steps: jax.Array
     ess: jax.Array
     num_resamplings: jax.Array
     log_evidence: jax.Array
@@ -65,6 +68,7 @@ class ParticleInfo(NamedTuple):
         return cls(
             residual=zeros,
             num_truncated=count,
+            num_solver_steps=zeros,
             ess=zeros,
             num_resamplings=count,
             log_evidence=zeros,
@@ -109,16 +113,14 @@ class System(NamedTuple):
         particles: The particles.
         log_weight: Their log-weights, without the twist at the level of ``particles.x_t``, with
             shape ``(num_particles, *batch)``.
-        residual: The largest residual of guidance's solves so far, ``(*batch,)``.
-        num_truncated: The largest number of directions that guidance left out, ``(*batch,)``.
+        stats: The statistics of guidance's solves so far, with shapes ``(*batch,)``.
         num_resamplings: The number of resamplings, ``(*batch,)``.
         log_evidence: The log of the product of mean weights at resamplings, ``(*batch,)``.
     """
 
     particles: Particles
     log_weight: jax.Array
-    residual: jax.Array
-    num_truncated: jax.Array
+    stats: SolveStats
     num_resamplings: jax.Array
     log_evidence: jax.Array
 
@@ -151,8 +153,7 @@ def start(x_t: jax.Array, event_ndim: int) -> System:
     return System(
         particles=Particles(x_t, zero, zero),
         log_weight=log_weight,
-        residual=zeros,
-        num_truncated=count,
+        stats=SolveStats.of(zeros),
         num_resamplings=count,
         log_evidence=zeros,
     )
@@ -198,8 +199,7 @@ def advance(
             x_s, gather(evaluation.x_hat, index), gather(evaluation.x_hat_y, index)
         ),
         log_weight=discard_nan(remaining + proposal.log_ratio(x_s) - proposal.log_twist),
-        residual=jnp.maximum(system.residual, evaluation.residual.max(0)),
-        num_truncated=jnp.maximum(system.num_truncated, evaluation.num_truncated.max(0)),
+        stats=system.stats.then(evaluation.stats.over_particles()),
         num_resamplings=system.num_resamplings + degenerate,
         log_evidence=system.log_evidence + log_mean,
     ), StepInfo(x_s, index, ess)
@@ -231,8 +231,9 @@ def finish(
     return Draws(
         draw,
         ParticleInfo(
-            residual=system.residual,
-            num_truncated=system.num_truncated,
+            residual=system.stats.residual,
+            num_truncated=system.stats.num_truncated,
+            num_solver_steps=system.stats.num_steps,
             ess=ess.min(0),
             num_resamplings=system.num_resamplings,
             log_evidence=log_evidence,
