@@ -43,6 +43,9 @@ class DrawFiles:
     Args:
         folder: The folder; it is made if it does not exist.
         iteration: The number of the E-step.
+
+    Attributes:
+        samples: The draws that were written, by site.
     """
 
     def __init__(self, folder: str, iteration: int) -> None:
@@ -51,21 +54,17 @@ class DrawFiles:
             self._folder /= str(jax.process_index())
         self._folder.mkdir(parents=True, exist_ok=True)
         self._iteration = iteration
-        self._written: dict[str, Any] = {}
+        self.samples: dict[str, Any] = {}
 
     def write(self, samples: Draws, axis: int, start: int, stop: int, size: int) -> None:
         """Write draws by site to a range of an axis of this size; those beyond are left out."""
         for name, values in samples.items():
             x = np.asarray(values)
-            if name not in self._written:
+            if name not in self.samples:
                 shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-                self._written[name] = self.allocate(name, "drawn", shape, x.dtype)
+                self.samples[name] = self.allocate(name, "drawn", shape, x.dtype)
             before = (slice(None),) * axis
-            self._written[name][(*before, slice(start, stop))] = x[(*before, slice(stop - start))]
-
-    def take_written(self) -> dict[str, Any]:
-        """Return the draws that were written."""
-        return self._written
+            self.samples[name][(*before, slice(start, stop))] = x[(*before, slice(stop - start))]
 
     def allocate(self, site: str, kind: str, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         """Return an array in a new file."""

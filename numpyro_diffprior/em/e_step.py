@@ -172,4 +172,4 @@ def draw_events(
         folder=files,
         on_host=e_step.on_host,
     )
-    return drawn if files is None else drawn._replace(samples=files.take_written())
+    return drawn if files is None else drawn._replace(samples=files.samples)
