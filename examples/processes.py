@@ -76,7 +76,11 @@ def learn(args):
     em = ndp.EM(
         model,
         optax.adam(1e-3),
-        e_step=ndp.EStep(num_particles=4, max_batch_size=128),
+        e_step=ndp.EStep(
+            num_particles=4,
+            max_batch_size=128,
+            draws_in=folder / "draws" if args.lean else "device",
+        ),
         m_step=ndp.MStep(num_steps=64, batch_size=64, min_shard_size=args.min_shard_size),
         mesh=mesh,
     )
@@ -103,7 +107,7 @@ def start(args):
     for name in ("num_processes", "num_events", "num_iterations", "min_shard_size"):
         if getattr(args, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    command += ["--divided"] * args.divided
+    command += ["--divided"] * args.divided + ["--lean"] * args.lean
     processes = [
         subprocess.Popen([*command, "--process", str(i)]) for i in range(args.num_processes)
     ]
@@ -136,6 +140,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-events", type=int, default=4096)
     parser.add_argument("--num-iterations", type=int, default=8)
     parser.add_argument("--divided", action="store_true", help="arrays instead of files")
+    parser.add_argument("--lean", action="store_true", help="draws in files, not in memory")
     parser.add_argument("--min-shard-size", type=int, help="of weights, in training")
     parser.add_argument("--cluster", action="store_true", help="processes started by a cluster")
     parser.add_argument("--address", help="of the first process, with a port")

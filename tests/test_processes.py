@@ -57,10 +57,11 @@ def test_two_processes(tmp_path):
     """They have the numbers of one; if one is killed, another number of them goes on."""
     two = processes.main(parse(tmp_path / "two", 2, 2))
     assert two["num_processes"] == 2
-    # Events and weights that the processes divide among them.
-    divided = processes.main(
-        parse(tmp_path / "divided", 2, 2, "--divided", "--min-shard-size", "512")
-    )
+    # Events and weights that the processes divide among them, and draws in files of each.
+    options = ["--divided", "--lean", "--min-shard-size", "512"]
+    divided = processes.main(parse(tmp_path / "divided", 2, 2, *options))
+    for process in ("0", "1"):
+        assert list((tmp_path / "divided" / "draws" / process).glob("draws.x.2.*.npy"))
     np.testing.assert_allclose(divided["loss"], two["loss"], rtol=1e-4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
