@@ -58,7 +58,8 @@ LABELS = {
 class Manifold:
     """A curve in five dimensions, judged by the divergence of the E-step's draws."""
 
-    quality, scale = "divergence", {"value": "symlog", "linthresh": 1e-2}  # it may be negative
+    quality, time_scale = "divergence", "log"
+    scale = {"value": "symlog", "linthresh": 1e-2}  # it may be negative
 
     def __init__(self, rng_key, args):
         key_curve, key_data, key_net, key_judge = jax.random.split(rng_key, 4)
@@ -86,7 +87,7 @@ class Manifold:
 class Images:
     """Fashion-MNIST with hidden pixels, judged by the Frechet distance of samples of the prior."""
 
-    quality, scale = "Frechet distance", {"value": "log"}
+    quality, scale, time_scale = "Frechet distance", {"value": "linear"}, "linear"
 
     def __init__(self, rng_key, args):
         self.keys = jax.random.split(rng_key, 3)
@@ -196,12 +197,9 @@ def show_curves(runs, task, path):
     for name, rows in runs.items():
         seconds, values = ([row[key] for row in rows] for key in ("processor", "quality"))
         axis.plot(seconds, values, marker=".", label=LABELS[name])
-    axis.set(xlabel="processor time [s]", ylabel=task.quality, xscale="log")
+    axis.set(xlabel="processor time [s]", ylabel=task.quality, xscale=task.time_scale)
     axis.set_yscale(**task.scale)
-    values = [row["quality"] for rows in runs.values() for row in rows]
-    if min(values) > 0:
-        axis.set_ylim(min(values) / 2, 2 * max(values))
-    axis.legend(loc="lower left")
+    axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
