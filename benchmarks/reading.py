@@ -68,20 +68,19 @@ def make_call(name, model, mesh=None):
     prior = ndp.DiffusionPrior(gaussian, sampler=sampler)
     net = ndp.MLP((SIZE,), features=(8,), embedding=4, rngs=nnx.Rngs(0))
     network = ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=sampler)
-    folder = tempfile.TemporaryDirectory()
-    em = ndp.EM(
-        model,
-        optax.adam(1e-3),
-        e_step=ndp.EStep(
-            num_particles=2,
-            max_batch_size=512,
-            draws_in=folder.name if "draws in a folder" in name else "device",
-        ),
-        m_step=ndp.MStep(num_steps=2),
-        start=ndp.GaussianStart(num_iterations=2),
-        mesh=mesh,
-    )
     states = []
+
+    def make_em(draws_in="device"):
+        return ndp.EM(
+            model,
+            optax.adam(1e-3),
+            e_step=ndp.EStep(num_particles=2, max_batch_size=512, draws_in=draws_in),
+            m_step=ndp.MStep(num_steps=2),
+            start=ndp.GaussianStart(num_iterations=2),
+            mesh=mesh,
+        )
+
+    em = make_em()
 
     def update(y):
         if not states:
@@ -90,9 +89,9 @@ def make_call(name, model, mesh=None):
         return states[-1].draws
 
     def run(y):
-        with folder, tempfile.TemporaryDirectory() as checkpoint:
-            if "checkpoints" not in name:
-                checkpoint = None
+        with tempfile.TemporaryDirectory() as folder:
+            em = make_em(f"{folder}/draws" if "draws in a folder" in name else "device")
+            checkpoint = f"{folder}/run" if "checkpoints" in name else None
             result = em.run(key, 2, network, y, checkpoint=checkpoint, progress_bar=False)
             return result.history.loss
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import optax
 from flax import nnx
@@ -81,7 +82,8 @@ class Manifold:
         return manifold.make_em(options)
 
     def judge(self, rng_key, state):
-        return self.score(state.draws["x"].reshape(-1, manifold.DIM))["divergence"]
+        draws = state.draws["x"].reshape(-1, manifold.DIM)
+        return self.score(draws[jnp.isfinite(draws).all(-1)])["divergence"]  # those so far
 
 
 class Images:
