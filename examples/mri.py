@@ -65,7 +65,7 @@ SMALL = {
     "size": 32,
     "num_slices": 512,
     "num_gaussian_iterations": 12,
-    "num_iterations": 8,
+    "num_iterations": 6,
     "num_events": 128,
     "num_particles": 1,
     "max_steps": 2,
@@ -79,7 +79,7 @@ SMALL = {
     "num_steps": 32,
     "max_batch_size": 32,
     "num_tuned": 8,
-    "num_judged": 12,
+    "num_judged": 8,
     "num_samples": 19,
     "num_sweeps": 40,
 }
@@ -360,7 +360,6 @@ def make_optimizer(args):
 
 
 def make_em(args):
-    """One particle with Tweedie's covariance: see docs/mri.md."""
     return ndp.EM(
         model,
         make_optimizer(args),
@@ -558,7 +557,7 @@ def show_restored(draws, baselines, truth, path):
     rows = {"truth": to_complex(truth)} | baselines
     rows |= {LABELS[name] + " mean": to_complex(x.mean(0)) for name, x in draws.items()}
     name = "learned" if "learned" in draws else next(iter(draws))
-    rows |= {f"{LABELS[name]}, draw {i}": to_complex(draws[name][i]) for i in range(2)}
+    rows |= {f"{LABELS[name]}, draw {i + 1}": to_complex(draws[name][i]) for i in range(2)}
     # Over real and imaginary part.
     rows["deviation"] = jnp.sqrt(jnp.sum(draws[name].var(0), axis=-1))
     rows["error of the mean"] = to_complex(draws[name].mean(0) - truth)
