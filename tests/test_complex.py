@@ -166,6 +166,20 @@ def test_simulations_have_noise_in_both_parts():
     assert abs(np.mean(error.real * error.imag)) < 0.01 * SCALE**2 * 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_density_of_values_is_that_of_pairs(family):
+    """NumPyro's own inference differentiates it."""
+    x = jnp.asarray(RNG.normal(size=(N, PIXELS, 2)))
+    found, expected = (
+        numpyro.infer.util.log_density(model, (PRIOR, Z), {}, {"x": x})[0]
+        for model in (
+            ndp.complex_noise(make_model(FAMILIES[family][0])),
+            make_model(FAMILIES[family][1]),
+        )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_calibration_of_a_complex_model():
     model = make_model(FAMILIES["Normal of k-space"][0])
     found = ndp.calibrate(jax.random.key(3), model, PRIOR, Z, num_simulations=200, num_samples=79)

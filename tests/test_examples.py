@@ -3,8 +3,10 @@
 import json
 import warnings
 
+import h5py
 import jax
 import jax.numpy as jnp
+import nibabel
 import numpy as np
 import pytest
 from jax.scipy.special import betaln, digamma, polygamma
@@ -37,7 +39,7 @@ from benchmarks import (
 )
 from benchmarks import evidence as evidence_benchmark
 from benchmarks import images as images_benchmark
-from examples import counts, digits, images, manifold, sources
+from examples import counts, digits, images, manifold, mri, sources
 from examples import joint as joint_example
 from tests.image_files import write_images
 
@@ -429,6 +431,83 @@ def test_benchmark_of_kills(tmp_path):
     assert result["kills"] == {"E-step": 1, "M-step": 1, "write": 1}
     assert result["findings"] == []
     assert result["differing"] == []
+
+
+def write_volume(path):
+    """An ellipsoid with a darker core, of which all axial slices differ."""
+    grid = np.indices((20, 20, 48)) - np.array([9.5, 9.5, 23.5]).reshape(3, 1, 1, 1)
+    radius = np.sqrt((grid / np.array([7, 9, 30]).reshape(3, 1, 1, 1)) ** 2).sum(0)
+    volume = np.where(radius < 1.4, 100 * radius + 50, 0).astype("float32")
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
+
+
+@pytest.mark.filterwarnings("ignore:.*(do not fit|draws of one particle are biased)")
+def test_mri(tmp_path):
+    write_volume(tmp_path / "volume.nii.gz")
+    args = mri.parse_args(
+        "--size 12 --num-slices 16 --num-gaussian-iterations 1 --num-iterations 1 --num-events 8"
+        " --num-sgd-steps 2 --batch-size 4 --channels 4 --num-steps 3 --max-steps 1"
+        " --max-batch-size 8 --num-judged 2 --num-tuned 1 --num-sweeps 2 --num-noisy 1"
+        f" --data {tmp_path} --output {tmp_path / 'out'}".split()
+    )
+    args.cases = ["columns, R = 6, four coils"]
+    result = mri.main(args)
+    assert list(result["table"]) == args.cases
+    for rows in result["table"].values():
+        assert set(rows) == {"zero-filled", "total variation", "gaussian", "learned", "clean"}
+        assert all(np.isfinite(list(row.values())).all() for row in rows.values())
+    assert len(result["em"]) == 1
+    assert [row["true"] for row in result["noise"]] == pytest.approx([0.01, 0.02, 0.05])
+    written = json.loads((tmp_path / "out" / "mri.json").read_text())
+    assert written["table"] == result["table"]
+    assert (tmp_path / "out" / "mri_4.png").stat().st_size > 5_000
+
+
+def test_slices_of_mri(tmp_path):
+    """Test slices are not next to those that the prior is learned from; masks have their share."""
+    train, test = mri.split(np.arange(96))
+    assert len(train) == 64
+    assert len(test) >= 16
+    assert np.abs(train[:, None] - test).min() > 1
+    rng = np.random.default_rng(0)
+    for case in mri.CASES.values():
+        masks = mri.make_masks(rng, case, 3, 32)
+        np.testing.assert_allclose(masks.mean((1, 2)), 1 / case.acceleration, atol=0.03)
+        assert masks[:, 0, 0].all()
+    coils = mri.make_coils(4, 16)
+    np.testing.assert_allclose(np.sum(np.abs(coils) ** 2, axis=0), 1, rtol=1e-5)
+
+
+def test_total_variation_of_complete_kspace():
+    """With a small weight, it returns the image whose k-space is seen."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((2, 12, 12), "complex64")
+    image[:, 3:9, 4:8] = 1 + 1j
+    scans = mri.scan(rng, image, mri.Case("columns", 1, 4), 1e-4)
+    np.testing.assert_allclose(mri.minimize_total_variation(scans, 1e-5), image, atol=1e-3)
+
+
+def test_volumes_of_mri(tmp_path):
+    with pytest.raises(ValueError, match="expected a file .nii"):
+        mri.read_volumes(tmp_path)
+    (tmp_path / "text.nii").write_text("text")
+    with pytest.raises(ValueError, match="is no NIfTI file"):
+        mri.read_volumes(tmp_path / "text.nii")
+    series = nibabel.Nifti1Image(np.zeros((4, 4, 4, 2), "float32"), np.eye(4))
+    nibabel.save(series, tmp_path / "series.nii")
+    with pytest.raises(ValueError, match="expected a volume of three axes"):
+        mri.read_volumes(tmp_path / "series.nii")
+    with h5py.File(tmp_path / "empty.h5", "w"):
+        pass
+    with pytest.raises(ValueError, match="expected 'kspace'"):
+        mri.read_volumes(tmp_path / "empty.h5")
+    image = np.zeros((3, 8, 8), "complex64")
+    image[:, 2:5, 4] = 1 + 2j
+    kspace = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(image, (1, 2)), norm="ortho"), (1, 2))
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["kspace"] = kspace
+    (read,) = mri.read_volumes(tmp_path / "scan.h5")
+    np.testing.assert_allclose(read, image, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", reading.KINDS)

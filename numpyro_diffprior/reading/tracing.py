@@ -280,20 +280,25 @@ class mask_priors(Messenger):  # noqa: N801  # a NumPyro handler
 
 
 class complex_noise(Messenger):  # noqa: N801  # a NumPyro handler
-    """Sample complex observations with noise in the real and in the imaginary part.
+    """Sample and score complex observations with noise in the real and in the imaginary part.
 
-    NumPyro samples real noise only around a complex mean. Wrap the model in this handler for
-    `numpyro.infer.Predictive`; `calibrate` does so itself.
+    NumPyro samples real noise only around a complex mean, and its log-density is complex. Wrap
+    the model in this handler for `numpyro.infer.Predictive` and for NUTS; `calibrate` does so
+    itself. Observed values become pairs of real and imaginary parts.
 
     Args:
         fn: The model.
 
     Example:
         >>> Predictive(complex_noise(model), samples)(rng_key, prior)  # doctest: +SKIP
+        >>> NUTS(mask_priors(complex_noise(model)))  # doctest: +SKIP
     """
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "sample" or msg["value"] is not None or not is_complex(msg["fn"]):
+        if msg["type"] != "sample" or not is_complex(msg["fn"], msg["value"]):
+            return
+        if msg["value"] is not None:
+            msg["fn"], msg["value"] = to_pairs(msg["fn"], msg["value"])
             return
         key, fn = msg["kwargs"]["rng_key"], msg["fn"]
         if key is None:
