@@ -44,15 +44,16 @@ LIKELIHOODS = ("linear", "arctan", "squared", "censored")
 
 # `num_sgd_steps` is per iteration; the prior of clean windows takes as many in all.
 SMALL = {
-    "num_windows": 8192,
-    "num_iterations": 32,
-    "num_events": 2048,
-    "num_sgd_steps": 512,
+    "num_windows": 4096,
+    "num_iterations": 128,
+    "num_events": 512,
+    "num_sgd_steps": 256,
     "batch_size": 256,
     "learning_rate": 1e-3,
-    "ema_decay": 0.995,
+    "ema_decay": 0.99,
+    "network": "mlp",
     "width": 256,
-    "num_particles": 4,
+    "num_particles": 1,
     "num_steps": 32,
     "num_judged": 32,
     "num_samples": 32,
@@ -64,11 +65,12 @@ SMALL = {
 }
 GPU = SMALL | {
     "num_windows": 65_536,
-    "num_iterations": 64,
-    "num_events": 16_384,
-    "num_sgd_steps": 2048,
+    "num_iterations": 256,
+    "num_events": 8192,
+    "num_sgd_steps": 256,
     "batch_size": 1024,
-    "width": 1024,
+    "network": "unet",
+    "width": 512,
     "num_judged": 256,
     "num_samples": 128,
     "num_long": 32,
@@ -289,7 +291,12 @@ def smooth_by_ensemble(rng_key, advance, predict, noise, start, mask, y):
 
 
 def make_prior(rng_key, shape, args):
-    net = ndp.MLP(shape, features=(args.width,) * 3, rngs=nnx.Rngs(rng_key))
+    width, rngs = args.width, nnx.Rngs(rng_key)
+    if args.network == "mlp":
+        net = ndp.MLP(shape, features=(width,) * 3, rngs=rngs)
+    else:
+        channels = (width // 8, width // 4, width // 2)
+        net = ndp.UNet(shape, spatial_dims=1, channels=channels, num_blocks=1, rngs=rngs)
     return ndp.DiffusionPrior(
         ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(args.num_steps)
     )
@@ -481,6 +488,17 @@ def show_row(name, row):
     )
 
 
+def show_table(tables):
+    """Print the scores of all methods, as a table in Markdown."""
+    columns = ("rmse", "spread", "crps", "cover50", "cover90", "seconds")
+    print("\n| | method |", " | ".join(columns), "|")
+    print("| --- |" + " --- |" * (1 + len(columns)))
+    for kind, rows in tables.items():
+        for name, row in rows.items():
+            values = " | ".join(f"{row[column]:.3f}" for column in columns)
+            print(f"| {kind} | {name} | {values} |", flush=True)
+
+
 def draw_bands(axis, draws, color, label):
     """The 90 % intervals and the mean of draws with shape ``(num_samples, length)``."""
     low, high = np.quantile(draws, [0.05, 0.95], axis=0)
@@ -592,6 +610,7 @@ def main(args):
     priors = {name: lengthen(prior, args) for name, prior in priors.items()}
     draws, result["long"] = compare(key_draws, "linear", priors, system, climate, seen, args)
     show_long(choose_shown(draws, args), seen, output / f"{stem}_long.png")
+    show_table(result["windows"] | {f"linear, {args.long} steps": result["long"]})
     (output / f"{stem}.json").write_text(json.dumps(result, indent=1))
     return result
 
@@ -612,8 +631,10 @@ def parse_args(argv=None):
         "--particles", type=int, nargs="+", default=[1, 16], help="numbers in assimilation"
     )
     parser.add_argument("--likelihoods", nargs="+", choices=LIKELIHOODS, default=LIKELIHOODS)
+    parser.add_argument("--network", choices=("mlp", "unet"))
     for name, value in SMALL.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value))
+        if name != "network":
+            parser.add_argument("--" + name.replace("_", "-"), type=type(value))
     parser.set_defaults(**SMALL)
     args = parser.parse_args(argv)
     if args.gpu:

@@ -567,11 +567,11 @@ def test_assimilation(tmp_path):
         "--num-windows 64 --num-iterations 2 --num-events 32 --num-sgd-steps 8 --width 16"
         " --batch-size 16 --num-particles 2 --num-steps 4 --num-judged 2 --num-samples 20"
         " --num-members 20 --num-filtered 64 --long 40 --num-long 1 --stride 16 --particles 1 2"
-        " --likelihoods squared censored"
+        " --likelihoods censored"
         f" --output {tmp_path}".split()
     )
     result = assimilation.main(args)
-    assert set(result["windows"]) == {"squared", "censored"}
+    assert set(result["windows"]) == {"censored"}
     assert set(result["priors"]) == {"learned", "clean"}
     for rows in (*result["windows"].values(), result["long"]):
         assert len(rows) == 6
