@@ -45,6 +45,7 @@ LIKELIHOODS = ("linear", "arctan", "squared", "censored")
 # `num_sgd_steps` is per iteration; the prior of clean windows takes as many in all.
 SMALL = {
     "num_windows": 4096,
+    "num_gaussian_iterations": 64,
     "num_iterations": 128,
     "num_events": 512,
     "num_sgd_steps": 256,
@@ -323,7 +324,8 @@ def learn(rng_key, system, prior, data, args):
             noise=LEVELS,
             ema_decay=args.ema_decay,
         ),
-        start=ndp.GaussianStart(num_iterations=8, max_events=512),
+        # Draws of a Gaussian after few iterations are rough, and EM is slow to smooth them.
+        start=ndp.GaussianStart(num_iterations=args.num_gaussian_iterations, max_events=1024),
     )
     rows = []
 
@@ -554,8 +556,9 @@ def save_with_legend(figure, axis, path):
 def choose_shown(draws, args):
     """The draws of the learned prior with the most particles, and of the particle smoother."""
     num = args.particles[-1]
+    label = f"learned prior, {num} particle{'s' if num > 1 else ''}"
     return {
-        f"learned prior, particles: {num}": draws[f"learned, {num}"],
+        label: draws[f"learned, {num}"],
         "particle smoother": draws["particle smoother"],
     }
 

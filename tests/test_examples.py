@@ -564,10 +564,10 @@ def test_smoothers_of_a_linear_system(method):
 @pytest.mark.filterwarnings("ignore:.*draws of one particle are biased")
 def test_assimilation(tmp_path):
     args = assimilation.parse_args(
-        "--num-windows 64 --num-iterations 2 --num-events 32 --num-sgd-steps 8 --width 16"
-        " --batch-size 16 --num-particles 2 --num-steps 4 --num-judged 2 --num-samples 20"
-        " --num-members 20 --num-filtered 64 --long 40 --num-long 1 --stride 16 --particles 1 2"
-        " --likelihoods censored"
+        "--num-windows 64 --num-gaussian-iterations 4 --num-iterations 2 --num-events 32"
+        " --num-sgd-steps 8 --width 16 --batch-size 16 --num-particles 2 --num-steps 4"
+        " --num-judged 2 --num-samples 20 --num-members 20 --num-filtered 64 --long 40"
+        " --num-long 1 --stride 16 --particles 1 2 --likelihoods censored"
         f" --output {tmp_path}".split()
     )
     result = assimilation.main(args)
