@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 LENGTH = 32
 LIMIT = 0.5
 SPIN_UP = 1000
+# More of the training is at low noise than by default: trajectories are smooth.
 LEVELS = ndp.noise.LogNormal(-1.5, 1.5)
 LIKELIHOODS = ("linear", "arctan", "squared", "censored")
 
@@ -46,7 +47,7 @@ LIKELIHOODS = ("linear", "arctan", "squared", "censored")
 SMALL = {
     "num_windows": 4096,
     "num_gaussian_iterations": 64,
-    "num_iterations": 128,
+    "num_iterations": 96,
     "num_events": 512,
     "num_sgd_steps": 256,
     "batch_size": 256,
@@ -56,8 +57,9 @@ SMALL = {
     "width": 256,
     "num_particles": 1,
     "num_steps": 32,
-    "num_judged": 32,
-    "num_samples": 32,
+    "num_linearizations": 1,
+    "num_judged": 24,
+    "num_samples": 20,
     "num_members": 512,
     "num_filtered": 65_536,
     "long": 256,
@@ -72,6 +74,7 @@ GPU = SMALL | {
     "batch_size": 1024,
     "network": "unet",
     "width": 512,
+    "num_linearizations": 4,
     "num_judged": 256,
     "num_samples": 128,
     "num_long": 32,
@@ -406,6 +409,9 @@ def judge(draws, truth):
 
 def assimilate(rng_key, kind, prior, seen, num_particles, args):
     """Posterior draws under a diffusion prior."""
+    # A linearization factors a matrix per particle and step; particles correct what one leaves.
+    covariance = ndp.guidance.GaussianCovariance()
+    guidance = ndp.MMPS(covariance, look_ahead=True, num_iterations=args.num_linearizations)
     return ndp.sample_posterior(
         rng_key,
         model,
@@ -416,6 +422,7 @@ def assimilate(rng_key, kind, prior, seen, num_particles, args):
         seen.y,
         num_samples=args.num_samples,
         num_particles=num_particles,
+        guidance=guidance if num_particles > 1 else None,
     ).samples["x"]
 
 
