@@ -634,7 +634,7 @@ def parse_args(argv=None):
     parser.add_argument("--gpu", action="store_true", help="defaults for a GPU (not measured)")
     parser.add_argument("--system", choices=SYSTEMS, default="lorenz63")
     parser.add_argument("--seen", type=float, default=0.25, help="fraction seen in training")
-    parser.add_argument("--noise", type=float, default=0.1, help="of what is seen in training")
+    parser.add_argument("--noise", type=float, default=0.05, help="of what is seen in training")
     parser.add_argument("--sparse-seen", type=float, default=0.125, help="fraction assimilated")
     parser.add_argument("--sparse-noise", type=float, default=0.25, help="of what is assimilated")
     parser.add_argument(
