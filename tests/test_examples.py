@@ -1,5 +1,6 @@
 """Examples and benchmarks run at tiny size, and write what they promise."""
 
+import functools
 import json
 import warnings
 
@@ -10,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 from jax.scipy.special import betaln, digamma, polygamma
+from scipy.integrate import solve_ivp
 
 from benchmarks import (
     calibration,
@@ -39,7 +41,7 @@ from benchmarks import (
 )
 from benchmarks import evidence as evidence_benchmark
 from benchmarks import images as images_benchmark
-from examples import counts, digits, images, manifold, mri, sources
+from examples import assimilation, counts, digits, images, manifold, mri, sources
 from examples import joint as joint_example
 from tests.image_files import write_images
 
@@ -572,3 +574,89 @@ def test_benchmark_of_overhead(tmp_path):
     assert result["bar"]
     assert {name: len(runs) for name, runs in result["times"].items()} == {"plain": 1, "all": 1}
     assert np.isfinite(list(result["overhead"].values())).all()
+
+
+@pytest.mark.parametrize("name", assimilation.SYSTEMS)
+def test_steps_of_chaotic_systems(name):
+    """Steps without noise follow the equations; the climate has mean 0 and deviation 1."""
+    system = assimilation.SYSTEMS[name]
+    x = assimilation.simulate(jax.random.key(0), system, 256, 8)
+    np.testing.assert_allclose(x.mean((0, 1)), 0, atol=0.2)
+    np.testing.assert_allclose(x.std((0, 1)), 1, atol=0.15)
+    np.testing.assert_allclose(assimilation.residual(system, x), system.noise, rtol=0.05)
+    mean, deviation = np.array(system.mean), np.array(system.deviation)
+    for start in np.asarray(x[:4, 0], float):
+        flow = solve_ivp(
+            lambda _, state: np.asarray(system.tendency(jnp.asarray(state))),
+            (0, system.time_step),
+            mean + deviation * start,
+            rtol=1e-6,
+        )
+        expected = (flow.y[:, -1] - mean) / deviation
+        np.testing.assert_allclose(assimilation.step(system, start), expected, atol=2e-3)
+
+
+def smooth_exactly(transition, process_noise, noise, mask, y):
+    """Mean and deviation of the states of a stationary linear system, by conditioning."""
+    size, length = len(transition), len(mask)
+    cov = np.eye(size)
+    for _ in range(200):
+        cov = transition @ cov @ transition.T + process_noise**2 * np.eye(size)
+    powers = [np.linalg.matrix_power(transition, lag) for lag in range(length)]
+    blocks = [
+        [powers[t - s] @ cov if t >= s else cov @ powers[s - t].T for s in range(length)]
+        for t in range(length)
+    ]
+    joint = np.block(blocks)
+    seen = joint[:, mask.ravel()]
+    gain = np.linalg.solve(seen[mask.ravel()] + noise**2 * np.eye(mask.sum()), seen.T).T
+    deviation = np.sqrt(np.diag(joint - gain @ seen.T))
+    return cov, (gain @ y[mask]).reshape(mask.shape), deviation.reshape(mask.shape)
+
+
+@pytest.mark.parametrize("method", ["particles", "ensemble"])
+def test_smoothers_of_a_linear_system(method):
+    """Particles and ensembles agree with the exact smoother."""
+    transition = 0.95 * np.array([[np.cos(0.4), np.sin(0.4)], [-np.sin(0.4), np.cos(0.4)]])
+    process_noise, noise, length = 0.3, 0.5, 12
+    rng = np.random.default_rng(0)
+    mask, y = rng.random((length, 2)) < 0.4, rng.normal(size=(length, 2))
+    cov, mean, deviation = smooth_exactly(transition, process_noise, noise, mask, y)
+
+    def advance(key, x):
+        return x @ transition.T + process_noise * jax.random.normal(key, x.shape)
+
+    start = rng.normal(size=(65_536, 2)) @ np.linalg.cholesky(cov).T
+    y = np.where(mask, y, np.nan)
+    key = jax.random.key(0)
+    if method == "particles":
+        log_weight = functools.partial(assimilation.log_likelihood, "linear", noise)
+        draws = assimilation.smooth_by_particles(key, advance, log_weight, start, mask, y, 4096)
+    else:
+        draws = assimilation.smooth_by_ensemble(
+            key, advance, lambda x: x, noise, start[:8192], mask, y
+        )
+    np.testing.assert_allclose(draws.mean(0), mean, atol=0.03)
+    np.testing.assert_allclose(draws.std(0), deviation, rtol=0.06)
+
+
+@pytest.mark.filterwarnings("ignore:.*draws of one particle are biased")
+def test_assimilation(tmp_path):
+    args = assimilation.parse_args(
+        "--num-windows 64 --num-gaussian-iterations 4 --num-iterations 2 --num-events 32"
+        " --num-sgd-steps 8 --width 16 --batch-size 16 --num-particles 2 --num-steps 4"
+        " --num-judged 2 --num-samples 20 --num-members 20 --num-filtered 64 --long 40"
+        " --num-long 1 --stride 16 --particles 1 2 --likelihoods censored"
+        f" --output {tmp_path}".split()
+    )
+    result = assimilation.main(args)
+    assert set(result["windows"]) == {"censored"}
+    assert set(result["priors"]) == {"learned", "clean"}
+    for rows in (*result["windows"].values(), result["long"]):
+        assert len(rows) == 6
+        assert all(np.isfinite(list(row.values())).all() for row in rows.values())
+    for name in ("windows", "long"):
+        assert (tmp_path / f"assimilation_lorenz63_{name}.png").stat().st_size > 10_000
+    written = json.loads((tmp_path / "assimilation_lorenz63.json").read_text())
+    # the first E-step has no predecessor to be compared with, and NaN equals nothing
+    np.testing.assert_equal(written, result)
