@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from examples import images
 from numpyro_diffprior.metrics.ranks import coverage
+from numpyro_diffprior.metrics.scores import crps
 
 
 class Case(NamedTuple):
@@ -97,16 +98,16 @@ def draw(rng_key, case, prior, mask, noise, y, args):
 
 def judge(draws, truth, mask, args):
     """Return scores of the hidden pixels, and the CRPS of each image."""
-    crps = jnp.mean(images.crps(draws, truth), axis=range(1, truth.ndim), where=~mask)
+    of_images = jnp.mean(crps(draws, truth), axis=range(1, truth.ndim), where=~mask)
     levels = [level for level in (0.5, 0.9) if level <= (len(draws) - 1) / (len(draws) + 1)]
     varies = truth.std(0) > 0.05 * args.scale
     inside = coverage(draws, truth, levels=levels, where=~mask & varies)
     row = {
-        "crps": float(crps.mean()),
+        "crps": float(of_images.mean()),
         "rmse": float(jnp.sqrt(jnp.mean((draws.mean(0) - truth) ** 2, where=~mask))),
     }
     names = [f"cover{100 * level:.0f}" for level in levels]
-    return row | dict(zip(names, map(float, inside), strict=True)), crps
+    return row | dict(zip(names, map(float, inside), strict=True)), of_images
 
 
 def main(args):
@@ -127,12 +128,12 @@ def main(args):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # draws that do not fit are what is measured
                 draws, seconds = draw(key_draw, case, prior, mask, noise, y, args)
-            scores, crps = judge(draws, truth, mask, args)
-            first = crps if first is None else first
+            scores, of_images = judge(draws, truth, mask, args)
+            first = of_images if first is None else first
             row = {"noise": noise, "name": case.name, "num_particles": case.num_particles} | scores
             row["residual"] = float(jnp.mean(((draws - y) / noise) ** 2, where=mask))
-            row["difference"] = float(jnp.mean(crps - first))
-            row["standard_error"] = float(jnp.std(crps - first) / len(crps) ** 0.5)
+            row["difference"] = float(jnp.mean(of_images - first))
+            row["standard_error"] = float(jnp.std(of_images - first) / len(of_images) ** 0.5)
             row["cost"] = seconds / per_network
             rows.append(row)
             values = " ".join(f"{row.get(column, float('nan')):9.4f}" for column in COLUMNS)

@@ -31,6 +31,7 @@ from flax import nnx
 
 import numpyro_diffprior as ndp
 from numpyro_diffprior.metrics.ranks import coverage
+from numpyro_diffprior.metrics.scores import crps
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 
 matplotlib.use("Agg")
@@ -386,14 +387,6 @@ def judge_prior(rng_key, system, prior, clean):
         "residual": residual(system, x),
         "sliced_w2": float(sliced_wasserstein(key_directions, x, clean)),
     }
-
-
-def crps(draws, truth):
-    """Return the continuous ranked probability score of each element, an unbiased estimate."""
-    num = len(draws)
-    weights = jnp.reshape(2 * jnp.arange(num) - num + 1, (-1,) + (1,) * truth.ndim)
-    spread = jnp.sum(weights * jnp.sort(draws, axis=0), axis=0) / (num * (num - 1))
-    return jnp.mean(jnp.abs(draws - truth), axis=0) - spread
 
 
 def judge(draws, truth):

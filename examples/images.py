@@ -34,6 +34,7 @@ from flax import nnx
 import numpyro_diffprior as ndp
 from numpyro_diffprior.metrics.frechet import frechet_distance
 from numpyro_diffprior.metrics.ranks import coverage
+from numpyro_diffprior.metrics.scores import crps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -364,15 +365,6 @@ def generate(rng_key, prior, args):
 def _generate(keys, prior, size):
     x = jax.lax.map(lambda key: prior.sample(key, (size,)), keys)
     return x.reshape(-1, *prior.event_shape)
-
-
-def crps(draws, truth):
-    """Return the continuous ranked probability score of each element, an unbiased estimate."""
-    num_draws = len(draws)
-    ranks = jnp.arange(1, num_draws + 1).reshape(-1, *(1,) * truth.ndim)
-    weights = (2 * ranks - num_draws - 1) / (num_draws * (num_draws - 1))
-    spread = jnp.sum(weights * jnp.sort(draws, axis=0), axis=0)
-    return jnp.mean(jnp.abs(draws - truth), axis=0) - spread
 
 
 def judge(draws, truth, mask):

@@ -49,16 +49,6 @@ def test_messages_about_missing_and_broken_images(tmp_path):
         images.read_images(tmp_path, "train")
 
 
-def test_crps_of_few_draws():
-    """Without bias, it is E|X - t| - E|X - X'| / 2; both are known for two draws."""
-    draws, truth = jnp.array([[0.0, 3.0], [2.0, -1.0]]), jnp.array([0.5, 1.0])
-    np.testing.assert_allclose(images.crps(draws, truth), [1 - 1, 2 - 2])
-    x = jax.random.normal(jax.random.key(0), (7, 5))
-    pairs = jnp.abs(x[:, None] - x[None]).sum((0, 1)) / (7 * 6)
-    expected = jnp.abs(x - 0.3).mean(0) - pairs / 2
-    np.testing.assert_allclose(images.crps(x, jnp.full(5, 0.3)), expected, atol=1e-6)
-
-
 def test_images_have_the_settings_of_the_paper():
     args = images.parse_args("--paper --num-steps 8 --attention".split())
     assert (args.channels, args.sampler, args.num_iterations) == ((128, 256, 384), "ddpm", 32)

@@ -7,6 +7,7 @@ import scipy.stats
 
 from numpyro_diffprior.metrics.frechet import frechet_distance
 from numpyro_diffprior.metrics.ranks import coverage, sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.metrics.scores import crps
 
 SINGLE = jnp.zeros(()).dtype == jnp.float32
 RTOL = 1e-4 if SINGLE else 1e-8
@@ -170,3 +171,29 @@ class TestCalibration:
             sbc_uniformity_pvalue(jnp.zeros(9, int), 9, num_bins=11)
         with pytest.raises(ValueError, match="ranks from 0 to num_draws = 9, got 0 to 10"):
             sbc_uniformity_pvalue(jnp.array([0, 10]), 9)
+
+
+def test_crps_of_few_draws():
+    """Without bias, it is E|X - t| - E|X - X'| / 2; both are known for two draws."""
+    draws, truth = jnp.array([[0.0, 3.0], [2.0, -1.0]]), jnp.array([0.5, 1.0])
+    np.testing.assert_allclose(crps(draws, truth), [1 - 1, 2 - 2])
+    x = jax.random.normal(jax.random.key(0), (7, 5))
+    pairs = jnp.abs(x[:, None] - x[None]).sum((0, 1)) / (7 * 6)
+    expected = jnp.abs(x - 0.3).mean(0) - pairs / 2
+    np.testing.assert_allclose(crps(x, jnp.full(5, 0.3)), expected, atol=1e-6)
+
+
+def test_crps_of_normal_draws():
+    """Gneiting and Raftery (2007), equation 21; in any unit."""
+    truth = np.array([-1.0, 0.0, 2.5])
+    x = jax.random.normal(jax.random.key(1), (20_000, 3))
+    pdf, cdf = scipy.stats.norm.pdf(truth), scipy.stats.norm.cdf(truth)
+    expected = truth * (2 * cdf - 1) + 2 * pdf - 1 / np.sqrt(np.pi)
+    for unit in (1.0, 1e-26, 1e12):
+        np.testing.assert_allclose(crps(unit * x, unit * truth) / unit, expected, atol=0.02)
+
+
+def test_crps_is_refused():
+    for samples, truth in ((np.zeros((1, 3)), np.zeros(3)), (np.zeros((4, 3)), np.zeros(2))):
+        with pytest.raises(ValueError, match="crps: expected samples with shape"):
+            crps(samples, truth)

@@ -87,3 +87,46 @@ def test_two_processes(tmp_path):
             np.testing.assert_allclose(found[name][0], one[name][0], rtol=1e-4)
             # Later on, resampling of particles amplifies rounding.
             np.testing.assert_allclose(found[name], one[name][: len(found[name])], rtol=0.05)
+
+
+FIT = """
+import sys
+import jax, numpy as np, optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+import numpyro_diffprior as ndp
+
+address, process = sys.argv[1], int(sys.argv[2])
+x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+mesh = None
+if address:
+    jax.distributed.initialize(address, 2, process)
+    mesh = jax.make_mesh((2,), ("events",))
+    own = np.array_split(x, 2)[process]
+    sharding = NamedSharding(mesh, PartitionSpec("events"))
+    x = jax.make_array_from_process_local_data(sharding, own, x.shape)
+net = ndp.MLP((3,), features=(16,), embedding=8, rngs=nnx.Rngs(0))
+fit = ndp.fit_denoiser(
+    jax.random.key(0), ndp.NetworkDenoiser(net), x, optimizer=optax.adam(1e-2), num_steps=8,
+    batch_size=16, mesh=mesh,
+)
+print(*np.asarray(fit.losses))
+"""
+
+
+@pytest.mark.slow
+def test_a_fit_to_events_that_processes_divide():
+    def run(address, number):
+        command = [sys.executable, "-c", FIT, address]
+        options = {"stdout": subprocess.PIPE, "text": True}
+        running = [subprocess.Popen([*command, str(i)], **options) for i in range(number)]
+        found = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * number
+        return np.array([text.splitlines()[-1].split() for text in found], float)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    two, one = run(address, 2), run("", 1)
+    np.testing.assert_array_equal(two[0], two[1])
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-4)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.bars import make_bar
 from numpyro_diffprior._compile.checks import check_count
-from numpyro_diffprior._compile.devices import own_devices, replicate
+from numpyro_diffprior._compile.devices import own_array, own_devices, replicate
 from numpyro_diffprior._compile.lazy import is_lazy
 from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
@@ -121,6 +121,7 @@ def fit_denoiser(
     Raises:
         ValueError: If all events are the same; see also `train`.
     """
+    x, context = own_array(x), own_array(context)
     check_shapes(x, context, denoiser)
     some, some_contexts = take_some(x, context)
     some, some_contexts = replicate(

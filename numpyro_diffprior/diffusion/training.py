@@ -36,6 +36,7 @@ from numpyro_diffprior._compile.devices import (
     localize,
     num_devices,
     num_processes,
+    own_array,
     replicate,
     spread,
 )
@@ -205,6 +206,7 @@ def train(
         min_shard_size = check_count("train", "min_shard_size", min_shard_size)
     ema_decay = check_number("train", "ema_decay", ema_decay, 0, 1, inclusive=True)
     check_batch_size(batch_size, mesh)
+    x, context = own_array(x), own_array(context)
     check_shapes(x, context, state.denoiser)
     num_parts = count_parts(batch_size // num_devices(mesh), state.denoiser)
     original = state.denoiser

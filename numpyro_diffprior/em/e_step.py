@@ -41,7 +41,7 @@ class EStep:
         max_batch_size: The number of particles in memory at once on one device (default: 1,024,
             or fewer with 2^18 elements in all).
         num_events: The number of elements of the largest plate that are drawn in one iteration, in
-            turn (default: all, or 65,536 of more), rounded up to whole blocks of
+            turn (default: all, or 65,536 if there are more), rounded up to whole blocks of
             ``max_batch_size``. The others keep their last draws, and take part in M-steps from
             their first draw on; ``numpyro.param`` sites are learned once all events have been
             drawn.
@@ -145,8 +145,8 @@ class EStep:
         return resolve_options(default, self.num_particles, self.sampler, guidance)
 
 
-# Four times as many as the examples learn from; `benchmarks/partial.py` and
-# `benchmarks/time_to_quality.py` draw a quarter of theirs.
+# Far more than the smaller parts that `benchmarks/partial.py` and `benchmarks/time_to_quality.py`
+# measure to be enough.
 _MAX_EVENTS = 2**16
 
 

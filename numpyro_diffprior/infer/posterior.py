@@ -101,7 +101,7 @@ def sample_posterior(
         num_particles: Particles per system; one is guided sampling, more correct its bias.
         sampler: The sampler (default: the prior's).
         guidance: The guidance (default: `MMPS`, with Tweedie's covariance for one particle, and
-            with the Gaussian covariance and look-ahead proposals for more).
+            with the Gaussian covariance for more, which look ahead if the model is linear).
         independent: Whether every draw comes from a particle system of its own. Otherwise each
             system yields as many draws as it has particles, at a fraction of the cost: a thousand
             draws from one system of a thousand particles, say. They are exact in the limit of

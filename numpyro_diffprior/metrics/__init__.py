@@ -1,7 +1,8 @@
-r"""Metrics of samples: distances between point clouds, and calibration of posterior draws."""
+r"""Metrics of samples: distances between point clouds, calibration and scores of draws."""
 
 from numpyro_diffprior.metrics.frechet import frechet_distance
 from numpyro_diffprior.metrics.ranks import coverage, sbc_ranks, sbc_uniformity_pvalue
+from numpyro_diffprior.metrics.scores import crps
 from numpyro_diffprior.metrics.transport import (
     TransportResult,
     entropic_transport,
@@ -15,6 +16,7 @@ from numpyro_diffprior.metrics.transport import (
 __all__ = [
     "TransportResult",
     "coverage",
+    "crps",
     "entropic_transport",
     "entropic_transport_cost",
     "excess_transport_cost",
