@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
 from benchmarks import families
 from numpyro_diffprior.guidance.covariances import pull_back
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, SolveStats
 
 NUM_NEWTON = 12
 
@@ -110,7 +110,7 @@ class ConjugatePosterior(GuidedDenoiser):
         else:
             gradient = self.rule(x_hat, variance, y, 1).sum(-1, keepdims=True)
         zeros = jnp.zeros(x_hat.shape[:-1])
-        return Guided(x_hat, x_hat + pull(gradient), zeros, zeros, zeros.astype(int))
+        return Guided(x_hat, x_hat + pull(gradient), zeros, SolveStats.of(zeros))
 
 
 SCORES = {"Poisson": poisson_score, "Bernoulli": bernoulli_score, "Normal, square": None}

@@ -8,7 +8,7 @@ from numpyro_diffprior.guidance.covariances import (
     PosteriorCovariance,
     TweedieCovariance,
 )
-from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser
+from numpyro_diffprior.guidance.guidance import Guidance, Guided, GuidedDenoiser, SolveStats
 from numpyro_diffprior.guidance.likelihood import Likelihood, linear_gaussian
 from numpyro_diffprior.guidance.literature import DPS, TMPD, PiGDM
 from numpyro_diffprior.guidance.mmps import MMPS
@@ -29,6 +29,7 @@ __all__ = [
     "PiGDM",
     "Piecewise",
     "PosteriorCovariance",
+    "SolveStats",
     "Tempered",
     "TweedieCovariance",
     "linear_gaussian",
