@@ -5,6 +5,10 @@ checkpoints and no bar alternate with runs from memory-mapped files, with a chec
 iteration, the draws of long E-steps included, and a bar in a terminal. An iteration is timed from
 the end of the one before; what a run with checkpoints does once, at its start, is not counted.
 
+The difference of two such runs is mostly noise. So the same is measured with iterations that
+compute next to nothing (a sampler of two steps, eight steps of training): what these additions
+cost there, in seconds, is set against an iteration of the whole.
+
     python benchmarks/overhead.py --output out
 """
 
@@ -38,9 +42,8 @@ def measure(run):
     return {name: (ends[-1][name] - ends[0][name]) / (len(ends) - 1) for name in CLOCKS}
 
 
-def main(args):
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+def compare(args):
+    """Return the seconds of iterations, of runs without and with all additions."""
     key_data, key_net, key_em = jax.random.split(jax.random.key(args.seed), 3)
     train, _ = images.read_images(args.data, "train")
     mask, y = images.hide(
@@ -76,26 +79,50 @@ def main(args):
         terminal, sys.stderr = sys.stderr, Terminal()
         try:
             for number in range(-1, args.num_repeats):
-                for name, runs in times.items():
+                # In turn, so that a machine that gets slower or faster favors none.
+                for name in list(times)[:: 1 if number % 2 else -1]:
                     seconds = measure(partial(run, name, number))
                     if number >= 0:  # the first ones compile
-                        runs.append(seconds)
+                        times[name].append(seconds)
                         print(
                             f"{name:6s} {seconds['wall']:8.2f} s"
                             f" {seconds['processor']:8.2f} processor s",
                             flush=True,
                         )
-            shown = sys.stderr.getvalue()
+            shown = bool(sys.stderr.getvalue())
         finally:
             sys.stderr = terminal
-    overhead = {
+    return times, shown
+
+
+def differences(times):
+    """Return the median over repeats of what the additions cost, in seconds."""
+    return {
         clock: float(
-            np.median([a[clock] / p[clock] for a, p in zip(*times.values(), strict=True)]) - 1
+            np.median([a[clock] - p[clock] for p, a in zip(*times.values(), strict=True)])
         )
         for clock in CLOCKS
     }
-    print(f"overhead: {overhead['wall']:.1%} wall, {overhead['processor']:.1%} processor")
-    result = {"args": vars(args), "times": times, "overhead": overhead, "bar": bool(shown)}
+
+
+def main(args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    nothing = argparse.Namespace(
+        **vars(args) | {"num_steps": 2, "num_sgd_steps": 8, "num_repeats": 5 * args.num_repeats}
+    )
+    times, shown = compare(args)
+    extra = differences(compare(nothing)[0])
+    whole = differences(times)
+    result = {"args": vars(args), "times": times, "bar": shown, "extra": extra, "overhead": {}}
+    for clock in CLOCKS:
+        plain = float(np.median([seconds[clock] for seconds in times["plain"]]))
+        result["overhead"][clock] = extra[clock] / plain
+        print(
+            f"{clock}: {plain:.2f} s per iteration, with all {whole[clock]:+.2f} s; with next to"
+            f" nothing computed {extra[clock]:+.2f} s, {result['overhead'][clock]:.1%}",
+            flush=True,
+        )
     (output / "overhead.json").write_text(json.dumps(result, indent=1))
     return result
 

@@ -64,7 +64,7 @@ LABELS = {"gaussian": "Gaussian", "learned": "learned", "clean": "clean prior"}
 SMALL = {
     "size": 32,
     "num_slices": 512,
-    "num_gaussian_iterations": 12,
+    "num_gaussian_iterations": 8,
     "num_iterations": 6,
     "num_events": 128,
     "num_particles": 1,
@@ -330,13 +330,6 @@ def make_data(rng, args):
 
 
 def make_prior(rng_key, scans, args):
-    """An untrained network around a Gaussian with the power of k-space where it was seen.
-
-    The fit of the Gaussian starts from there. From a white one it would take many iterations: each
-    of them corrects only the share of a frequency's power that the masks see.
-    """
-    density = jnp.maximum(scans.mask.mean(0), 1 / len(scans.mask))
-    compensated = fill_with_zeros(scans._replace(y=scans.y / jnp.sqrt(density)))
     net = ndp.UNet(
         (args.size, args.size, 2),
         spatial_dims=2,
@@ -344,10 +337,8 @@ def make_prior(rng_key, scans, args):
         num_blocks=args.num_blocks,
         rngs=nnx.Rngs(rng_key),
     )
-    denoiser = ndp.NetworkDenoiser(
-        net, *ndp.linalg.StationarySummary()(to_pairs(jnp.asarray(compensated)))
-    )
-    return ndp.DiffusionPrior(denoiser, sampler=ndp.samplers.MultistepSDE(args.num_steps))
+    sampler = ndp.samplers.MultistepSDE(args.num_steps)
+    return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=sampler)
 
 
 def make_optimizer(args):

@@ -32,6 +32,7 @@ from benchmarks import (
     overhead,
     partial,
     particles,
+    power,
     reading,
     refresh,
     samplers,
@@ -376,6 +377,15 @@ def test_benchmark_of_event_sizes(tmp_path):
     rows = event_sizes.main(args)["rows"]
     assert [row["operator"] for row in rows] == ["mask", "blur"]
     assert all(min(event_sizes.ratios(row)) > 0 for row in rows)
+
+
+def test_benchmark_of_power(tmp_path):
+    """Four iterations are closer than those of expectation maximization with draws."""
+    args = power.parse_args(
+        f"--size 8 --num-fields 64 --num-iterations 4 --seen-in pixels --output {tmp_path}".split()
+    )
+    found, by_draws = power.main(args)["rows"]
+    assert found["error"] < 0.7 * by_draws["error"]
 
 
 def test_fields_of_2048_values_in_masked_kspace_are_calibrated(tmp_path):

@@ -12,7 +12,11 @@ from oracles import covariance, dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
-from numpyro_diffprior.em.gaussian import draw_linear_gaussian, fit_gaussian
+from numpyro_diffprior.em.gaussian import (
+    draw_linear_gaussian,
+    fit_gaussian,
+    restore_linear_gaussian,
+)
 from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.linalg.covariances import (
     Blocks,
@@ -462,3 +466,29 @@ def test_draws_of_large_events(kind, cov):
     deviation = np.sqrt(np.diagonal(posterior))
     assert np.all(np.abs(x.mean(0) - expected) < 5 * deviation / np.sqrt(num))
     assert np.all(np.abs(x.std(0) / deviation - 1) < 5 / np.sqrt(2 * num))
+
+
+def test_restored_events_are_posterior_means_of_observed_and_of_simulated_values():
+    """And their parts make up draws of the posterior."""
+    size, num = 24, 3000
+    rng = np.random.default_rng(0)
+    mean, cov = rng.normal(size=size), covariance("Stationary", rng, size)
+    prior = GaussianDenoiser(jnp.asarray(mean), cov)
+    matrix, y = rng.normal(size=(6, size)), rng.normal(size=6)
+    noise = Isotropic(jnp.asarray(0.1), 6)
+    likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), noise, (size,))
+    keys = jax.random.split(jax.random.key(0), num)
+    found = jax.jit(jax.vmap(lambda key: restore_linear_gaussian(key, prior, likelihood)))(keys)
+    expected, posterior = gaussian_posterior(mean, dense(cov), matrix, 0.1 * np.eye(6), y)
+    scale = np.sqrt(np.diag(dense(cov)))
+    np.testing.assert_allclose(found.observed[0], expected, atol=1e-3 * scale.max())
+    np.testing.assert_array_equal(found.observed[0], found.observed[1])
+    for x, variance in (
+        (found.simulated, scale**2),
+        (found.restored, scale**2 - np.diag(posterior)),
+        (found.simulated + found.observed - found.restored, np.diag(posterior)),
+    ):
+        assert np.all(np.abs(x.var(0) / variance - 1) < 5 * np.sqrt(2 / num))
+    waves = cov.waves(found.simulated - prior.mean)
+    power = np.broadcast_to(cov.eigenvalues, waves.shape)
+    np.testing.assert_allclose(np.abs(waves) ** 2, power, rtol=tolerance(1e-3, 1e-8))

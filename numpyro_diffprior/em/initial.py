@@ -1,7 +1,7 @@
 """The first priors: Gaussians fitted to the observations."""
 
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.draws import replace_non_finite
 from numpyro_diffprior.em.e_step import EStep, draw_events
-from numpyro_diffprior.em.gaussian import MAX_DENSE, draw_linear_gaussian, fit_gaussian
+from numpyro_diffprior.em.gaussian import MAX_DENSE, block_key, draw_linear_gaussian, fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
 from numpyro_diffprior.em.sites import Priors, Sites, pool, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
@@ -37,6 +37,7 @@ __all__ = [
     "fit_by_sampling",
     "fit_in_closed_form",
     "has_closed_form",
+    "with_gaussians",
 ]
 
 
@@ -212,7 +213,7 @@ def fit_by_sampling(
     bound: BoundModel | None = None
     structure, is_linear = None, False
     for key in jax.random.split(rng_key, start.num_iterations):
-        current = _with_gaussians(priors, fitted)
+        current = with_gaussians(priors, fitted)
         passed = sites.as_passed(current)
         if bound is None or structure != jax.tree.structure(passed):
             # Covariances fitted to draws may have another form than the initial ones.
@@ -254,8 +255,7 @@ def _draw_linear(rng_key: jax.Array, model: BoundModel, max_events: int) -> dict
 
         def draw(indices: dict[str, jax.Array], group: GroupReading = group, i: int = i) -> Any:
             block = group.bind(model.data, indices)
-            first = jnp.concatenate([jnp.array([i]), *[index[:1] for index in indices.values()]])
-            key = reduce(jax.random.fold_in, first, rng_key)
+            key = block_key(rng_key, i, indices)
             x = draw_linear_gaussian(key, block.denoiser, block.likelihood)
             return group.latents.split(block.denoiser, x)
 
@@ -263,7 +263,7 @@ def _draw_linear(rng_key: jax.Array, model: BoundModel, max_events: int) -> dict
     return samples
 
 
-def _with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
+def with_gaussians(priors: Priors, fitted: dict[str, Gaussian]) -> Priors:
     """Return the priors, with Gaussians in place of those that are learned."""
     current = dict(priors)
     for key, (mean, cov) in fitted.items():

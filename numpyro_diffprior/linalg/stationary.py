@@ -44,13 +44,13 @@ class Stationary(Covariance):
         return self.eigenvalues.shape[-1]
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        return self._multiply(self.eigenvalues, v)
+        return self.filter(self.eigenvalues, v)
 
     def solve(self, v: jax.Array) -> jax.Array:
-        return self._multiply(1 / self.eigenvalues, v)
+        return self.filter(1 / self.eigenvalues, v)
 
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
-        return self._multiply(jnp.sqrt(self.eigenvalues), z)
+        return self.filter(jnp.sqrt(self.eigenvalues), z)
 
     def logdet(self) -> jax.Array:
         return jnp.log(self.eigenvalues).sum(-1)
@@ -104,21 +104,37 @@ class Stationary(Covariance):
         """The number of channels."""
         return self.rotation.shape[-1]
 
-    def _with(self, eigenvalues: jax.Array) -> "Stationary":
-        return Stationary(eigenvalues, self.rotation, self.grid)
+    def waves(self, v: jax.Array) -> jax.Array:
+        """Return the coefficients of fields in the eigenbasis, with shape ``(*batch, size)``."""
+        axes = tuple(range(-1 - len(self.grid), -1))
+        waves = jnp.fft.fftn(self._rotate(v), axes=axes, norm="ortho")
+        return waves.reshape(*waves.shape[: axes[0]], self.size)
 
-    def _multiply(self, power: jax.Array, v: jax.Array) -> jax.Array:
-        """Multiply by the matrix of the same eigenvectors with eigenvalues ``power``."""
+    def equalize(self, z: jax.Array) -> jax.Array:
+        """Return fields of the same phases, all of whose coefficients have a modulus of one."""
+        return self.filter(1 / jnp.maximum(jnp.abs(self.waves(z)), 1e-6), z)
+
+    def filter(self, gain: jax.Array, v: jax.Array) -> jax.Array:
+        """Multiply by the matrix of the same eigenvectors with other eigenvalues, ``gain``.
+
+        Opposite frequencies must have the same gain.
+        """
         axes = tuple(range(-1 - len(self.grid), -1))
         half = slice(self.grid[-1] // 2 + 1)  # the spectrum of real fields
-        power = power.reshape(*power.shape[:-1], *self.grid, self.num_channels)[..., half, :]
-        v = v.astype(jnp.result_type(v, power))
-        rotated = matmul(v.reshape(*v.shape[:-1], -1, self.num_channels), self.rotation)
-        fields = rotated.reshape(*rotated.shape[:-2], *self.grid, self.num_channels)
-        fields = jnp.fft.irfftn(power * jnp.fft.rfftn(fields, axes=axes), s=self.grid, axes=axes)
+        gain = gain.reshape(*gain.shape[:-1], *self.grid, self.num_channels)[..., half, :]
+        fields = self._rotate(v.astype(jnp.result_type(v, gain)))
+        fields = jnp.fft.irfftn(gain * jnp.fft.rfftn(fields, axes=axes), s=self.grid, axes=axes)
         rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
         product = matmul(rotated, self.rotation.mT)
         return product.reshape(*product.shape[:-2], self.size)
+
+    def _with(self, eigenvalues: jax.Array) -> "Stationary":
+        return Stationary(eigenvalues, self.rotation, self.grid)
+
+    def _rotate(self, v: jax.Array) -> jax.Array:
+        """Return fields with rotated channels, with shape ``(*batch, *grid, channels)``."""
+        rotated = matmul(v.reshape(*v.shape[:-1], -1, self.num_channels), self.rotation)
+        return rotated.reshape(*rotated.shape[:-2], *self.grid, self.num_channels)
 
 
 def extend_stationary(
