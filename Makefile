@@ -27,7 +27,7 @@ PY := $(VENV)/bin/python
 # Tests of the numeric modules, which also run in float64.
 NUMERIC := matrices linalg solvers schedules denoisers likelihoods samplers guidance metrics \
 	transport training distributions proposals smc conditional_smc curvature reading moments \
-	posterior gaussian_fit params potentials complex groups elementwise windows
+	posterior gaussian_fit params potentials complex groups elementwise windows stationary_solve
 X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
 # Tests against closed forms that are also run with XLA's default flags, instead of those for quick
 # compilation in tests/conftest.py.

@@ -49,7 +49,9 @@ from numpyro_diffprior.guidance.solves import (
     ElementwiseSolve,
     FactoredSolve,
     Solve,
+    StationarySolve,
 )
+from numpyro_diffprior.linalg.stationary import Stationary
 
 __all__ = ["MMPS"]
 
@@ -133,7 +135,11 @@ class MMPS(Guidance):
             max_steps = self.max_steps
             if max_steps is None and cov is None:
                 max_steps = 3
-            return ConjugateGradients(self.rtol, max_steps)
+            solve = ConjugateGradients(self.rtol, max_steps)
+            is_quadratic = likelihood.linear and likelihood.potential is None
+            if is_quadratic and not likelihood.elementwise and isinstance(cov, Stationary):
+                return StationarySolve.of(likelihood.linearize(zeros), cov, solve)
+            return solve
         if cov is None:
             return EigenSolve()
         return FactoredSolve(likelihood.operator(zeros) if likelihood.linear else None)

@@ -9,7 +9,8 @@ For :math:`x \sim \mathcal{N}(\hat x, V)` and a likelihood with score :math:`s` 
 
 A `Solve` computes :math:`b` from the matrix :math:`\Sigma_y + A V A^T`, by a Cholesky factor or,
 for a learned Jacobian, its eigenvectors; or without the matrix: from the diagonal of
-:math:`\Lambda`, if the likelihood is elementwise, or by conjugate gradients.
+:math:`\Lambda`, if the likelihood is elementwise, from its stationary part, if :math:`V` is
+stationary, or by conjugate gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -28,14 +29,16 @@ from numpyro_diffprior.guidance.look_ahead import (
     ElementwiseLookAhead,
     LookAhead,
 )
-from numpyro_diffprior.linalg.batched import einsum
+from numpyro_diffprior.linalg.batched import einsum, magnitude
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.solvers import (
+    definite_conjugate_gradient,
     factored_solve,
     preconditioned_conjugate_gradient,
     sandwich,
     truncated_solve,
 )
+from numpyro_diffprior.linalg.stationary import Stationary, stationary_part
 
 __all__ = [
     "ConjugateGradients",
@@ -44,6 +47,7 @@ __all__ = [
     "FactoredSolve",
     "Solution",
     "Solve",
+    "StationarySolve",
 ]
 
 
@@ -237,3 +241,79 @@ class ConjugateGradients(Solve):
             logdet=jnp.zeros_like(result.residual),
             stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class StationarySolve(Solve):
+    r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
+
+    In white coordinates :math:`u`, :math:`\delta = V^{1/2} u`, conjugate gradients solve
+    :math:`(I + V^{1/2} \Lambda V^{1/2}) \, u = V^{1/2} s`. Their preconditioner has the stationary
+    part of :math:`\Lambda` in its place: the solution itself, if :math:`\Lambda` is stationary, as
+    for masked Fourier transforms and periodic convolutions. Where it is not, which is measured,
+    another solver is used.
+
+    Args:
+        blocks: The stationary part of :math:`\Lambda`, of a linear likelihood.
+        is_stationary: Whether it is nearly all of :math:`\Lambda`, for all events.
+        otherwise: The solver that is used if it is not.
+    """
+
+    blocks: jax.Array
+    is_stationary: jax.Array
+    otherwise: ConjugateGradients
+
+    @classmethod
+    def of(
+        cls, local: Linearization, cov: Stationary, otherwise: ConjugateGradients
+    ) -> "StationarySolve":
+        """Return the solver for a linear likelihood.
+
+        Args:
+            local: The likelihood.
+            cov: A covariance of the form that :math:`V` has.
+            otherwise: The solver for operators that are not stationary.
+        """
+        score = local.score()
+
+        def precision(v: jax.Array) -> jax.Array:
+            return local.precision(jnp.broadcast_to(v, score.shape))
+
+        blocks = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
+        probe = jax.random.normal(jax.random.key(1), score.shape[-1:], score.dtype)
+        product = precision(probe)
+        rest = magnitude(product - cov.multiply(blocks, probe))
+        return cls(blocks, (rest <= _STATIONARY * magnitude(product)).all(), otherwise)
+
+    def __call__(
+        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+    ) -> Solution:
+        return jax.lax.cond(
+            self.is_stationary,
+            lambda: self._solve(local, cov),
+            lambda: self.otherwise(local, cov, operator),
+        )
+
+    def _solve(self, local: Linearization, cov: PosteriorOperator) -> Solution:
+        v = cov.closed_form
+        assert isinstance(v, Stationary)
+        score, max_steps = local.score(), self.otherwise.max_steps
+        result = definite_conjugate_gradient(
+            lambda u: u + v.sqrt_matvec(local.precision(v.sqrt_matvec(u))),
+            v.whitened_inverse(self.blocks),
+            v.sqrt_matvec(score),
+            rtol=self.otherwise.rtol,
+            max_steps=2 * score.shape[-1] if max_steps is None else max_steps,
+        )
+        power = v.eigenvalues
+        roots = jnp.where(power > 0, jax.lax.rsqrt(jnp.where(power > 0, power, 1)), 0)
+        stats = SolveStats.of(result.residual)
+        return Solution(
+            b=v.filter(roots, result.solution),
+            shift=v.sqrt_matvec(result.solution),
+            logdet=jnp.zeros_like(result.residual),
+            stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
+        )
+
+
+_STATIONARY = 0.01  # the relative size of what is left, at most

@@ -29,8 +29,10 @@ from numpyro_diffprior.linalg.covariances import Covariance
 __all__ = [
     "TruncatedSolveResult",
     "FactoredSolveResult",
+    "DefiniteSolveResult",
     "ConjugateGradientResult",
     "factored_solve",
+    "definite_conjugate_gradient",
     "preconditioned_conjugate_gradient",
     "sandwich",
     "sandwich_square",
@@ -168,6 +170,106 @@ def preconditioned_conjugate_gradient(
         residual=_norm(error),
         num_steps=last.num_steps,
     )
+
+
+class DefiniteSolveResult(NamedTuple):
+    """The result of `definite_conjugate_gradient`, per event.
+
+    Attributes:
+        solution: The solution, with shape ``(*batch, size)``.
+        residual: The norm of the residual relative to the right-hand side's, ``(*batch,)``.
+        num_steps: The number of steps taken, with shape ``(*batch,)``.
+    """
+
+    solution: jax.Array
+    residual: jax.Array
+    num_steps: jax.Array
+
+
+class _DefiniteState(NamedTuple):
+    """The state of `definite_conjugate_gradient`, per event; as in `_State`.
+
+    Attributes:
+        square: The squared norm of the residual, in the preconditioner's metric.
+        energy: What the steps have taken from the squared error.
+    """
+
+    solution: jax.Array
+    residual: jax.Array
+    direction: jax.Array
+    square: jax.Array
+    energy: jax.Array
+    active: jax.Array
+    num_steps: jax.Array
+    step: jax.Array
+
+
+def definite_conjugate_gradient(
+    matvec: Callable[[jax.Array], jax.Array],
+    precondition: Callable[[jax.Array], jax.Array],
+    rhs: jax.Array,
+    *,
+    rtol: float,
+    max_steps: int,
+) -> DefiniteSolveResult:
+    """Solve a positive definite system of each event by conjugate gradients.
+
+    Each event has its own step lengths and stops on its own: when the norm of its (recursive)
+    residual falls to ``rtol`` times that of the right-hand side, in the preconditioner's metric
+    and without it, or after ``max_steps`` steps. Not differentiable in reverse mode.
+
+    Args:
+        matvec: The product with the matrix, for each event of ``(*batch, size)``.
+        precondition: The product with an approximation of its inverse that is positive definite.
+        rhs: The right-hand side, with shape ``(*batch, size)``.
+        rtol: The relative residual at which an event stops.
+        max_steps: The maximum number of steps.
+    """
+    # Normalized, so that squared norms neither overflow nor underflow.
+    norm = _norm(rhs)
+    start = rhs / jnp.where(norm == 0, 1, norm)[..., None]
+    direction = precondition(start)
+
+    def unfinished(state: _DefiniteState) -> jax.Array:
+        return state.active.any() & (state.step < max_steps)
+
+    def advance(state: _DefiniteState) -> _DefiniteState:
+        image = matvec(state.direction)
+        curvature = _dot(state.direction, image)
+        advances = state.active & (curvature > 0) & (state.square > 0)
+        length = jnp.where(advances, state.square / jnp.where(advances, curvature, 1), 0)
+        residual = state.residual - length[..., None] * image
+        z = precondition(residual)
+        square = _dot(residual, z)
+        momentum = square / jnp.where(state.square > 0, state.square, 1)
+        # What the step takes from the squared error, and what all of them have.
+        gain = length * state.square
+        energy = state.energy + gain
+        is_large = gain > rtol**2 * energy
+        return _DefiniteState(
+            solution=state.solution + length[..., None] * state.direction,
+            residual=residual,
+            direction=z + momentum[..., None] * state.direction,
+            square=square,
+            energy=energy,
+            active=advances & is_large,
+            num_steps=state.num_steps + advances,
+            step=state.step + 1,
+        )
+
+    begin = _DefiniteState(
+        solution=jnp.zeros_like(start),
+        residual=start,
+        direction=direction,
+        square=_dot(start, direction),
+        energy=jnp.zeros_like(norm),
+        active=norm > 0,
+        num_steps=jnp.zeros(norm.shape, int),
+        step=jnp.zeros((), int),
+    )
+    found = jax.lax.while_loop(unfinished, advance, begin)
+    error = _norm(start - matvec(found.solution))
+    return DefiniteSolveResult(norm[..., None] * found.solution, error, found.num_steps)
 
 
 class TruncatedSolveResult(NamedTuple):

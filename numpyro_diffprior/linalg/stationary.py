@@ -1,4 +1,9 @@
-r"""Stationary covariances of fields on a periodic grid, diagonal in the Fourier basis."""
+r"""Stationary covariances of fields on a periodic grid, diagonal in the Fourier basis.
+
+References:
+    Chan, *An optimal circulant preconditioner for Toeplitz systems*, SIAM J. Sci. Stat. Comput. 9,
+    1988 (the stationary part of an operator).
+"""
 
 # ruff: noqa: D102 - the methods are documented where they are declared, in Covariance
 
@@ -9,12 +14,12 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from numpyro_diffprior.linalg.batched import append_axis, apply, einsum, matmul
+from numpyro_diffprior.linalg.batched import append_axis, apply, by_matrix, einsum, matmul
 from numpyro_diffprior.linalg.covariances import Covariance, parallel
 
-__all__ = ["Stationary", "extend_stationary"]
+__all__ = ["Stationary", "extend_stationary", "stationary_part"]
 
 
 @jax.tree_util.register_dataclass
@@ -119,17 +124,50 @@ class Stationary(Covariance):
 
         Opposite frequencies must have the same gain.
         """
-        axes = tuple(range(-1 - len(self.grid), -1))
-        half = slice(self.grid[-1] // 2 + 1)  # the spectrum of real fields
-        gain = gain.reshape(*gain.shape[:-1], *self.grid, self.num_channels)[..., half, :]
-        fields = self._rotate(v.astype(jnp.result_type(v, gain)))
-        fields = jnp.fft.irfftn(gain * jnp.fft.rfftn(fields, axes=axes), s=self.grid, axes=axes)
-        rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
-        product = matmul(rotated, self.rotation.mT)
-        return product.reshape(*product.shape[:-2], self.size)
+        gain = gain.reshape(*gain.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
+        return self._in_waves(lambda waves: gain * waves, v.astype(jnp.result_type(v, gain)))
+
+    def whitened_inverse(self, blocks: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        r"""Return the product with :math:`(I + \Sigma^{1/2} L \, \Sigma^{1/2})^{-1}`.
+
+        Args:
+            blocks: A stationary operator :math:`L \ge 0`, as `stationary_part` returns it.
+        """
+        root = jnp.sqrt(self.eigenvalues)
+        root = root.reshape(*root.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
+        rotated = self._rotate_blocks(blocks)
+        rotated = root[..., :, None] * rotated * root[..., None, :]
+        inverse = _inverse(rotated + jnp.eye(self.num_channels, dtype=rotated.dtype))
+
+        def product(v: jax.Array) -> jax.Array:
+            return self._in_waves(lambda waves: _apply(inverse, waves), v)
+
+        return product
+
+    def multiply(self, blocks: jax.Array, v: jax.Array) -> jax.Array:
+        """Multiply by a stationary operator, as `stationary_part` returns it."""
+        rotated = self._rotate_blocks(blocks)
+        return self._in_waves(lambda waves: _apply(rotated, waves), v)
+
+    def _rotate_blocks(self, blocks: jax.Array) -> jax.Array:
+        return einsum("...ai,...ab,...bj->...ij", self.rotation, blocks, self.rotation)
+
+    @property
+    def _half(self) -> slice:
+        """The part of the last axis of the grid that tells the spectrum of real fields."""
+        return slice(self.grid[-1] // 2 + 1)
 
     def _with(self, eigenvalues: jax.Array) -> "Stationary":
         return Stationary(eigenvalues, self.rotation, self.grid)
+
+    def _in_waves(self, function: Callable[[jax.Array], jax.Array], v: jax.Array) -> jax.Array:
+        """Apply a function to the rotated channels of real fields in the Fourier basis."""
+        axes = tuple(range(-1 - len(self.grid), -1))
+        waves = function(jnp.fft.rfftn(self._rotate(v), axes=axes))
+        fields = jnp.fft.irfftn(waves, s=self.grid, axes=axes)
+        rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
+        product = matmul(rotated, self.rotation.mT)
+        return product.reshape(*product.shape[:-2], self.size)
 
     def _rotate(self, v: jax.Array) -> jax.Array:
         """Return fields with rotated channels, with shape ``(*batch, *grid, channels)``."""
@@ -195,3 +233,88 @@ def extend_stationary(
 
 
 _NUM_COLUMNS = 64
+
+
+def stationary_part(
+    matvec: Callable[[jax.Array], jax.Array],
+    grid: tuple[int, ...],
+    num_channels: int,
+    dtype: DTypeLike,
+    num_probes: int = 4,
+) -> jax.Array:
+    r"""Return the stationary part of symmetric operators :math:`L \ge 0` on fields with channels.
+
+    In the Fourier basis, it has those blocks of :math:`L` that couple the channels at one
+    frequency. They are estimated from fields with random phases, exactly if :math:`L` is
+    stationary, and are not negative.
+
+    Args:
+        matvec: The product with :math:`L`, of a vector ``(size,)``, with shape ``(*batch, size)``.
+        grid: The shape of the grid: vectors are flattened arrays ``(*grid, channels)``.
+        num_channels: The number of channels.
+        dtype: The floating type of vectors.
+        num_probes: The number of fields for each channel.
+
+    Returns:
+        The blocks at the frequencies of `jax.numpy.fft.rfftn`, with shape
+        ``(*batch, *frequencies, channels, channels)``.
+    """
+    axes = tuple(range(-1 - len(grid), -1))
+
+    def block_columns(channel: jax.Array, rng_key: jax.Array) -> jax.Array:
+        """Return an estimate of the blocks' column of a channel."""
+        noise = jnp.fft.rfftn(jax.random.normal(rng_key, grid, dtype))
+        phases = noise / jnp.maximum(jnp.abs(noise), jnp.finfo(dtype).tiny)
+        field = jnp.fft.irfftn(phases, s=grid)
+        basis = (jnp.arange(num_channels) == channel).astype(dtype)
+        image = matvec((field[..., None] * basis).ravel())
+        image = image.reshape(*image.shape[:-1], *grid, num_channels)
+        return jnp.fft.rfftn(image, axes=axes) * phases.conj()[..., None]
+
+    def add(total: jax.Array, rng_key: jax.Array) -> tuple[jax.Array, None]:
+        channels = jnp.arange(num_channels)
+        columns = jax.lax.map(lambda channel: block_columns(channel, rng_key), channels)
+        return total + jnp.moveaxis(columns, 0, -1), None
+
+    # The phases only have to be in general position, so that a constant key suffices.
+    keys = jax.random.split(jax.random.key(0), num_probes)
+    zeros = jax.eval_shape(lambda: add(jnp.zeros((), dtype), keys[0])[0])
+    total, _ = jax.lax.scan(add, jnp.zeros(zeros.shape, zeros.dtype), keys)
+    blocks = total / num_probes
+    return _not_negative((blocks + blocks.conj().mT) / 2)
+
+
+def _not_negative(blocks: jax.Array) -> jax.Array:
+    """Replace the negative eigenvalues of Hermitian matrices by zero."""
+    if blocks.shape[-1] == 1:
+        return jnp.maximum(blocks.real, 0).astype(blocks.dtype)
+    if blocks.shape[-1] > 2:
+        eigenvalues, vectors = by_matrix(jnp.linalg.eigh, blocks)
+        scaled = vectors * jnp.maximum(eigenvalues, 0)[..., None, :]
+        return einsum("...ij,...kj->...ik", scaled, vectors.conj())
+    first, second = blocks[..., 0, 0].real, blocks[..., 1, 1].real
+    half = jnp.hypot((first - second) / 2, jnp.abs(blocks[..., 0, 1]))
+    largest, smallest = (first + second) / 2 + half, (first + second) / 2 - half
+    gain = jnp.maximum(largest, 0) / jnp.where(half > 0, 2 * half, 1)
+    shifted = blocks - smallest[..., None, None] * jnp.eye(2, dtype=blocks.dtype)
+    cut = gain[..., None, None] * shifted
+    return jnp.where((smallest < 0)[..., None, None], cut, blocks)
+
+
+def _apply(blocks: jax.Array, waves: jax.Array) -> jax.Array:
+    """Multiply the channels of each frequency by a matrix."""
+    if blocks.shape[-1] == 1:
+        return blocks[..., 0] * waves
+    return einsum("...ij,...j->...i", blocks, waves)
+
+
+def _inverse(blocks: jax.Array) -> jax.Array:
+    """Invert small positive definite matrices by Gauss-Jordan sweeps, all of them at once."""
+    for k in range(blocks.shape[-1]):
+        pivot = 1 / blocks[..., k, k]
+        column, row = blocks[..., :, k], blocks[..., k, :]
+        swept = blocks - pivot[..., None, None] * column[..., :, None] * row[..., None, :]
+        swept = swept.at[..., k, :].set(pivot[..., None] * row)
+        swept = swept.at[..., :, k].set(-pivot[..., None] * column)
+        blocks = swept.at[..., k, k].set(pivot)
+    return blocks

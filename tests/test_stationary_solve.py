@@ -1,0 +1,162 @@
+"""Operators that are stationary: their blocks, and solves under a stationary covariance."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import dense, gaussian_posterior, tolerance
+
+from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
+from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
+from numpyro_diffprior.linalg import Isotropic, Stationary
+from numpyro_diffprior.linalg.solvers import definite_conjugate_gradient
+from numpyro_diffprior.linalg.stationary import stationary_part
+
+GRID = (6, 5)
+NUM = 30  # points of the grid
+
+
+def stationary(num_channels, seed=0):
+    """A covariance whose power spans three decades, with rotated channels."""
+    rng = np.random.default_rng(seed)
+    power = 10 ** rng.uniform(-2, 1, (*GRID, num_channels))
+    power = (power + np.roll(np.flip(power, (0, 1)), (1, 1), (0, 1))) / 2
+    rotation = np.linalg.qr(rng.normal(size=(num_channels, num_channels)))[0]
+    return Stationary(jnp.asarray(power.reshape(-1)), jnp.asarray(rotation), GRID)
+
+
+def shifts(field):
+    """The matrix whose product with a flattened image is its periodic convolution."""
+    columns = [np.roll(field, (i, j), (0, 1)).ravel() for i, j in np.ndindex(GRID)]
+    return np.stack(columns, axis=-1)
+
+
+def convolution(num_channels, seed=0):
+    """Sums over channels of periodic convolutions, as many as there are channels."""
+    rng = np.random.default_rng(seed)
+    matrix = np.zeros((NUM, num_channels, NUM, num_channels))
+    for i, j in np.ndindex(num_channels, num_channels):
+        matrix[:, i, :, j] = shifts(rng.normal(size=GRID))
+    return matrix.reshape(NUM * num_channels, -1) / 5
+
+
+def kspace(seed=0):
+    """Some of the Fourier coefficients of complex fields, as pairs."""
+    fourier = np.fft.fft2(np.eye(NUM).reshape(-1, *GRID), norm="ortho").reshape(NUM, NUM).T
+    real = np.stack([fourier.real, -fourier.imag], axis=-1).reshape(NUM, -1)
+    imag = np.stack([fourier.imag, fourier.real], axis=-1).reshape(NUM, -1)
+    seen = np.random.default_rng(seed).random(NUM) < 0.5
+    return np.concatenate([real[seen], imag[seen]])
+
+
+OPERATORS = {
+    "convolution, one channel": (convolution(1), 1, True),
+    "convolution, two channels": (convolution(2), 2, True),
+    "convolution, three channels": (convolution(3), 3, True),
+    "k-space": (kspace(), 2, True),
+    "mixed": (np.random.default_rng(0).normal(size=(40, 2 * NUM)), 2, False),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_stationary_part_is_all_of_a_stationary_operator(name):
+    matrix, num_channels, is_stationary = OPERATORS[name]
+    gram = jnp.asarray(np.stack([1, 4])[:, None, None] * (matrix.T @ matrix))
+    blocks = jax.jit(lambda: stationary_part(lambda v: gram @ v, GRID, num_channels, gram.dtype))()
+    assert blocks.shape == (2, 6, 3, num_channels, num_channels)
+    cov = stationary(num_channels)
+    v = np.random.default_rng(1).normal(size=(2, NUM * num_channels))
+    product, exact = cov.multiply(blocks, jnp.asarray(v)), np.einsum("nij,nj->ni", gram, v)
+    error = np.abs(product - exact).max() / np.abs(exact).max()
+    assert (error < tolerance(1e-5, 1e-12)) == is_stationary
+    assert np.linalg.eigvalsh(blocks).min() > -tolerance(1e-5, 1e-12) * np.abs(blocks).max()
+
+    if is_stationary:
+        values, vectors = np.linalg.eigh(dense(cov))
+        root = vectors * np.sqrt(values) @ vectors.T
+        system = np.eye(len(root)) + root @ np.asarray(gram, float) @ root
+        expected = np.linalg.solve(system, v[..., None])[..., 0]
+        found = cov.whitened_inverse(blocks)(jnp.asarray(v))
+        np.testing.assert_allclose(found, expected, atol=tolerance(1e-4, 1e-10))
+
+
+def test_definite_systems_of_each_event():
+    """Each as if it were alone; zeros and NaN stay with their event."""
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(5, 8, 8))
+    matrix = jnp.asarray(np.einsum("nij,nkj->nik", roots, roots) + np.eye(8))
+    rhs = jnp.asarray(rng.normal(size=(5, 8)) * 10.0 ** np.arange(-20, 20, 8)[:, None])
+    rhs = rhs.at[3].set(0).at[4].set(jnp.nan)
+
+    def solve(matrix, rhs, max_steps=100, inverse=lambda r: r):
+        return definite_conjugate_gradient(
+            lambda v: jnp.einsum("...ij,...j->...i", matrix, v),
+            inverse,
+            rhs,
+            rtol=tolerance(1e-5, 1e-10),
+            max_steps=max_steps,
+        )
+
+    found = jax.jit(solve)(matrix, rhs)
+    for i in range(3):
+        expected = np.linalg.solve(np.asarray(matrix[i], float), np.asarray(rhs[i], float))
+        error = np.abs(found.solution[i] - expected).max() / np.abs(expected).max()
+        assert error < tolerance(1e-3, 1e-8)
+        alone = solve(matrix[i], rhs[i])
+        assert alone.num_steps == found.num_steps[i] <= 20
+        assert found.residual[i] < tolerance(1e-4, 1e-8)
+    assert np.all(found.solution[3] == 0)
+    assert found.num_steps[3] == 0
+    assert np.isnan(found.solution[4]).any() or found.num_steps[4] == 0
+    assert np.all(solve(matrix, rhs, max_steps=2).num_steps[:3] == 2)
+    exact = jnp.linalg.inv(matrix)
+    known = solve(matrix, rhs, inverse=lambda r: jnp.einsum("...ij,...j->...i", exact, r))
+    assert np.all(known.num_steps[:3] <= 2)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("noise", [0.3, 0.01])
+def test_posterior_means_under_stationary_priors(name, noise):
+    """In one step, and one that finds nothing to do, if the operator is stationary."""
+    matrix, num_channels, is_stationary = OPERATORS[name]
+    rng = np.random.default_rng(2)
+    prior = GaussianDenoiser(jnp.zeros((*GRID, num_channels)), stationary(num_channels))
+    size, sigma = NUM * num_channels, 0.7
+    y = matrix @ rng.normal(size=size) + noise * rng.normal(size=len(matrix))
+    cov = Isotropic(jnp.asarray(noise**2), len(matrix))
+    likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), cov, prior.event_shape)
+    mmps = MMPS(GaussianCovariance(), max_dense=0, rtol=tolerance(1e-4, 1e-9))
+    assert isinstance(mmps.choose_solve(prior, likelihood), StationarySolve)
+    x_t = jnp.asarray(rng.normal(size=(3, *prior.event_shape)))
+    guided = jax.jit(lambda x: mmps.bind(prior, likelihood).evaluate(x, jnp.asarray(sigma)))(x_t)
+    if is_stationary:
+        assert np.all(guided.stats.num_steps <= 3)
+        assert np.all(guided.stats.residual < tolerance(1e-4, 1e-10))
+    else:
+        assert np.all(guided.stats.num_steps > 3)
+
+    covariance = dense(prior.cov)
+    gain = np.linalg.solve(covariance + sigma**2 * np.eye(size), covariance)
+    posterior = covariance @ np.linalg.inv(covariance + sigma**2 * np.eye(size)) * sigma**2
+    for x, found in zip(x_t, guided.x_hat_y, strict=True):
+        x_hat = np.asarray(x, float).ravel() @ gain
+        noises = noise**2 * np.eye(len(matrix))
+        mean, rest = gaussian_posterior(x_hat, posterior, matrix, noises, y)
+        error = (np.asarray(found, float).ravel() - mean) / np.sqrt(np.diagonal(rest))
+        assert np.abs(error).max() < tolerance(0.02, 1e-5)
+
+
+def test_other_operators_keep_their_solver():
+    """Masks do: in white coordinates their hidden values would converge last."""
+    cov = stationary(1)
+    prior = GaussianDenoiser(jnp.zeros(GRID), cov)
+    mask, noise = np.diag(np.arange(NUM) % 3 == 0).astype(float), Isotropic(jnp.asarray(0.1), NUM)
+    masked = linear_gaussian(jnp.ones(NUM), jnp.asarray(mask), noise, GRID)
+    mmps = MMPS(GaussianCovariance(), max_dense=0)
+
+    masked = replace(masked, elementwise=True)
+    assert isinstance(mmps.choose_solve(prior, masked), ConjugateGradients)
+    assert isinstance(MMPS(max_dense=0).choose_solve(prior, masked), ConjugateGradients)
