@@ -32,7 +32,8 @@ from numpyro_diffprior.guidance.look_ahead import (
 from numpyro_diffprior.linalg.batched import einsum, magnitude
 from numpyro_diffprior.linalg.covariances import Covariance
 from numpyro_diffprior.linalg.solvers import (
-    definite_conjugate_gradient,
+    ConjugateGradientResult,
+    approximate_conjugate_gradient,
     factored_solve,
     preconditioned_conjugate_gradient,
     sandwich,
@@ -231,27 +232,17 @@ class ConjugateGradients(Solve):
             rtol=self.rtol,
             max_steps=2 * size if self.max_steps is None else self.max_steps,
         )
-        # Without matrices the twist lacks its determinant. With a closed form for V and a linear
-        # mean, the determinant is the same for all particles of an event and cancels. Otherwise
-        # particle samplers stay exact, since any positive function is a valid twist.
-        stats = SolveStats.of(result.residual)
-        return Solution(
-            b=result.b,
-            shift=result.shift,
-            logdet=jnp.zeros_like(result.residual),
-            stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
-        )
+        return _matrix_free(result)
 
 
 @dataclass(frozen=True, eq=False)
 class StationarySolve(Solve):
     r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
 
-    In white coordinates :math:`u`, :math:`\delta = V^{1/2} u`, conjugate gradients solve
-    :math:`(I + V^{1/2} \Lambda V^{1/2}) \, u = V^{1/2} s`. Their preconditioner has the stationary
-    part of :math:`\Lambda` in its place: the solution itself, if :math:`\Lambda` is stationary, as
-    for masked Fourier transforms and periodic convolutions. Where it is not, which is measured,
-    another solver is used.
+    Conjugate gradients are preconditioned by the solution for the stationary part of
+    :math:`\Lambda`: the solution itself, if :math:`\Lambda` is stationary, as for masked Fourier
+    transforms and periodic convolutions. Where it is not, which is measured, another solver is
+    used.
 
     Args:
         blocks: The stationary part of :math:`\Lambda`, of a linear likelihood.
@@ -295,25 +286,33 @@ class StationarySolve(Solve):
         )
 
     def _solve(self, local: Linearization, cov: PosteriorOperator) -> Solution:
-        v = cov.closed_form
-        assert isinstance(v, Stationary)
+        assert isinstance(cov.closed_form, Stationary)
         score, max_steps = local.score(), self.otherwise.max_steps
-        result = definite_conjugate_gradient(
-            lambda u: u + v.sqrt_matvec(local.precision(v.sqrt_matvec(u))),
-            v.whitened_inverse(self.blocks),
-            v.sqrt_matvec(score),
-            rtol=self.otherwise.rtol,
-            max_steps=2 * score.shape[-1] if max_steps is None else max_steps,
+        return _matrix_free(
+            approximate_conjugate_gradient(
+                local.precision,
+                cov.closed_form.stationary_update(self.blocks),
+                score,
+                rtol=self.otherwise.rtol,
+                max_steps=2 * score.shape[-1] if max_steps is None else max_steps,
+            )
         )
-        power = v.eigenvalues
-        roots = jnp.where(power > 0, jax.lax.rsqrt(jnp.where(power > 0, power, 1)), 0)
-        stats = SolveStats.of(result.residual)
-        return Solution(
-            b=v.filter(roots, result.solution),
-            shift=v.sqrt_matvec(result.solution),
-            logdet=jnp.zeros_like(result.residual),
-            stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
-        )
+
+
+def _matrix_free(result: ConjugateGradientResult) -> Solution:
+    """Return the solution by conjugate gradients.
+
+    Without matrices the twist lacks its determinant. With a closed form for :math:`V` and a linear
+    mean, the determinant is the same for all particles of an event and cancels. Otherwise particle
+    samplers stay exact, since any positive function is a valid twist.
+    """
+    stats = SolveStats.of(result.residual)
+    return Solution(
+        b=result.b,
+        shift=result.shift,
+        logdet=jnp.zeros_like(result.residual),
+        stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
+    )
 
 
 _STATIONARY = 0.01  # the relative size of what is left, at most

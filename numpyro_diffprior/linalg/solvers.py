@@ -29,10 +29,9 @@ from numpyro_diffprior.linalg.covariances import Covariance
 __all__ = [
     "TruncatedSolveResult",
     "FactoredSolveResult",
-    "DefiniteSolveResult",
     "ConjugateGradientResult",
     "factored_solve",
-    "definite_conjugate_gradient",
+    "approximate_conjugate_gradient",
     "preconditioned_conjugate_gradient",
     "sandwich",
     "sandwich_square",
@@ -41,7 +40,7 @@ __all__ = [
 
 
 class ConjugateGradientResult(NamedTuple):
-    r"""The result of `preconditioned_conjugate_gradient`, per event.
+    r"""The result of conjugate gradients, per event.
 
     Attributes:
         b: The solution :math:`b`, with shape ``(*batch, size)``.
@@ -172,31 +171,19 @@ def preconditioned_conjugate_gradient(
     )
 
 
-class DefiniteSolveResult(NamedTuple):
-    """The result of `definite_conjugate_gradient`, per event.
-
-    Attributes:
-        solution: The solution, with shape ``(*batch, size)``.
-        residual: The norm of the residual relative to the right-hand side's, ``(*batch,)``.
-        num_steps: The number of steps taken, with shape ``(*batch,)``.
-    """
-
-    solution: jax.Array
-    residual: jax.Array
-    num_steps: jax.Array
-
-
-class _DefiniteState(NamedTuple):
-    """The state of `definite_conjugate_gradient`, per event; as in `_State`.
+class _ApproximateState(NamedTuple):
+    """The state of `approximate_conjugate_gradient`, per event; see `_State`.
 
     Attributes:
         square: The squared norm of the residual, in the preconditioner's metric.
         energy: What the steps have taken from the squared error.
     """
 
-    solution: jax.Array
+    b: jax.Array
+    shift: jax.Array
     residual: jax.Array
     direction: jax.Array
+    direction_shift: jax.Array
     square: jax.Array
     energy: jax.Array
     active: jax.Array
@@ -204,72 +191,85 @@ class _DefiniteState(NamedTuple):
     step: jax.Array
 
 
-def definite_conjugate_gradient(
-    matvec: Callable[[jax.Array], jax.Array],
-    precondition: Callable[[jax.Array], jax.Array],
-    rhs: jax.Array,
+def approximate_conjugate_gradient(
+    precision: Callable[[jax.Array], jax.Array],
+    solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    score: jax.Array,
     *,
     rtol: float,
     max_steps: int,
-) -> DefiniteSolveResult:
-    """Solve a positive definite system of each event by conjugate gradients.
+) -> ConjugateGradientResult:
+    r"""Solve for the Gaussian update of each event, preconditioned by an approximate solution.
 
-    Each event has its own step lengths and stops on its own: when the norm of its (recursive)
-    residual falls to ``rtol`` times that of the right-hand side, in the preconditioner's metric
-    and without it, or after ``max_steps`` steps. Not differentiable in reverse mode.
+    The system is that of `preconditioned_conjugate_gradient`, with :math:`V` and
+    :math:`\Lambda` not negative. The preconditioner solves it for another :math:`\Lambda`.
+
+    Each event has its own step lengths and stops on its own: after a step that reduces the error,
+    in the norm of :math:`V^{-1} + \Lambda` and relative to the solution, by ``rtol`` or less, or
+    after ``max_steps`` steps. Not differentiable in reverse mode.
 
     Args:
-        matvec: The product with the matrix, for each event of ``(*batch, size)``.
-        precondition: The product with an approximation of its inverse that is positive definite.
-        rhs: The right-hand side, with shape ``(*batch, size)``.
-        rtol: The relative residual at which an event stops.
+        precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``.
+        solve: Maps :math:`s` to :math:`b` and :math:`V b`, approximately.
+        score: :math:`s`, with shape ``(*batch, size)``.
+        rtol: The relative error at which an event stops.
         max_steps: The maximum number of steps.
     """
     # Normalized, so that squared norms neither overflow nor underflow.
-    norm = _norm(rhs)
-    start = rhs / jnp.where(norm == 0, 1, norm)[..., None]
-    direction = precondition(start)
+    norm = _norm(score)
+    s = score / jnp.where(norm == 0, 1, norm)[..., None]
+    direction, direction_shift = solve(s)
 
-    def unfinished(state: _DefiniteState) -> jax.Array:
+    def unfinished(state: _ApproximateState) -> jax.Array:
         return state.active.any() & (state.step < max_steps)
 
-    def advance(state: _DefiniteState) -> _DefiniteState:
-        image = matvec(state.direction)
-        curvature = _dot(state.direction, image)
+    def advance(state: _ApproximateState) -> _ApproximateState:
+        p, v_p = state.direction, state.direction_shift
+        image = p + precision(v_p)
+        curvature = _dot(v_p, image)
         advances = state.active & (curvature > 0) & (state.square > 0)
         length = jnp.where(advances, state.square / jnp.where(advances, curvature, 1), 0)
         residual = state.residual - length[..., None] * image
-        z = precondition(residual)
-        square = _dot(residual, z)
-        momentum = square / jnp.where(state.square > 0, state.square, 1)
-        # What the step takes from the squared error, and what all of them have.
+        b, shift = solve(residual)
+        square = _dot(residual, shift)
+        momentum = (square / jnp.where(state.square > 0, state.square, 1))[..., None]
         gain = length * state.square
         energy = state.energy + gain
-        is_large = gain > rtol**2 * energy
-        return _DefiniteState(
-            solution=state.solution + length[..., None] * state.direction,
+        return _ApproximateState(
+            b=state.b + length[..., None] * p,
+            shift=state.shift + length[..., None] * v_p,
             residual=residual,
-            direction=z + momentum[..., None] * state.direction,
+            direction=b + momentum * p,
+            direction_shift=shift + momentum * v_p,
             square=square,
             energy=energy,
-            active=advances & is_large,
+            active=advances & (gain > rtol**2 * energy),
             num_steps=state.num_steps + advances,
             step=state.step + 1,
         )
 
-    begin = _DefiniteState(
-        solution=jnp.zeros_like(start),
-        residual=start,
+    zeros = jnp.zeros_like(s)
+    start = _ApproximateState(
+        b=zeros,
+        shift=zeros,
+        residual=s,
         direction=direction,
-        square=_dot(start, direction),
+        direction_shift=direction_shift,
+        square=_dot(s, direction_shift),
         energy=jnp.zeros_like(norm),
         active=norm > 0,
         num_steps=jnp.zeros(norm.shape, int),
         step=jnp.zeros((), int),
     )
-    found = jax.lax.while_loop(unfinished, advance, begin)
-    error = _norm(start - matvec(found.solution))
-    return DefiniteSolveResult(norm[..., None] * found.solution, error, found.num_steps)
+    last = jax.lax.while_loop(unfinished, advance, start)
+    error = s - last.b - precision(last.shift)
+    scale = norm[..., None]
+    return ConjugateGradientResult(
+        b=scale * last.b,
+        shift=scale * last.shift,
+        residual=_norm(error),
+        num_steps=last.num_steps,
+    )
 
 
 class TruncatedSolveResult(NamedTuple):

@@ -111,9 +111,8 @@ class Stationary(Covariance):
 
     def waves(self, v: jax.Array) -> jax.Array:
         """Return the coefficients of fields in the eigenbasis, with shape ``(*batch, size)``."""
-        axes = tuple(range(-1 - len(self.grid), -1))
-        waves = jnp.fft.fftn(self._rotate(v), axes=axes, norm="ortho")
-        return waves.reshape(*waves.shape[: axes[0]], self.size)
+        waves = jnp.fft.fftn(self._rotate(v), axes=self._axes, norm="ortho")
+        return waves.reshape(*waves.shape[: self._axes[0]], self.size)
 
     def equalize(self, z: jax.Array) -> jax.Array:
         """Return fields of the same phases, all of whose coefficients have a modulus of one."""
@@ -125,29 +124,34 @@ class Stationary(Covariance):
         Opposite frequencies must have the same gain.
         """
         gain = gain.reshape(*gain.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
-        return self._in_waves(lambda waves: gain * waves, v.astype(jnp.result_type(v, gain)))
+        return self._from_waves(gain * self._to_waves(v.astype(jnp.result_type(v, gain))))
 
-    def whitened_inverse(self, blocks: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        r"""Return the product with :math:`(I + \Sigma^{1/2} L \, \Sigma^{1/2})^{-1}`.
+    def stationary_update(
+        self, blocks: jax.Array
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        r"""Return a map from :math:`s` to :math:`b` and :math:`\delta = \Sigma b`.
+
+        They solve :math:`(\Sigma^{-1} + L) \, \delta = s`: :math:`(I + L \Sigma) \, b = s`.
 
         Args:
             blocks: A stationary operator :math:`L \ge 0`, as `stationary_part` returns it.
         """
         root = jnp.sqrt(self.eigenvalues)
         root = root.reshape(*root.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
-        rotated = self._rotate_blocks(blocks)
-        rotated = root[..., :, None] * rotated * root[..., None, :]
-        inverse = _inverse(rotated + jnp.eye(self.num_channels, dtype=rotated.dtype))
+        system = root[..., :, None] * self._rotate_blocks(blocks) * root[..., None, :]
+        inverse = _inverse(system + jnp.eye(self.num_channels, dtype=system.dtype))
 
-        def product(v: jax.Array) -> jax.Array:
-            return self._in_waves(lambda waves: _apply(inverse, waves), v)
+        def solve(s: jax.Array) -> tuple[jax.Array, jax.Array]:
+            waves = self._to_waves(s)
+            white = _apply(inverse, root * waves)
+            b = jnp.where(root > 0, white / jnp.where(root > 0, root, 1), waves)
+            return self._from_waves(b), self._from_waves(root * white)
 
-        return product
+        return solve
 
     def multiply(self, blocks: jax.Array, v: jax.Array) -> jax.Array:
         """Multiply by a stationary operator, as `stationary_part` returns it."""
-        rotated = self._rotate_blocks(blocks)
-        return self._in_waves(lambda waves: _apply(rotated, waves), v)
+        return self._from_waves(_apply(self._rotate_blocks(blocks), self._to_waves(v)))
 
     def _rotate_blocks(self, blocks: jax.Array) -> jax.Array:
         return einsum("...ai,...ab,...bj->...ij", self.rotation, blocks, self.rotation)
@@ -160,14 +164,21 @@ class Stationary(Covariance):
     def _with(self, eigenvalues: jax.Array) -> "Stationary":
         return Stationary(eigenvalues, self.rotation, self.grid)
 
-    def _in_waves(self, function: Callable[[jax.Array], jax.Array], v: jax.Array) -> jax.Array:
-        """Apply a function to the rotated channels of real fields in the Fourier basis."""
-        axes = tuple(range(-1 - len(self.grid), -1))
-        waves = function(jnp.fft.rfftn(self._rotate(v), axes=axes))
-        fields = jnp.fft.irfftn(waves, s=self.grid, axes=axes)
-        rotated = fields.reshape(*fields.shape[: axes[0]], -1, self.num_channels)
+    def _to_waves(self, v: jax.Array) -> jax.Array:
+        """Return the rotated channels of real fields in the Fourier basis."""
+        return jnp.fft.rfftn(self._rotate(v), axes=self._axes)
+
+    def _from_waves(self, waves: jax.Array) -> jax.Array:
+        """Undo `_to_waves`."""
+        fields = jnp.fft.irfftn(waves, s=self.grid, axes=self._axes)
+        rotated = fields.reshape(*fields.shape[: self._axes[0]], -1, self.num_channels)
         product = matmul(rotated, self.rotation.mT)
         return product.reshape(*product.shape[:-2], self.size)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        """The axes of the grid in arrays ``(*batch, *grid, channels)``."""
+        return tuple(range(-1 - len(self.grid), -1))
 
     def _rotate(self, v: jax.Array) -> jax.Array:
         """Return fields with rotated channels, with shape ``(*batch, *grid, channels)``."""
