@@ -37,6 +37,7 @@ from benchmarks import (
     refresh,
     samplers,
     sharpening,
+    solves,
     time_to_quality,
     units,
 )
@@ -377,6 +378,19 @@ def test_benchmark_of_event_sizes(tmp_path):
     rows = event_sizes.main(args)["rows"]
     assert [row["operator"] for row in rows] == ["mask", "blur"]
     assert all(min(event_sizes.ratios(row)) > 0 for row in rows)
+
+
+def test_benchmark_of_solves(tmp_path):
+    """Closed forms are closer than conjugate gradients, in a tenth of the steps."""
+    args = solves.parse_args(f"--size 8 --noise 1e-2 --output {tmp_path}".split())
+    for row in solves.main(args)["rows"]:
+        plain, part = row["conjugate gradients, 1e-03"], row["stationary part, 1e-03"]
+        assert row["is stationary"] == (row["operator"] in ("k-space", "blur"))
+        if row["is stationary"]:
+            assert part["steps"] <= 3
+            assert part["error"] < 0.5 * plain["error"]
+        else:
+            assert part == plain
 
 
 def test_benchmark_of_power(tmp_path):
