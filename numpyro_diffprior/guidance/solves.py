@@ -28,8 +28,8 @@ from numpyro_diffprior.guidance.look_ahead import (
     ElementwiseLookAhead,
     LookAhead,
 )
-from numpyro_diffprior.linalg.batched import einsum
-from numpyro_diffprior.linalg.covariances import Covariance
+from numpyro_diffprior.linalg.batched import apply, apply_transpose, eigh, einsum, matmul
+from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
 from numpyro_diffprior.linalg.solvers import (
     factored_solve,
     preconditioned_conjugate_gradient,
@@ -42,6 +42,7 @@ __all__ = [
     "EigenSolve",
     "ElementwiseSolve",
     "FactoredSolve",
+    "Reduction",
     "Solution",
     "Solve",
 ]
@@ -99,19 +100,71 @@ class Solve(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class Reduction:
+    r"""Statistics that are sufficient for a linear likelihood of more values than elements.
+
+    With :math:`A^T \Sigma_y^{-1} A = U \Lambda U^T`, the :math:`d` values
+    :math:`\Lambda^{-1/2} U^T A^T \Sigma_y^{-1} y` have the operator
+    :math:`R = \Lambda^{1/2} U^T` and unit noise. Their likelihood is that of :math:`y` up to a
+    factor that does not depend on :math:`x`. Directions of no precision, up to rounding, have a
+    row of zeros.
+
+    Attributes:
+        matrix: :math:`R`, with shape ``(*batch, d, d)``.
+        pseudoinverse: :math:`\Lambda^{-1/2} U^T`, with the same shape.
+    """
+
+    matrix: jax.Array
+    pseudoinverse: jax.Array
+
+    @classmethod
+    def of(cls, matrix: jax.Array, noise: Covariance) -> "Reduction":
+        r"""Reduce :math:`A`, with shape ``(*batch, m, d)``, and :math:`\Sigma_y`."""
+        weighted = jax.vmap(noise.solve, in_axes=-1, out_axes=-1)(matrix)
+        precision, directions = eigh(matmul(matrix.mT, weighted))
+        rounding = precision.shape[-1] * jnp.finfo(precision.dtype).eps
+        seen = precision > rounding * precision.max(-1, keepdims=True)
+        root = jnp.sqrt(jnp.where(seen, precision, 1))[..., None]
+        rows = jnp.where(seen[..., None], directions.mT, 0)
+        return cls(root * rows, rows / root)
+
+    def reduce(self, local: Linearization) -> Linearization:
+        """Return the likelihood of the statistics."""
+        return Linearization(
+            residual=apply(self.pseudoinverse, local.score()),
+            matvec=lambda v: apply(self.matrix, v),
+            transpose=lambda u: apply_transpose(self.matrix, u),
+            noise=Isotropic(jnp.ones((), self.matrix.dtype), self.matrix.shape[-1]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class FactoredSolve(Solve):
     r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form.
 
     Args:
         matrix: The operator :math:`A`, with shape ``(*batch, m, d)``, if it is constant.
+        reduction: Sufficient statistics in place of the observed values, or None; ``matrix`` is
+            then theirs. The twists of an event's particles lack a common factor.
     """
 
     matrix: jax.Array | None = None
+    reduction: Reduction | None = None
+
+    @classmethod
+    def of(cls, matrix: jax.Array, noise: Covariance) -> "FactoredSolve":
+        """Return a solve for a constant operator, of as few values as possible."""
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            return cls(matrix)
+        reduction = Reduction.of(matrix, noise)
+        return cls(reduction.matrix, reduction)
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         assert cov.closed_form is not None
+        if self.reduction is not None:
+            local = self.reduction.reduce(local)
         gain = sandwich(cov.closed_form, operator() if self.matrix is None else self.matrix)
         w, logdet, residual = factored_solve(gain, local.noise, local.residual)
         b = local.transpose(w)
@@ -130,6 +183,8 @@ class FactoredSolve(Solve):
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
     ) -> LookAhead:
         assert self.matrix is not None
+        if self.reduction is not None:
+            local = self.reduction.reduce(local)
         return DenseLookAhead.of(local, cov, self.matrix, sigma, tau)
 
 
