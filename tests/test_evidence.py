@@ -52,6 +52,25 @@ def make_case(weights, means, covs):
     return y, np.asarray(exact)
 
 
+def test_of_more_values_than_elements():
+    """Their sufficient statistics guide the particles; the evidence is that of all values."""
+    rng = np.random.default_rng(2)
+    _, (mean,), (cov,) = GAUSSIAN
+    matrix = rng.normal(size=(50, 12, D))
+    y = np.einsum("nij,nj->ni", matrix, rng.multivariate_normal(mean, cov, 50))
+    y += NOISE * rng.normal(size=y.shape)
+    exact = [
+        multivariate_normal(a @ mean, a @ cov @ a.T + NOISE**2 * np.eye(12)).logpdf(v)
+        for a, v in zip(matrix, y, strict=True)
+    ]
+    denoiser = ndp.GaussianDenoiser(jnp.asarray(mean), jnp.asarray(cov))
+    prior = ndp.DiffusionPrior(denoiser, sampler=ndp.samplers.MultistepSDE(64))
+    found = ndp.log_evidence(jax.random.key(0), model, prior, matrix, y)
+    error = np.asarray(found.value) - exact
+    assert np.abs(error).max() < 0.5
+    assert abs(error.mean()) < 0.05
+
+
 @pytest.mark.parametrize("case", [GAUSSIAN, MIXTURE], ids=["Gaussian", "mixture"])
 def test_agrees_with_the_closed_form_within_its_error(case):
     y, exact = make_case(*case)

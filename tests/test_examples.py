@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from jax.scipy.special import betaln, digamma, polygamma
 from scipy.integrate import solve_ivp
 
+import numpyro_diffprior as ndp
 from benchmarks import (
     calibration,
     conjugate,
@@ -43,7 +45,7 @@ from benchmarks import (
 )
 from benchmarks import evidence as evidence_benchmark
 from benchmarks import images as images_benchmark
-from examples import assimilation, counts, digits, images, manifold, mri, sources
+from examples import assimilation, counts, digits, images, lensing, manifold, mri, sources
 from examples import joint as joint_example
 from tests.image_files import write_images
 
@@ -684,3 +686,193 @@ def test_assimilation(tmp_path):
     written = json.loads((tmp_path / "assimilation_lorenz63.json").read_text())
     # the first E-step has no predecessor to be compared with, and NaN equals nothing
     np.testing.assert_equal(written, result)
+
+
+LENSES = {
+    "circular": lensing.Lens(jnp.array([0.1, -0.2]), jnp.array(1.1), jnp.zeros(2), jnp.zeros(2)),
+    "elliptical": lensing.Lens(
+        jnp.array([0.1, -0.2]), jnp.array(0.9), jnp.array([0.2, -0.1]), jnp.zeros(2)
+    ),
+    "sheared": lensing.Lens(
+        jnp.zeros(2), jnp.array(1.0), jnp.array([-0.1, 0.3]), jnp.array([0.05, -0.1])
+    ),
+}
+POSITIONS = np.random.default_rng(0).uniform(-1.5, 1.5, (2, 50)).astype("float32")
+
+
+def test_deflection_by_a_circular_lens():
+    """The limit is a singular isothermal sphere: the deflection has length 1.1 everywhere."""
+    lens = LENSES["circular"]
+    x, y = POSITIONS
+    a, b = lensing.deflect(lens, x, y)
+    center = np.asarray(lens.center)
+    distance = np.hypot(x - center[0], y - center[1])
+    np.testing.assert_allclose(a, 1.1 * (x - center[0]) / distance, atol=2e-3)
+    np.testing.assert_allclose(b, 1.1 * (y - center[1]) / distance, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_deflection_is_the_gradient_of_the_potential(name):
+    """The potential of an isothermal ellipsoid is homogeneous, of first degree; shear, second."""
+    lens = LENSES[name]
+
+    def potential(x, y):
+        isothermal = lens._replace(shear=jnp.zeros(2))
+        a, b = lensing.deflect(isothermal, x, y)
+        (g1, g2), (x0, y0) = lens.shear, lens.center
+        x, y = x - x0, y - y0
+        return x * a + y * b + g1 * (x**2 - y**2) / 2 + g2 * x * y
+
+    gradient = jax.vmap(jax.grad(potential, (0, 1)))(*POSITIONS)
+    np.testing.assert_allclose(gradient, lensing.deflect(lens, *POSITIONS), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_convergence_is_half_the_divergence_of_the_deflection(name):
+    """In closed form: of an isothermal ellipsoid, to which shear adds nothing."""
+    lens = LENSES[name]
+    jacobian = jax.vmap(jax.jacfwd(lambda p: jnp.stack(lensing.deflect(lens, *p))))(POSITIONS.T)
+    e1, e2 = np.asarray(lens.ellipticity)
+    ellipticity = np.hypot(e1, e2)
+    ratio, angle = (1 - ellipticity) / (1 + ellipticity), np.arctan2(e2, e1) / 2
+    x, y = POSITIONS - np.asarray(lens.center)[:, None]
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    expected = lens.einstein_radius / 2 / np.sqrt(ratio * u**2 + v**2 / ratio)
+    np.testing.assert_allclose(np.trace(jacobian, axis1=1, axis2=2) / 2, expected, rtol=5e-3)
+    shear = (jacobian[:, 0, 1] - jacobian[:, 1, 0]) / 2  # the deflection has no curl
+    np.testing.assert_allclose(shear, 0, atol=1e-3)
+
+
+def test_interpolation_of_sources():
+    """It reproduces pixels, and second-degree polynomials between them."""
+    size = 12
+    place = (np.arange(size) - (size - 1) / 2) * lensing.SOURCE_FIELD / size
+    np.testing.assert_allclose(lensing.interpolate(place, size), np.eye(size), atol=1e-4)
+    inside = np.linspace(place[1], place[-2], 50)
+    polynomial = np.polynomial.Polynomial([0.3, -1.0, 2.0])
+    weights = np.asarray(lensing.interpolate(inside, size))
+    np.testing.assert_allclose(weights @ polynomial(place), polynomial(inside), atol=1e-3)
+
+
+def test_images_of_sources():
+    """Matrices agree with images, for which a lens without mass blurs and bins the source."""
+    optics = lensing.make_optics(16)
+    sources = jax.random.normal(jax.random.key(0), (3, 6, 6))
+    lens = lensing.to_lens(jax.random.normal(jax.random.key(1), (3, 7)))
+    images = lensing.render(lens, sources, optics)
+    matrices = lensing.make_operator(lens, optics, 6)
+    found = jnp.einsum("npk,nk->np", matrices, sources.reshape(3, -1))
+    np.testing.assert_allclose(found, images.reshape(3, -1), atol=1e-4)
+    empty = lens._replace(einstein_radius=jnp.zeros(3), shear=jnp.zeros((3, 2)))
+    flux = lensing.render(empty, sources, optics).sum((1, 2)) * (lensing.IMAGE_FIELD / 16) ** 2
+    expected = sources.sum((1, 2)) * (lensing.SOURCE_FIELD / 6) ** 2
+    np.testing.assert_allclose(flux, expected, rtol=0.02, atol=0.02)
+
+
+def make_lensing_case(num):
+    """Systems of sources from a Gaussian, and the Gaussian as a prior."""
+    size, optics = 6, lensing.make_optics(12)
+    place = np.arange(size) - (size - 1) / 2
+    distance = np.abs(place[:, None] - place)
+    cov = np.kron(*2 * [np.exp(-((distance / 1.5) ** 2) / 2)])
+    brightness = np.exp(-np.hypot(place[:, None], place) / 2).ravel()
+    cov = 0.1 * brightness[:, None] * cov * brightness + 1e-5 * np.eye(size**2)
+    mean, cov = brightness.reshape(size, size).astype("float32"), cov.astype("float32")
+    denoiser = ndp.GaussianDenoiser(jnp.asarray(mean), jnp.asarray(cov))
+    prior = ndp.DiffusionPrior(denoiser, sampler=ndp.samplers.MultistepSDE(32))
+    source = prior.sample(jax.random.key(0), (num,))
+    return prior, optics, lensing.observe(jax.random.key(1), source, optics, 0.05)
+
+
+def test_fit_of_lenses():
+    """Distances of the truth from the fits, in their covariances, are those of a Gaussian."""
+    prior, optics, systems = make_lensing_case(60)
+    fit = jax.lax.map(lambda y: lensing.fit_lens(prior, optics, 0.05, y), systems.y)
+    truth = (lensing.to_vector(systems.lens) - jnp.eye(7)[2]) / lensing.SCALES
+    error = np.asarray(fit.mode - truth, float)
+    square = np.einsum("ni,nij,nj->n", error, np.linalg.inv(np.asarray(fit.cov, float)), error)
+    # The 5 and 95 % quantiles of the median of 60 values of a chi-square with 7 degrees are
+    # 5.5 and 7.3; the posterior is not quite Gaussian, and a few fits are of another mode.
+    assert 5 < np.median(square) < 9
+    assert np.mean(square > 24) < 0.1  # one in a thousand
+
+
+def test_evidence_of_a_lens_that_the_prior_knows():
+    """With a Gaussian prior, the evidence given a lens has a closed form."""
+    prior, optics, systems = make_lensing_case(1)
+    args = lensing.parse_args(
+        "--noise 0.05 --num-lenses 16 --num-evidence-steps 64 --num-posterior-particles 4".split()
+    )
+    found, error = lensing.estimate_lens_evidence(
+        jax.random.key(2), prior, optics, systems.y[0], 7, args
+    )
+    fit = lensing.fit_lens(prior, optics, 0.05, systems.y[0])
+    z = np.random.default_rng(0).multivariate_normal(fit.mode, 1.5 * fit.cov, 2000)
+    operator = lensing.make_operator(lensing.to_lens(jnp.asarray(z)), optics, 6)
+    cov = jnp.einsum("nik,kl,njl->nij", operator, prior.denoiser.cov.dense(), operator)
+    normal = dist.MultivariateNormal(
+        operator @ prior.mean.ravel(), cov + 0.05**2 * jnp.eye(cov.shape[-1])
+    )
+    proposal = dist.MultivariateNormal(fit.mode, 1.5 * fit.cov)
+    given = normal.log_prob(systems.y[0].ravel())
+    weights = given + dist.Normal().log_prob(z).sum(-1) - proposal.log_prob(z)
+    expected = jax.scipy.special.logsumexp(weights) - np.log(len(z))
+    assert error < 0.6
+    assert abs(found - expected) < 4 * error + 0.3
+
+
+def test_semilinear_inversion_is_calibrated():
+    """Draws fit what is seen; errors are as large as the draws' deviations."""
+    _, optics, systems = make_lensing_case(8)
+    draws = lensing.invert_semilinear(np.random.default_rng(0), systems, optics, 0.05, 40)
+    scores = lensing.judge(draws, systems, optics, 0.05)
+    assert 0.85 < scores["chi_square"] < 1.15
+    assert scores["rmse"] < 1.5 * float(jnp.sqrt(draws.var(0).mean()))
+
+
+def test_galaxies_from_a_file(tmp_path):
+    path = tmp_path / "galaxies.npy"
+    np.save(path, np.ones((4, 12, 10)))
+    with pytest.raises(ValueError, match="expected an array of shape"):
+        lensing.read_galaxies(path, 6)
+    np.save(path, np.arange(4 * 12 * 12.0).reshape(4, 12, 12))
+    assert lensing.read_galaxies(path, 6).shape == (4, 6, 6)
+    args = lensing.parse_args(f"--data {path} --source-size 6".split())
+    with pytest.raises(ValueError, match="expected 5 galaxies or more, got 4"):
+        lensing.make_galaxies(np.random.default_rng(0), 5, args)
+
+
+TINY_LENSING = (
+    "--source-size 6 --image-size 8 --num-systems 16 --num-gaussian-iterations 2"
+    " --num-iterations 1 --num-events 8 --num-particles 2 --num-sgd-steps 4 --batch-size 8"
+    " --width 16 --num-steps 4 --num-judged 2 --num-samples 20 --num-blind 0 --num-compared 0"
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*draws of one particle are biased")
+def test_lensing(tmp_path):
+    args = lensing.parse_args(f"{TINY_LENSING} --output {tmp_path}".split())
+    result = lensing.main(args)
+    assert set(result["table"]) == {"semilinear", "gaussian", "learned", "clean"}
+    assert all(np.isfinite(list(row.values())).all() for row in result["table"].values())
+    assert len(result["em"]) == 1
+    for name in ("restored", "samples"):
+        assert (tmp_path / f"lensing_{name}.png").stat().st_size > 5_000
+    written = json.loads((tmp_path / "lensing.json").read_text())
+    np.testing.assert_equal(written, result)
+
+
+# Chains this short may not move at all.
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
+def test_lensing_with_unknown_lenses(tmp_path):
+    args = lensing.parse_args(
+        f"{TINY_LENSING} --num-blind 2 --num-simulated 2 --num-chains 2 --num-warmup 2"
+        " --num-sweeps 10 --num-compared 1 --num-lenses 4 --num-evidence-steps 4"
+        f" --num-posterior-particles 2 --priors gaussian --output {tmp_path}".split()
+    )
+    result = lensing.main(args)
+    assert set(result["blind"]) == {"galaxies", "draws of the prior"}
+    assert [row["shear"] for row in result["evidence"]] == list(lensing.SHEARS)
+    assert all(np.isfinite(row["log_bayes"]) for row in result["evidence"])
+    for name in ("blind", "ranks"):
+        assert (tmp_path / f"lensing_{name}.png").stat().st_size > 5_000

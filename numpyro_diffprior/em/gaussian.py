@@ -350,12 +350,6 @@ def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]
         )
 
 
-def _whiten(noise: Covariance, v: jax.Array) -> jax.Array:
-    r"""Return :math:`L^{-1} v = L^T N^{-1} v` for :math:`N = L L^T`."""
-    v = v.astype(jnp.result_type(v, noise.diagonal()))
-    return jax.linear_transpose(noise.sqrt_matvec, v)(noise.solve(v))[0]
-
-
 def _origin(likelihood: Likelihood, dtype: DTypeLike) -> jax.Array:
     return jnp.zeros((*likelihood.batch_shape, *likelihood.event_shape), dtype)
 
@@ -379,9 +373,9 @@ def _observe(likelihood: Likelihood, dense: bool, dtype: DTypeLike) -> _Observat
         excess, num_white = (rest * local.noise.solve(rest)).sum(-1), known.sum(-1)
     else:
         operator = likelihood.operator(origin)
-        white = jax.vmap(partial(_whiten, local.noise), in_axes=-1, out_axes=-1)(operator)
+        white = jax.vmap(local.noise.whiten, in_axes=-1, out_axes=-1)(operator)
         depends, rows = (operator != 0).any(-1), (white != 0).any(-1)
-        residual = jnp.where(rows, _whiten(local.noise, local.residual), 0)
+        residual = jnp.where(rows, local.noise.whiten(local.residual), 0)
         excess, num_white = jnp.zeros(()), depends.sum(-1)
 
     # Masked values have a zero row. They do not depend on the event or count in the evidence.

@@ -142,7 +142,9 @@ class MMPS(Guidance):
             return solve
         if cov is None:
             return EigenSolve()
-        return FactoredSolve(likelihood.operator(zeros) if likelihood.linear else None)
+        if not likelihood.linear:
+            return FactoredSolve()
+        return FactoredSolve.of(likelihood.operator(zeros), likelihood.linearize(zeros).noise)
 
 
 class _Mode(NamedTuple):

@@ -29,8 +29,8 @@ from numpyro_diffprior.guidance.look_ahead import (
     ElementwiseLookAhead,
     LookAhead,
 )
-from numpyro_diffprior.linalg.batched import einsum, magnitude
-from numpyro_diffprior.linalg.covariances import Covariance
+from numpyro_diffprior.linalg.batched import apply, apply_transpose, by_matrix, einsum, magnitude
+from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
 from numpyro_diffprior.linalg.solvers import (
     ConjugateGradientResult,
     approximate_conjugate_gradient,
@@ -46,6 +46,7 @@ __all__ = [
     "EigenSolve",
     "ElementwiseSolve",
     "FactoredSolve",
+    "Reduction",
     "Solution",
     "Solve",
     "StationarySolve",
@@ -104,19 +105,66 @@ class Solve(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class Reduction:
+    r"""Statistics that are sufficient for a linear likelihood of more values than elements.
+
+    With :math:`\Sigma_y = L L^T` and the factors :math:`L^{-1} A = Q R`, the :math:`d` values
+    :math:`Q^T L^{-1} y` have the operator :math:`R` and unit noise. Their likelihood is that of
+    :math:`y` up to a factor that does not depend on :math:`x`.
+
+    Attributes:
+        matrix: :math:`R`, with shape ``(*batch, d, d)``.
+        basis: :math:`Q`, with shape ``(*batch, m, d)``.
+    """
+
+    matrix: jax.Array
+    basis: jax.Array
+
+    @classmethod
+    def of(cls, matrix: jax.Array, noise: Covariance) -> "Reduction":
+        r"""Reduce :math:`A`, with shape ``(*batch, m, d)``, and :math:`\Sigma_y`."""
+        white = jax.vmap(noise.whiten, in_axes=-1, out_axes=-1)(matrix)
+        basis, factor = by_matrix(jnp.linalg.qr, white)
+        # Masked values have a zero row, and whatever residual.
+        return cls(factor, jnp.where((white != 0).any(-1, keepdims=True), basis, 0))
+
+    def reduce(self, local: Linearization) -> Linearization:
+        """Return the likelihood of the statistics."""
+        return Linearization(
+            residual=apply_transpose(self.basis, local.noise.whiten(local.residual)),
+            matvec=lambda v: apply(self.matrix, v),
+            transpose=lambda u: apply_transpose(self.matrix, u),
+            noise=Isotropic(jnp.ones((), self.matrix.dtype), self.matrix.shape[-1]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class FactoredSolve(Solve):
     r"""Solve by a Cholesky factor of :math:`\Sigma_y + A V A^T`, with :math:`V` in closed form.
 
     Args:
         matrix: The operator :math:`A`, with shape ``(*batch, m, d)``, if it is constant.
+        reduction: Sufficient statistics in place of the observed values, or None; ``matrix`` is
+            then theirs. The twists of an event's particles lack a common factor.
     """
 
     matrix: jax.Array | None = None
+    reduction: Reduction | None = None
+
+    @classmethod
+    def of(cls, matrix: jax.Array, noise: Covariance) -> "FactoredSolve":
+        """Return a solve for a constant operator, of as few values as possible."""
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            return cls(matrix)
+        reduction = Reduction.of(matrix, noise)
+        return cls(reduction.matrix, reduction)
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
         assert cov.closed_form is not None
+        if self.reduction is not None:
+            local = self.reduction.reduce(local)
         gain = sandwich(cov.closed_form, operator() if self.matrix is None else self.matrix)
         w, logdet, residual = factored_solve(gain, local.noise, local.residual)
         b = local.transpose(w)
@@ -135,6 +183,8 @@ class FactoredSolve(Solve):
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
     ) -> LookAhead:
         assert self.matrix is not None
+        if self.reduction is not None:
+            local = self.reduction.reduce(local)
         return DenseLookAhead.of(local, cov, self.matrix, sigma, tau)
 
 

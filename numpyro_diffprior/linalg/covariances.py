@@ -98,6 +98,11 @@ class Covariance(ABC):
     def sqrt_matvec(self, z: jax.Array) -> jax.Array:
         r"""Return :math:`L z`, where :math:`L` is square and :math:`L L^T = \Sigma`."""
 
+    def whiten(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`L^{-1} v`, for the :math:`L` that `sqrt_matvec` multiplies by."""
+        v = v.astype(jnp.result_type(v, self.diagonal()))
+        return jax.linear_transpose(self.sqrt_matvec, v)(self.solve(v))[0]
+
     @abstractmethod
     def logdet(self) -> jax.Array:
         r"""Return :math:`\log \det \Sigma`, with shape ``(*batch,)``."""
