@@ -5,9 +5,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from oracles import dense, gaussian_posterior, tolerance
+from scipy.stats import multivariate_normal
 
+import numpyro_diffprior as ndp
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
@@ -65,11 +69,12 @@ OPERATORS = {
 def test_the_stationary_part_is_all_of_a_stationary_operator(name):
     matrix, num_channels, is_stationary = OPERATORS[name]
     gram = jnp.asarray(np.stack([1, 4])[:, None, None] * (matrix.T @ matrix))
-    blocks = jax.jit(lambda: stationary_part(lambda v: gram @ v, GRID, num_channels, gram.dtype))()
+    part = jax.jit(lambda: stationary_part(lambda v: gram @ v, GRID, num_channels, gram.dtype))()
+    blocks = part.blocks
     assert blocks.shape == (2, 6, 3, num_channels, num_channels)
     cov = stationary(num_channels)
     v = np.random.default_rng(1).normal(size=(2, NUM * num_channels))
-    product, exact = cov.multiply(blocks, jnp.asarray(v)), np.einsum("nij,nj->ni", gram, v)
+    product, exact = part.matvec(jnp.asarray(v)), np.einsum("nij,nj->ni", gram, v)
     error = np.abs(product - exact).max() / np.abs(exact).max()
     assert (error < tolerance(1e-5, 1e-12)) == is_stationary
     assert np.linalg.eigvalsh(blocks).min() > -tolerance(1e-5, 1e-12) * np.abs(blocks).max()
@@ -77,9 +82,19 @@ def test_the_stationary_part_is_all_of_a_stationary_operator(name):
     if is_stationary:
         system = np.eye(len(dense(cov))) + np.asarray(gram, float) @ dense(cov)
         expected = np.linalg.solve(system, v[..., None])[..., 0]
-        b, shift = cov.stationary_update(blocks)(jnp.asarray(v))
+        update = cov.update_stationary(part)
+        b, shift = update.solve(jnp.asarray(v))
         np.testing.assert_allclose(b, expected, atol=tolerance(1e-4, 1e-10))
         np.testing.assert_allclose(shift, expected @ dense(cov), atol=tolerance(1e-4, 1e-10))
+        logdet = np.linalg.slogdet(system)[1]
+        np.testing.assert_allclose(update.logdet, logdet, rtol=tolerance(1e-4, 1e-10))
+        square = dense(cov) + 0.3 * dense(cov) @ dense(cov)
+        logdet = np.linalg.slogdet(np.eye(len(square)) + np.asarray(gram, float) @ square)[1]
+        more = cov.update_stationary(part, 0.3)
+        np.testing.assert_allclose(more.logdet, logdet, rtol=tolerance(1e-4, 1e-10))
+        roots = jax.vmap(part.sqrt_matvec)(jnp.eye(len(square))[:, None])
+        squares = np.einsum("kni,knj->nij", roots, roots)
+        np.testing.assert_allclose(squares, gram, atol=tolerance(1e-4, 1e-10) * gram.max())
 
 
 def test_updates_of_each_event():
@@ -152,6 +167,35 @@ def test_posterior_means_under_stationary_priors(name, noise):
         mean, rest = gaussian_posterior(x_hat, posterior, matrix, noises, y)
         error = (np.asarray(found, float).ravel() - mean) / np.sqrt(np.diagonal(rest))
         assert np.abs(error).max() < tolerance(0.02, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["convolution, two channels", "k-space", "mixed"])
+def test_evidence_by_looking_ahead(name):
+    """Close where the operator is stationary, where it is not by means of the weights."""
+    matrix, num_channels, is_stationary = OPERATORS[name]
+    num, noise, rng = 8, 0.3, np.random.default_rng(3)
+    matrix = matrix[:20] if name == "mixed" else matrix
+    cov = stationary(num_channels)
+    x = np.asarray(cov.sqrt_matvec(jnp.asarray(rng.normal(size=(num, cov.size)))))
+    y = x @ matrix.T + noise * rng.normal(size=(num, len(matrix)))
+    total = matrix @ dense(cov) @ matrix.T + noise**2 * np.eye(len(matrix))
+    exact = multivariate_normal(np.zeros(len(matrix)), total).logpdf(y)
+
+    def model(prior, y):
+        with numpyro.plate("n", num):
+            x = numpyro.sample("x", prior)
+            mean = x.reshape(num, -1) @ jnp.asarray(matrix, x.dtype).T
+            numpyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
+
+    denoiser = GaussianDenoiser(jnp.zeros((*GRID, num_channels)), cov)
+    prior = ndp.DiffusionPrior(denoiser, sampler=ndp.samplers.MultistepSDE(64))
+    guidance = MMPS(GaussianCovariance(), max_dense=0)
+    found = ndp.log_evidence(
+        jax.random.key(0), model, prior, jnp.asarray(y), guidance=guidance, num_particles=64
+    )
+    error = np.asarray(found.value) - exact
+    assert np.abs(error.mean()) < (0.5 if is_stationary else 3)
+    assert np.abs(error).max() < (2 if is_stationary else 8)
 
 
 def test_other_operators_keep_their_solver():

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 
 from numpyro_diffprior.guidance.likelihood import Linearization, gaussian_log_density
 from numpyro_diffprior.linalg.batched import Factor, gather
-from numpyro_diffprior.linalg.covariances import Covariance, Update
+from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Update
 from numpyro_diffprior.linalg.solvers import sandwich, sandwich_square
+from numpyro_diffprior.linalg.stationary import StationaryOperator
 
-__all__ = ["DenseLookAhead", "ElementwiseLookAhead", "LookAhead"]
+__all__ = ["DenseLookAhead", "PrecisionLookAhead", "LookAhead"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +129,8 @@ class DenseLookAhead(LookAhead):
 
 
 @dataclass(frozen=True, eq=False)
-class ElementwiseLookAhead(LookAhead):
-    r"""Looking ahead with a diagonal precision :math:`\Lambda` of an elementwise likelihood.
+class PrecisionLookAhead(LookAhead):
+    r"""Looking ahead with a structured precision :math:`\Lambda` of the likelihood.
 
     With the score :math:`s = A^T \Sigma_y^{-1} r`, a covariance :math:`V` and
     :math:`(I + \Lambda V) b = s`,
@@ -138,11 +139,14 @@ class ElementwiseLookAhead(LookAhead):
         + \tfrac{1}{2} s^T V b - \tfrac{1}{2} \log \det (I + \Lambda V),
 
     and :math:`M` has :math:`V + (\tau / \sigma_s^2)^2 V^2` in the place of :math:`V`.
+
+    With an approximation of :math:`\Lambda`, these are the likelihood and the draws of another
+    Gaussian model, of the same score. Particle samplers stay exact.
     """
 
     score: jax.Array  # s, (num_particles, *batch, d)
     log_density: jax.Array  # log N(r; 0, S_y), (num_particles, *batch)
-    precision: jax.Array  # (*batch, d)
+    precision: Diagonal | StationaryOperator
     sigma: jax.Array
     cov: Covariance
     ahead: Update  # of V
@@ -153,22 +157,25 @@ class ElementwiseLookAhead(LookAhead):
         cls,
         local: Linearization,
         cov: Covariance,
-        precision: jax.Array,
+        precision: Diagonal | StationaryOperator,
+        update: Callable[[jax.Array | None], Update],
         sigma: jax.Array,
         tau: jax.Array,
-    ) -> "ElementwiseLookAhead":
+    ) -> "PrecisionLookAhead":
         r"""Factor the matrices.
 
         Args:
             local: The likelihood, linearized at :math:`\hat x`.
             cov: :math:`V`.
-            precision: The diagonal of :math:`\Lambda`, with shape ``(*batch, d)``.
+            precision: :math:`\Lambda`, or an approximation of it.
+            update: Maps :math:`c` to the update of :math:`V + c V^2` by the precision, None to
+                that of :math:`V`.
             sigma: The next level's :math:`\sigma_s`, a scalar.
             tau: The standard deviation of the step, a scalar.
         """
         residual, noise, score = local.residual, local.noise, local.score()
         log_density = gaussian_log_density(residual, noise.solve(residual), noise.logdet())
-        before = cov.update(precision, jnp.square(tau / sigma**2))
+        before = update(jnp.square(tau / sigma**2))
         return cls(
             tau=tau,
             log_twist=log_density + _log_gain(before, score),
@@ -177,7 +184,7 @@ class ElementwiseLookAhead(LookAhead):
             precision=precision,
             sigma=sigma,
             cov=cov,
-            ahead=cov.update(precision),
+            ahead=update(None),
             before=before,
         )
 
@@ -194,13 +201,13 @@ class ElementwiseLookAhead(LookAhead):
         step, own, noise = noises
         step = self.tau * step
         x = self._image(step) + self.cov.sqrt_matvec(own)
-        simulated = self.precision * x + jnp.sqrt(self.precision) * noise
+        simulated = self.precision.matvec(x) + self.precision.sqrt_matvec(noise)
         b, _ = self.before.solve(self.score - simulated)
         return step + self.tau**2 * self._image(b)
 
     def log_prob(self, step: jax.Array) -> jax.Array:
         image = self._image(step)
-        change = self.precision * image
+        change = self.precision.matvec(image)
         log_density = self.log_density + jnp.sum(image * (self.score - change / 2), axis=-1)
         return log_density + _log_gain(self.ahead, self.score - change)
 

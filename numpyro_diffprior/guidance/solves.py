@@ -16,6 +16,7 @@ stationary, or by conjugate gradients.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,11 +27,11 @@ from numpyro_diffprior.guidance.guidance import SolveStats
 from numpyro_diffprior.guidance.likelihood import Linearization
 from numpyro_diffprior.guidance.look_ahead import (
     DenseLookAhead,
-    ElementwiseLookAhead,
     LookAhead,
+    PrecisionLookAhead,
 )
 from numpyro_diffprior.linalg.batched import apply, apply_transpose, by_matrix, einsum, magnitude
-from numpyro_diffprior.linalg.covariances import Covariance, Isotropic
+from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Isotropic
 from numpyro_diffprior.linalg.solvers import (
     ConjugateGradientResult,
     approximate_conjugate_gradient,
@@ -39,7 +40,7 @@ from numpyro_diffprior.linalg.solvers import (
     sandwich,
     truncated_solve,
 )
-from numpyro_diffprior.linalg.stationary import Stationary, stationary_part
+from numpyro_diffprior.linalg.stationary import Stationary, StationaryOperator, stationary_part
 
 __all__ = [
     "ConjugateGradients",
@@ -226,7 +227,8 @@ class ElementwiseSolve(Solve):
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
     ) -> LookAhead:
         assert self.precision is not None
-        return ElementwiseLookAhead.of(local, cov, self.precision, sigma, tau)
+        update = partial(cov.update, self.precision)
+        return PrecisionLookAhead.of(local, cov, Diagonal(self.precision), update, sigma, tau)
 
 
 @dataclass(frozen=True)
@@ -295,12 +297,12 @@ class StationarySolve(Solve):
     used.
 
     Args:
-        blocks: The stationary part of :math:`\Lambda`, of a linear likelihood.
+        part: The stationary part of :math:`\Lambda`, of a linear likelihood.
         is_stationary: Whether it is nearly all of :math:`\Lambda`, for all events.
         otherwise: The solver that is used if it is not.
     """
 
-    blocks: jax.Array
+    part: StationaryOperator
     is_stationary: jax.Array
     otherwise: ConjugateGradients
 
@@ -320,11 +322,11 @@ class StationarySolve(Solve):
         def precision(v: jax.Array) -> jax.Array:
             return local.precision(jnp.broadcast_to(v, score.shape))
 
-        blocks = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
+        part = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
         probe = jax.random.normal(jax.random.key(1), score.shape[-1:], score.dtype)
         product = precision(probe)
-        rest = magnitude(product - cov.multiply(blocks, probe))
-        return cls(blocks, (rest <= _STATIONARY * magnitude(product)).all(), otherwise)
+        rest = magnitude(product - part.matvec(probe))
+        return cls(part, (rest <= _STATIONARY * magnitude(product)).all(), otherwise)
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
@@ -335,13 +337,24 @@ class StationarySolve(Solve):
             lambda: self.otherwise(local, cov, operator),
         )
 
+    @property
+    def looks_ahead(self) -> bool:
+        return True
+
+    def look_ahead(
+        self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
+    ) -> LookAhead:
+        assert isinstance(cov, Stationary)
+        update = partial(cov.update_stationary, self.part)
+        return PrecisionLookAhead.of(local, cov, self.part, update, sigma, tau)
+
     def _solve(self, local: Linearization, cov: PosteriorOperator) -> Solution:
         assert isinstance(cov.closed_form, Stationary)
         score, max_steps = local.score(), self.otherwise.max_steps
         return _matrix_free(
             approximate_conjugate_gradient(
                 local.precision,
-                cov.closed_form.stationary_update(self.blocks),
+                cov.closed_form.update_stationary(self.part).solve,
                 score,
                 rtol=self.otherwise.rtol,
                 max_steps=2 * score.shape[-1] if max_steps is None else max_steps,

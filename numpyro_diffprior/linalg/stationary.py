@@ -17,9 +17,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_diffprior.linalg.batched import append_axis, apply, by_matrix, einsum, matmul
-from numpyro_diffprior.linalg.covariances import Covariance, parallel
+from numpyro_diffprior.linalg.covariances import Covariance, Update, parallel
 
-__all__ = ["Stationary", "extend_stationary", "stationary_part"]
+__all__ = ["Stationary", "StationaryOperator", "extend_stationary", "stationary_part"]
 
 
 @jax.tree_util.register_dataclass
@@ -126,20 +126,24 @@ class Stationary(Covariance):
         gain = gain.reshape(*gain.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
         return self._from_waves(gain * self._to_waves(v.astype(jnp.result_type(v, gain))))
 
-    def stationary_update(
-        self, blocks: jax.Array
-    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-        r"""Return a map from :math:`s` to :math:`b` and :math:`\delta = \Sigma b`.
-
-        They solve :math:`(\Sigma^{-1} + L) \, \delta = s`: :math:`(I + L \Sigma) \, b = s`.
+    def update_stationary(
+        self, precision: "StationaryOperator", square: ArrayLike | None = None
+    ) -> Update:
+        r"""Return the Gaussian update by a stationary precision; see `Covariance.update`.
 
         Args:
-            blocks: A stationary operator :math:`L \ge 0`, as `stationary_part` returns it.
+            precision: :math:`\Lambda`.
+            square: If given, :math:`c`: the update is that of :math:`\Sigma + c \Sigma^2`.
         """
-        root = jnp.sqrt(self.eigenvalues)
+        power = self.eigenvalues
+        if square is not None:
+            power = power * (1 + append_axis(square) * power)
+        root = jnp.sqrt(power)
         root = root.reshape(*root.shape[:-1], *self.grid, self.num_channels)[..., self._half, :]
-        system = root[..., :, None] * self._rotate_blocks(blocks) * root[..., None, :]
-        inverse = _inverse(system + jnp.eye(self.num_channels, dtype=system.dtype))
+        rotation = self.rotation
+        blocks = einsum("...ai,...ab,...bj->...ij", rotation, precision.blocks, rotation)
+        system = root[..., :, None] * blocks * root[..., None, :]
+        inverse, logdet = _inverse(system + jnp.eye(self.num_channels, dtype=system.dtype))
 
         def solve(s: jax.Array) -> tuple[jax.Array, jax.Array]:
             waves = self._to_waves(s)
@@ -147,14 +151,11 @@ class Stationary(Covariance):
             b = jnp.where(root > 0, white / jnp.where(root > 0, root, 1), waves)
             return self._from_waves(b), self._from_waves(root * white)
 
-        return solve
-
-    def multiply(self, blocks: jax.Array, v: jax.Array) -> jax.Array:
-        """Multiply by a stationary operator, as `stationary_part` returns it."""
-        return self._from_waves(_apply(self._rotate_blocks(blocks), self._to_waves(v)))
-
-    def _rotate_blocks(self, blocks: jax.Array) -> jax.Array:
-        return einsum("...ai,...ab,...bj->...ij", self.rotation, blocks, self.rotation)
+        # Most frequencies of the half stand for two.
+        column = np.arange(self.grid[-1] // 2 + 1)
+        twice = np.where((column == 0) | (2 * column == self.grid[-1]), 1, 2)
+        axes = tuple(range(-len(self.grid), 0))
+        return Update(solve, (logdet * twice).sum(axes))
 
     @property
     def _half(self) -> slice:
@@ -246,13 +247,45 @@ def extend_stationary(
 _NUM_COLUMNS = 64
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class StationaryOperator:
+    r"""A symmetric operator :math:`L \ge 0` on fields that is diagonal in the Fourier basis.
+
+    It may couple the channels at a frequency, unlike `Stationary`, which has one rotation of them.
+
+    Args:
+        blocks: Hermitian matrices at the frequencies of `jax.numpy.fft.rfftn`, with shape
+            ``(*batch, *frequencies, channels, channels)``.
+        grid: The shape of the grid: vectors are flattened arrays ``(*grid, channels)``.
+    """
+
+    blocks: jax.Array
+    grid: tuple[int, ...] = field(metadata={"static": True})
+
+    def matvec(self, v: jax.Array) -> jax.Array:
+        """Return the product with a vector, with shape ``(*batch, size)``."""
+        return self._multiply(self.blocks, v)
+
+    def sqrt_matvec(self, z: jax.Array) -> jax.Array:
+        r"""Return :math:`M z`, where :math:`M` is square and :math:`M M^T = L`."""
+        return self._multiply(_cholesky(self.blocks), z)
+
+    def _multiply(self, blocks: jax.Array, v: jax.Array) -> jax.Array:
+        axes = tuple(range(-1 - len(self.grid), -1))
+        fields = v.reshape(*v.shape[:-1], *self.grid, self.blocks.shape[-1])
+        waves = _apply(blocks, jnp.fft.rfftn(fields, axes=axes))
+        product = jnp.fft.irfftn(waves, s=self.grid, axes=axes)
+        return product.reshape(*product.shape[: axes[0]], v.shape[-1])
+
+
 def stationary_part(
     matvec: Callable[[jax.Array], jax.Array],
     grid: tuple[int, ...],
     num_channels: int,
     dtype: DTypeLike,
     num_probes: int = 4,
-) -> jax.Array:
+) -> StationaryOperator:
     r"""Return the stationary part of symmetric operators :math:`L \ge 0` on fields with channels.
 
     In the Fourier basis, it has those blocks of :math:`L` that couple the channels at one
@@ -265,10 +298,6 @@ def stationary_part(
         num_channels: The number of channels.
         dtype: The floating type of vectors.
         num_probes: The number of fields for each channel.
-
-    Returns:
-        The blocks at the frequencies of `jax.numpy.fft.rfftn`, with shape
-        ``(*batch, *frequencies, channels, channels)``.
     """
     axes = tuple(range(-1 - len(grid), -1))
 
@@ -292,7 +321,7 @@ def stationary_part(
     zeros = jax.eval_shape(lambda: add(jnp.zeros((), dtype), keys[0])[0])
     total, _ = jax.lax.scan(add, jnp.zeros(zeros.shape, zeros.dtype), keys)
     blocks = total / num_probes
-    return _not_negative((blocks + blocks.conj().mT) / 2)
+    return StationaryOperator(_not_negative((blocks + blocks.conj().mT) / 2), grid)
 
 
 def _not_negative(blocks: jax.Array) -> jax.Array:
@@ -319,13 +348,32 @@ def _apply(blocks: jax.Array, waves: jax.Array) -> jax.Array:
     return einsum("...ij,...j->...i", blocks, waves)
 
 
-def _inverse(blocks: jax.Array) -> jax.Array:
-    """Invert small positive definite matrices by Gauss-Jordan sweeps, all of them at once."""
+def _inverse(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Invert small positive definite matrices by Gauss-Jordan sweeps, all of them at once.
+
+    Returns:
+        The inverses, and the log-determinants of the matrices.
+    """
+    logdet = jnp.zeros(blocks.shape[:-2], blocks.real.dtype)
     for k in range(blocks.shape[-1]):
+        logdet += jnp.log(blocks[..., k, k].real)
         pivot = 1 / blocks[..., k, k]
         column, row = blocks[..., :, k], blocks[..., k, :]
         swept = blocks - pivot[..., None, None] * column[..., :, None] * row[..., None, :]
         swept = swept.at[..., k, :].set(pivot[..., None] * row)
         swept = swept.at[..., :, k].set(-pivot[..., None] * column)
         blocks = swept.at[..., k, k].set(pivot)
-    return blocks
+    return blocks, logdet
+
+
+def _cholesky(blocks: jax.Array) -> jax.Array:
+    """Factor small positive semi-definite matrices, all of them at once."""
+    smallest = jnp.finfo(blocks.dtype).eps * jnp.trace(blocks, axis1=-2, axis2=-1).real
+    columns = []
+    for k in range(blocks.shape[-1]):
+        pivot = blocks[..., k, k].real
+        root = jnp.sqrt(jnp.where(pivot > smallest, pivot, 1))
+        column = jnp.where((pivot > smallest)[..., None], blocks[..., :, k] / root[..., None], 0)
+        columns.append(column)
+        blocks = blocks - column[..., :, None] * column[..., None, :].conj()
+    return jnp.stack(columns, axis=-1)
