@@ -230,6 +230,11 @@ def to_vector(lens):
     return jnp.concatenate([lens.center, radius, lens.ellipticity, lens.shear], axis=-1)
 
 
+def from_vector(vector):
+    """The lenses of vectors that `to_vector` returns."""
+    return Lens(vector[..., :2], vector[..., 2], vector[..., 3:5], vector[..., 5:])
+
+
 PARAMETERS = (
     "center, x",
     "center, y",
@@ -512,7 +517,7 @@ def fit_lens(prior, optics, noise, y, num_parameters=7):
         slopes = jax.jacfwd(lambda z: render(to_lens(z), source, optics).ravel() / noise)(z)
         shared = jax.scipy.linalg.cho_solve((lower, True), gain.T @ slopes)
         fisher = jnp.eye(len(z)) + slopes.T @ (slopes - gain @ shared)
-        cov = jnp.linalg.inv(fisher)
+        cov = jnp.linalg.inv((fisher + fisher.T) / 2)
         move = -cov @ slope
         return z + move / jnp.maximum(jnp.linalg.norm(move), 1), cov
 
@@ -570,8 +575,7 @@ def infer_lenses(rng_key, prior, systems, optics, args):
 def judge_lenses(x, lens, systems, optics, args):
     """Scores of chains, with shapes ``(n, chains, sweeps, ...)``, and the lenses' ranks."""
     truth = np.asarray(to_vector(systems.lens))
-    flat = lambda a: jnp.swapaxes(a.reshape(len(a), -1, *a.shape[3:]), 0, 1)  # noqa: E731
-    draws, sources = flat(lens), flat(x)
+    draws, sources = (jnp.swapaxes(a.reshape(len(a), -1, *a.shape[3:]), 0, 1) for a in (lens, x))
     values = np.asarray(lens, float)
     r_hat = np.stack([split_gelman_rubin(chains) for chains in values])
     ess = np.stack([effective_sample_size(chains) for chains in values])
@@ -583,8 +587,9 @@ def judge_lenses(x, lens, systems, optics, args):
 
     def residual(inputs):
         vector, source = inputs
-        scaled = (vector - jnp.eye(7)[2]) / SCALES
-        return jnp.mean(((systems.y - render(to_lens(scaled), source, optics)) / args.noise) ** 2)
+        return jnp.mean(
+            ((systems.y - render(from_vector(vector), source, optics)) / args.noise) ** 2
+        )
 
     ranks = sbc_ranks(jnp.swapaxes(draws, 0, 1), truth, rng_key=jax.random.key(0))
     uniform = (np.asarray(ranks) + 0.5) / (len(draws) + 1)
@@ -671,7 +676,7 @@ def show_rows(rows, path, num_images=8):
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
         options = {"cmap": "inferno", "vmin": 0, "vmax": 1}
         if name in ("deviation", "error of the mean"):
-            options = {"cmap": "magma", "vmin": 0, "vmax": 0.3}
+            options = {"cmap": "magma", "vmin": 0, "vmax": 0.15}
         elif name == "residual":
             options = {"cmap": "RdBu", "vmin": -4, "vmax": 4}
         images = np.pad(np.asarray(images)[:num_images], ((0, 0), (0, 0), (0, 1)))
@@ -679,7 +684,7 @@ def show_rows(rows, path, num_images=8):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -703,8 +708,7 @@ def show_samples(rng_key, priors, galaxies, path):
 
 def show_blind(x, lens, systems, optics, noise, path):
     """Plot images and sources that are inferred with their lenses, and residuals of a draw."""
-    vector, source = lens[:, 0, -1], x[:, 0, -1]
-    seen = render(to_lens((vector - jnp.eye(7)[2]) / SCALES), source, optics)
+    source, seen = x[:, 0, -1], render(from_vector(lens[:, 0, -1]), x[:, 0, -1], optics)
     flat = x.reshape(len(x), -1, *x.shape[3:])
     rows = {
         "image": systems.y,
@@ -792,7 +796,7 @@ def infer_blindly(rng_key, prior, sources, optics, args, output):
         x, lens, fit = infer_lenses(key_run, prior, systems, optics, args)
         scores[name], uniform[name] = judge_lenses(x, lens, systems, optics, args)
         scores[name]["seconds"] = time.process_time() - began
-        error = (fit.mode - (to_vector(systems.lens) - jnp.eye(7)[2]) / SCALES) * SCALES
+        error = to_vector(to_lens(fit.mode)) - to_vector(systems.lens)
         scores[name]["rmse_of_fit"] = jnp.sqrt(jnp.mean(error**2, axis=0)).tolist()
         show_scores(name, scores[name])
         if name == "galaxies":
