@@ -70,7 +70,8 @@ class MMPS(Guidance):
             solved as a matrix (default: 16 with Tweedie's covariance, 1,024 if ``look_ahead``,
             otherwise 128); beyond, conjugate gradients solve without it, which cannot be
             differentiated in reverse mode. Diagonal and low-rank covariances need no matrix for
-            likelihoods that are elementwise, at any number of values.
+            likelihoods that are elementwise, at any number of values. Under stationary
+            covariances, k-space and periodic convolutions take one step, beyond that number.
         rtol: The relative residual at which conjugate gradients stop.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
