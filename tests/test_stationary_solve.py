@@ -198,6 +198,20 @@ def test_evidence_by_looking_ahead(name):
     assert np.abs(error).max() < (2 if is_stationary else 8)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_each_event_must_be_stationary(scale):
+    """Also one whose precision is much smaller than that of the others, or larger."""
+    prior = GaussianDenoiser(jnp.zeros((*GRID, 2)), stationary(2))
+    first, _, _ = OPERATORS["convolution, two channels"]
+    second = scale * np.random.default_rng(0).normal(size=first.shape)
+    noise = Isotropic(jnp.ones(()), len(first))
+    for matrices, expected in (((first, scale * first), True), ((first, second), False)):
+        matrix = jnp.asarray(np.stack(matrices))
+        likelihood = linear_gaussian(jnp.ones((2, len(first))), matrix, noise, (*GRID, 2))
+        solve = MMPS(GaussianCovariance(), max_dense=0).choose_solve(prior, likelihood)
+        assert solve.is_stationary == expected
+
+
 def test_other_operators_keep_their_solver():
     """Masks do: in white coordinates their hidden values would converge last."""
     cov = stationary(1)

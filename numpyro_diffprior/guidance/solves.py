@@ -30,7 +30,7 @@ from numpyro_diffprior.guidance.look_ahead import (
     LookAhead,
     PrecisionLookAhead,
 )
-from numpyro_diffprior.linalg.batched import apply, apply_transpose, by_matrix, einsum, magnitude
+from numpyro_diffprior.linalg.batched import apply, apply_transpose, by_matrix, einsum
 from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Isotropic
 from numpyro_diffprior.linalg.solvers import (
     ConjugateGradientResult,
@@ -325,8 +325,8 @@ class StationarySolve(Solve):
         part = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
         probe = jax.random.normal(jax.random.key(1), score.shape[-1:], score.dtype)
         product = precision(probe)
-        rest = magnitude(product - part.matvec(probe))
-        return cls(part, (rest <= _STATIONARY * magnitude(product)).all(), otherwise)
+        size, rest = (jnp.abs(v).max(-1) for v in (product, product - part.matvec(probe)))
+        return cls(part, (rest <= _STATIONARY * size).all(), otherwise)
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
