@@ -161,7 +161,7 @@ def _slopes(
     """Return the slopes of the log-likelihood before the shift of the mean, and after it."""
     direction = cov.solve(step.shift.ravel())
     before, after = step.observed, _flat(observed - mean)
-    return direction @ before.sum(0), direction @ after.sum(0)
+    return (direction * before).sum(), (direction * after).sum()
 
 
 @jax.jit
