@@ -187,6 +187,43 @@ def test_the_power_of_frequencies_that_are_rarely_seen():
     assert np.all(np.abs(np.log(found / power)) < 4 * np.sqrt(2 / 40))
 
 
+def test_power_of_two_fields_seen_together():
+    """Each site has a prior of its own; sums and differences are seen, a half of them."""
+    num, shape, noise = 150, (6, 6), 0.1
+    rng = np.random.default_rng(0)
+    smooth = 10 / (1 + np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(6) * 6]))) ** 2
+    powers = {"a": smooth, "b": np.full(shape, 0.5)}
+    x = {
+        key: np.fft.ifft2(np.fft.fft2(rng.normal(size=(num, *shape))) * np.sqrt(power)).real
+        for key, power in powers.items()
+    }
+    y = np.stack([x["a"] + x["b"], x["a"] - x["b"]], axis=-1)
+    y = y + noise * rng.normal(size=y.shape)
+    mask = rng.random(y.shape) < 0.5
+
+    def both(prior, mask, y):
+        with numpyro.plate("n", num):
+            mask, y = (numpyro.subsample(v, event_dim=3) for v in (mask, y))
+            a, b = (numpyro.sample(key, prior[key]) for key in ("a", "b"))
+            seen = dist.Normal(jnp.stack([a + b, a - b], axis=-1), noise).mask(mask)
+            numpyro.sample("y", seen.to_event(3), obs=y)
+
+    priors = {
+        key: DiffusionPrior(
+            NetworkDenoiser(MLP(shape, features=(4,), embedding=4, rngs=nnx.Rngs(0))),
+            sampler=MultistepSDE(8),
+        )
+        for key in powers
+    }
+    em = make_em(both, start=GaussianStart(8, summary=StationarySummary()))
+    found = em.init(jax.random.key(0), priors, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
+    for key, power in powers.items():
+        denoiser = found[key].denoiser
+        ratio = denoiser.unit**2 * denoiser.cov.eigenvalues.reshape(shape) / power
+        assert abs(float(np.log(ratio).mean())) < 0.1
+        assert np.all(np.abs(np.log(ratio)) < 1)
+
+
 @pytest.mark.parametrize("num_iterations", [1, 6])
 def test_the_mean_of_fields_that_all_hide_the_same(num_iterations):
     """Where a full step would overshoot: the shares are the same for all frequencies."""

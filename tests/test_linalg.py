@@ -107,6 +107,12 @@ class TestCovariance:
         assert_close(cov.solve(v), np.linalg.inv(matrix) @ v)
         assert cov.sqrt_matvec(v).shape == cov.diagonal().shape
 
+    def test_whitening_undoes_the_root(self, make: Make, batch: tuple[int, ...]):
+        cov, _ = make(*batch)
+        v = normal(9, *batch, SIZE)
+        assert_close(cov.sqrt_matvec(cov.whiten(v)), v, 10 * TOL)
+        assert_close(cov.whiten(cov.sqrt_matvec(v)), v, 10 * TOL)
+
     def test_leading_coordinates(self, make: Make, batch: tuple[int, ...]):
         cov, matrix = make(*batch)
         assert cov.leading(4).size == 4

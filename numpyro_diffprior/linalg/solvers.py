@@ -160,15 +160,7 @@ def preconditioned_conjugate_gradient(
         num_steps=count,
         step=jnp.zeros((), int),
     )
-    last = jax.lax.while_loop(unfinished, advance, start)
-    error = s - last.b - precision(last.shift)
-    scale = norm[..., None]
-    return ConjugateGradientResult(
-        b=scale * last.b,
-        shift=scale * last.shift,
-        residual=_norm(error),
-        num_steps=last.num_steps,
-    )
+    return _result(jax.lax.while_loop(unfinished, advance, start), precision, s, norm)
 
 
 class _ApproximateState(NamedTuple):
@@ -261,7 +253,16 @@ def approximate_conjugate_gradient(
         num_steps=jnp.zeros(norm.shape, int),
         step=jnp.zeros((), int),
     )
-    last = jax.lax.while_loop(unfinished, advance, start)
+    return _result(jax.lax.while_loop(unfinished, advance, start), precision, s, norm)
+
+
+def _result(
+    last: _State | _ApproximateState,
+    precision: Callable[[jax.Array], jax.Array],
+    s: jax.Array,
+    norm: jax.Array,
+) -> ConjugateGradientResult:
+    """Return the result for the score ``norm * s``, from the last state for ``s``."""
     error = s - last.b - precision(last.shift)
     scale = norm[..., None]
     return ConjugateGradientResult(
