@@ -383,16 +383,16 @@ def test_benchmark_of_event_sizes(tmp_path):
 
 
 def test_benchmark_of_solves(tmp_path):
-    """Closed forms are closer than conjugate gradients, in a tenth of the steps."""
+    """Errors are as asked for; closed forms are closer, in a tenth of the steps."""
     args = solves.parse_args(f"--size 8 --noise 1e-2 --output {tmp_path}".split())
     for row in solves.main(args)["rows"]:
-        plain, part = row["conjugate gradients, 1e-03"], row["stationary part, 1e-03"]
-        assert row["is stationary"] == (row["operator"] in ("k-space", "blur"))
-        if row["is stationary"]:
+        plain, part = row["conjugate gradients, 0.1"], row["stationary part, 0.1"]
+        assert max(plain["error"], part["error"]) < 0.2
+        if row["operator"] in ("k-space", "blur"):
             assert part["steps"] <= 3
             assert part["error"] < 0.5 * plain["error"]
         else:
-            assert part == plain
+            assert part["steps"] <= plain["steps"]
 
 
 def test_benchmark_of_power(tmp_path):

@@ -210,7 +210,7 @@ NUMBERS = {
     "num_corrections >= 1, got -1": lambda: S.PredictorCorrector(num_corrections=-1),
     "Karras: expected rho > 0, got inf": lambda: ndp.noise.Karras(float("inf")),
     "LogNormal: expected std to be a number": lambda: ndp.noise.LogNormal(std="wide"),
-    "MMPS: expected rtol > 0, got 0": lambda: ndp.MMPS(rtol=0.0),
+    "MMPS: expected atol > 0, got 0": lambda: ndp.MMPS(atol=0.0),
     "MMPS: expected max_steps >= 1, got 0": lambda: ndp.MMPS(max_steps=0),
     "MMPS: expected a posterior covariance": lambda: ndp.MMPS("Gaussian"),
     "DPS: expected strength >= 0, got -1": lambda: ndp.guidance.DPS(-1.0),

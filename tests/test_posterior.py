@@ -88,7 +88,7 @@ def test_gaussian_posterior_moments(sampler, guidance, num_particles):
 @pytest.mark.parametrize("num_particles", [1, 2])
 def test_steps_of_conjugate_gradients_are_counted(num_particles):
     """One per noise level, and none for an event without observations."""
-    guidance = MMPS(TweedieCovariance(), rtol=1e-12, max_dense=0, max_steps=1)
+    guidance = MMPS(TweedieCovariance(), atol=1e-12, max_dense=0, max_steps=1)
     draws = sample_posterior(
         jax.random.key(1), model, PRIOR, jnp.asarray(MASK), jnp.asarray(Y), num_samples=2,
         num_particles=num_particles, sampler=MultistepSDE(8), guidance=guidance,

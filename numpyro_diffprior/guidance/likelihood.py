@@ -85,6 +85,14 @@ class Linearization(NamedTuple):
         product = self.transpose(self.noise.solve(self.matvec(v)))
         return product if self.curvature is None else product + self.curvature(v)
 
+    def white_matvec(self, v: jax.Array) -> jax.Array:
+        r"""Return :math:`R v` for flattened events, where :math:`R^T R = A^T \Sigma_y^{-1} A`."""
+        return self.noise.whiten(self.matvec(v))
+
+    def white_transpose(self, u: jax.Array) -> jax.Array:
+        r"""Return :math:`R^T u`; see `white_matvec`."""
+        return self.transpose(self.noise.solve(self.noise.sqrt_matvec(u)))
+
     def recenter(self, shift: jax.Array) -> "Linearization":
         """Return the same approximation, expanded around the events minus ``shift``."""
         residual = self.residual + self.matvec(shift)

@@ -72,7 +72,9 @@ class MMPS(Guidance):
             differentiated in reverse mode. Diagonal and low-rank covariances need no matrix for
             likelihoods that are elementwise, at any number of values. Under stationary
             covariances, k-space and periodic convolutions take one step, beyond that number.
-        rtol: The relative residual at which conjugate gradients stop.
+        atol: The error at which conjugate gradients stop, in deviations of the posterior at a
+            noise level: that of any linear function of the event is at most so many of its
+            deviations, as estimated.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
             `ConjugateGradients`). The remaining relative residual is reported in the statistics
@@ -86,7 +88,7 @@ class MMPS(Guidance):
 
     covariance: PosteriorCovariance = field(default=TweedieCovariance())
     max_dense: int | None = None
-    rtol: float = 1e-3
+    atol: float = 0.1
     max_steps: int | None = None
     look_ahead: bool = False
     num_iterations: int = 4
@@ -99,7 +101,7 @@ class MMPS(Guidance):
             )
         set_fields(
             self,
-            rtol=check_number("MMPS", "rtol", self.rtol),
+            atol=check_number("MMPS", "atol", self.atol),
             num_iterations=check_count("MMPS", "num_iterations", self.num_iterations),
         )
         if self.max_dense is not None:
@@ -136,7 +138,7 @@ class MMPS(Guidance):
             max_steps = self.max_steps
             if max_steps is None and cov is None:
                 max_steps = 3
-            solve = ConjugateGradients(self.rtol, max_steps)
+            solve = ConjugateGradients(self.atol, max_steps)
             is_quadratic = likelihood.linear and likelihood.potential is None
             if is_quadratic and not likelihood.elementwise and isinstance(cov, Stationary):
                 return StationarySolve.of(likelihood.linearize(zeros), cov, solve)

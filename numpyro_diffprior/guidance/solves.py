@@ -33,14 +33,12 @@ from numpyro_diffprior.guidance.look_ahead import (
 from numpyro_diffprior.linalg.batched import apply, apply_transpose, by_matrix, einsum
 from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Isotropic
 from numpyro_diffprior.linalg.solvers import (
-    ConjugateGradientResult,
-    approximate_conjugate_gradient,
+    conjugate_gradient,
     factored_solve,
-    preconditioned_conjugate_gradient,
     sandwich,
     truncated_solve,
 )
-from numpyro_diffprior.linalg.stationary import Stationary, StationaryOperator, stationary_part
+from numpyro_diffprior.linalg.stationary import Stationary, StationaryPart, stationary_part
 
 __all__ = [
     "ConjugateGradients",
@@ -263,59 +261,78 @@ class ConjugateGradients(Solve):
     r"""Solve without matrices: one product with :math:`V`, the preconditioner, per step.
 
     Args:
-        rtol: The relative residual at which the steps of an event stop.
+        atol: The error at which the steps of an event stop; see `conjugate_gradient`.
         max_steps: The largest number of steps (default: twice the full rank of :math:`\Lambda`).
     """
 
-    rtol: float = 1e-5
+    atol: float = 0.1
     max_steps: int | None = None
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
-        score = local.score()
-        size = score.shape[-1]
+        return self.solve(local, lambda score: (score, cov.matvec(score)))
+
+    def solve(
+        self,
+        local: Linearization,
+        precondition: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> Solution:
+        """Return the solution; see `conjugate_gradient` for the preconditioner.
+
+        It lacks the determinant. With a closed form for :math:`V` and a linear mean, this is the
+        same for all particles of an event and cancels. Otherwise particle samplers stay exact,
+        since any positive function is a valid twist.
+        """
         if local.gradient is None:
-            size = min(size, local.residual.shape[-1])
-        result = preconditioned_conjugate_gradient(
-            local.precision,
-            cov.matvec,
+            precision, transpose = local.white_matvec, local.white_transpose
+            score = local.noise.whiten(local.residual)
+        else:
+            precision, transpose, score = local.precision, None, local.score()
+        result = conjugate_gradient(
+            precision,
+            precondition,
             score,
-            rtol=self.rtol,
-            max_steps=2 * size if self.max_steps is None else self.max_steps,
+            transpose=transpose,
+            atol=self.atol,
+            max_steps=self.max_steps,
         )
-        return _matrix_free(result)
+        stats = SolveStats.of(result.residual)
+        return Solution(
+            b=result.b,
+            shift=result.shift,
+            logdet=jnp.zeros_like(result.residual),
+            stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class StationarySolve(Solve):
     r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
 
-    Conjugate gradients are preconditioned by the solution for the stationary part of
-    :math:`\Lambda`: the solution itself, if :math:`\Lambda` is stationary, as for masked Fourier
-    transforms and periodic convolutions. Where it is not, which is measured, another solver is
-    used.
+    Conjugate gradients are preconditioned by the solution for a stationary :math:`\Lambda` that is
+    hardly more than the true one in any direction: the solution itself, if :math:`\Lambda` is
+    stationary, as for masked Fourier transforms and periodic convolutions; some of it for several
+    coils; and :math:`V`, if little is stationary, as for masked pixels.
 
     Args:
         part: The stationary part of :math:`\Lambda`, of a linear likelihood.
-        is_stationary: Whether it is nearly all of :math:`\Lambda`, for all events.
-        otherwise: The solver that is used if it is not.
+        iterations: Conjugate gradients.
     """
 
-    part: StationaryOperator
-    is_stationary: jax.Array
-    otherwise: ConjugateGradients
+    part: StationaryPart
+    iterations: ConjugateGradients
 
     @classmethod
     def of(
-        cls, local: Linearization, cov: Stationary, otherwise: ConjugateGradients
+        cls, local: Linearization, cov: Stationary, iterations: ConjugateGradients
     ) -> "StationarySolve":
         """Return the solver for a linear likelihood.
 
         Args:
             local: The likelihood.
             cov: A covariance of the form that :math:`V` has.
-            otherwise: The solver for operators that are not stationary.
+            iterations: Conjugate gradients.
         """
         score = local.score()
 
@@ -323,19 +340,14 @@ class StationarySolve(Solve):
             return local.precision(jnp.broadcast_to(v, score.shape))
 
         part = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
-        probe = jax.random.normal(jax.random.key(1), score.shape[-1:], score.dtype)
-        product = precision(probe)
-        size, rest = (jnp.abs(v).max(-1) for v in (product, product - part.matvec(probe)))
-        return cls(part, (rest <= _STATIONARY * size).all(), otherwise)
+        return cls(part, iterations)
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
-        return jax.lax.cond(
-            self.is_stationary,
-            lambda: self._solve(local, cov),
-            lambda: self.otherwise(local, cov, operator),
-        )
+        assert isinstance(cov.closed_form, Stationary)
+        update = cov.closed_form.update_stationary(self.part.lower)
+        return self.iterations.solve(local, update.solve)
 
     @property
     def looks_ahead(self) -> bool:
@@ -345,37 +357,5 @@ class StationarySolve(Solve):
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
     ) -> LookAhead:
         assert isinstance(cov, Stationary)
-        update = partial(cov.update_stationary, self.part)
-        return PrecisionLookAhead.of(local, cov, self.part, update, sigma, tau)
-
-    def _solve(self, local: Linearization, cov: PosteriorOperator) -> Solution:
-        assert isinstance(cov.closed_form, Stationary)
-        score, max_steps = local.score(), self.otherwise.max_steps
-        return _matrix_free(
-            approximate_conjugate_gradient(
-                local.precision,
-                cov.closed_form.update_stationary(self.part).solve,
-                score,
-                rtol=self.otherwise.rtol,
-                max_steps=2 * score.shape[-1] if max_steps is None else max_steps,
-            )
-        )
-
-
-def _matrix_free(result: ConjugateGradientResult) -> Solution:
-    """Return the solution by conjugate gradients.
-
-    Without matrices the twist lacks its determinant. With a closed form for :math:`V` and a linear
-    mean, the determinant is the same for all particles of an event and cancels. Otherwise particle
-    samplers stay exact, since any positive function is a valid twist.
-    """
-    stats = SolveStats.of(result.residual)
-    return Solution(
-        b=result.b,
-        shift=result.shift,
-        logdet=jnp.zeros_like(result.residual),
-        stats=stats._replace(num_steps=result.num_steps.astype(result.residual.dtype)),
-    )
-
-
-_STATIONARY = 0.01  # the relative size of what is left, at most
+        update = partial(cov.update_stationary, self.part.mean)
+        return PrecisionLookAhead.of(local, cov, self.part.mean, update, sigma, tau)

@@ -31,8 +31,7 @@ __all__ = [
     "FactoredSolveResult",
     "ConjugateGradientResult",
     "factored_solve",
-    "approximate_conjugate_gradient",
-    "preconditioned_conjugate_gradient",
+    "conjugate_gradient",
     "sandwich",
     "sandwich_square",
     "truncated_solve",
@@ -62,10 +61,12 @@ class _State(NamedTuple):
     Attributes:
         b: The solution :math:`b`.
         shift: :math:`V b`.
-        residual: The recursive residual.
+        rest: What the shift leaves of the score, before the transpose.
         direction: The last direction.
         direction_shift: :math:`V` times the last direction.
-        square: The squared :math:`V`-norm of the last residual.
+        square: The squared norm of the last residual, in the preconditioner's metric.
+        gains: What the last steps took from the squared error, in a ring, with a leading axis.
+        energy: What all steps took from the squared error.
         active: Whether the event takes further steps.
         num_steps: The number of steps that the event took.
         step: The number of steps of the loop, a scalar.
@@ -73,201 +74,142 @@ class _State(NamedTuple):
 
     b: jax.Array
     shift: jax.Array
-    residual: jax.Array
+    rest: jax.Array
     direction: jax.Array
     direction_shift: jax.Array
     square: jax.Array
-    active: jax.Array
-    num_steps: jax.Array
-    step: jax.Array
-
-
-def preconditioned_conjugate_gradient(
-    precision: Callable[[jax.Array], jax.Array],
-    covariance: Callable[[jax.Array], jax.Array],
-    score: jax.Array,
-    *,
-    rtol: float = 1e-5,
-    max_steps: int | None = None,
-) -> ConjugateGradientResult:
-    r"""Solve for the Gaussian update of each event by preconditioned conjugate gradients.
-
-    The system is :math:`(V^{-1} + \Lambda) \, \delta = s`, with :math:`V` as preconditioner. Its
-    solution is :math:`\delta = V b`, where :math:`(I + \Lambda V) b = s`. One step takes one
-    product with :math:`V` and one with :math:`\Lambda`; neither is inverted.
-
-    Each event has its own step lengths and stops on its own, so that its result does not depend on
-    the other events. It stops when the (recursive) residual falls to ``rtol`` times the norm of
-    ``score``, after ``max_steps`` steps, or before a direction along which :math:`V` or
-    :math:`\Lambda` is negative (beyond rounding), because a learned :math:`V` is indefinite or a
-    log-density is not concave. If only :math:`\Lambda` is negative along the first direction, the
-    step ignores it, :math:`b = s`; a line search should follow. If :math:`V` is not symmetric, as
-    a learned one may be, the steps can diverge: an event also stops before a step that would raise
-    the energy :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta`, which no step
-    does if :math:`V` is symmetric. Not differentiable in reverse mode.
-
-    Args:
-        precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``.
-        covariance: The product with :math:`V`, for each event of ``(*batch, size)``.
-        score: :math:`s`, with shape ``(*batch, size)``.
-        rtol: The relative residual at which an event stops.
-        max_steps: The maximum number of steps (default: ``2 * size``).
-    """
-    max_steps = 2 * score.shape[-1] if max_steps is None else max_steps
-    # The score is normalized, so that squared norms neither overflow nor underflow.
-    norm = _norm(score)
-    s = score / jnp.where(norm == 0, 1, norm)[..., None]
-    eps = jnp.finfo(s.dtype).eps
-
-    def unfinished(state: _State) -> jax.Array:
-        return state.active.any() & (state.step < max_steps)
-
-    def advance(state: _State) -> _State:
-        b, shift, r, p, v_p, square, active, num_steps, step = state
-        v_r = covariance(r)
-        square_next = _dot(r, v_r)
-        momentum = square_next / jnp.where(square == 0, 1, square)
-        first = step == 0
-        p = jnp.where(first, r, r + momentum[..., None] * p)
-        v_p = jnp.where(first, v_r, v_r + momentum[..., None] * v_p)
-        image = p + precision(v_p)
-        variance, curvature = _dot(p, v_p), _dot(v_p, image)
-        has_variance = active & (variance > 0) & (square_next > 0)
-        # The likelihood's part of the curvature may be negative by rounding only.
-        is_curved = curvature > variance * (1 - 8 * eps)
-        # Zero up to rounding for a symmetric map. The step changes the energy by its length
-        # times (skew - square_next / 2).
-        skew = (_dot(shift, image) - _dot(s - r, v_p)) / 2
-        rounding = 8 * eps * _norm(shift) * _norm(image)
-        advances = has_variance & (is_curved | first) & (skew < square_next / 2 + rounding)
-        flat = advances & ~is_curved
-        length = jnp.where(flat, 1, square_next / jnp.where(advances & ~flat, curvature, 1))
-        b = _select(advances, b + length[..., None] * p, b)
-        shift = _select(advances, shift + length[..., None] * v_p, shift)
-        r = _select(advances, r - length[..., None] * image, r)
-        active = advances & ~flat & (_dot(r, r) > rtol**2)
-        return _State(b, shift, r, p, v_p, square_next, active, num_steps + advances, step + 1)
-
-    zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
-    start = _State(
-        b=zeros,
-        shift=zeros,
-        residual=s,
-        direction=s,
-        direction_shift=zeros,
-        square=jnp.zeros_like(norm),
-        active=_dot(s, s) > rtol**2,
-        num_steps=count,
-        step=jnp.zeros((), int),
-    )
-    return _result(jax.lax.while_loop(unfinished, advance, start), precision, s, norm)
-
-
-class _ApproximateState(NamedTuple):
-    """The state of `approximate_conjugate_gradient`, per event; see `_State`.
-
-    Attributes:
-        square: The squared norm of the residual, in the preconditioner's metric.
-        energy: What the steps have taken from the squared error.
-    """
-
-    b: jax.Array
-    shift: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    direction_shift: jax.Array
-    square: jax.Array
+    gains: jax.Array
     energy: jax.Array
     active: jax.Array
     num_steps: jax.Array
     step: jax.Array
 
 
-def approximate_conjugate_gradient(
+def conjugate_gradient(
     precision: Callable[[jax.Array], jax.Array],
     solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     score: jax.Array,
     *,
-    rtol: float,
-    max_steps: int,
+    transpose: Callable[[jax.Array], jax.Array] | None = None,
+    atol: float,
+    max_steps: int | None = None,
 ) -> ConjugateGradientResult:
-    r"""Solve for the Gaussian update of each event, preconditioned by an approximate solution.
+    r"""Solve for the Gaussian update of each event by preconditioned conjugate gradients.
 
-    The system is that of `preconditioned_conjugate_gradient`, with :math:`V` and
-    :math:`\Lambda` not negative. The preconditioner solves it for another :math:`\Lambda`.
+    The system is :math:`(V^{-1} + \Lambda) \, \delta = s`. Its solution is :math:`\delta = V b`,
+    where :math:`(I + \Lambda V) b = s`. One step takes one product with :math:`\Lambda` and one
+    with the preconditioner, which is :math:`V` itself or solves the system for another
+    :math:`\Lambda`, from below.
 
-    Each event has its own step lengths and stops on its own: after a step that reduces the error,
-    in the norm of :math:`V^{-1} + \Lambda` and relative to the solution, by ``rtol`` or less, or
-    after ``max_steps`` steps. Not differentiable in reverse mode.
+    Each event has its own step lengths and stops on its own, so that its result does not depend on
+    the other events. The steps minimize the error in the norm of :math:`V^{-1} + \Lambda`, which
+    is in deviations of the posterior. After the first one, they end when the error is at most
+    ``atol`` or rounding: when the residual's norm in the preconditioner's metric, a bound of it
+    that is loose where observations are precise, is that small; or when the last quarter of the
+    steps (3 to 32) has taken as little from the error as is left then.
+
+    An event also stops before a direction along which :math:`V` or :math:`\Lambda` is negative
+    (beyond rounding), because a learned :math:`V` is indefinite or a log-density is not concave.
+    If only :math:`\Lambda` is negative along the first direction, the step ignores it,
+    :math:`b = s`; a line search should follow. If :math:`V` is not symmetric, as a learned one may
+    be, the steps can diverge: an event also stops before a step that would raise the energy
+    :math:`\tfrac{1}{2} \delta^T (V^{-1} + \Lambda) \delta - s^T \delta`, which no step does if
+    :math:`V` is symmetric. Not differentiable in reverse mode.
 
     Args:
-        precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``.
-        solve: Maps :math:`s` to :math:`b` and :math:`V b`, approximately.
-        score: :math:`s`, with shape ``(*batch, size)``.
-        rtol: The relative error at which an event stops.
-        max_steps: The maximum number of steps.
+        precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``; or, with
+            a transpose, that with :math:`R`, where :math:`\Lambda = R^T R`.
+        solve: Maps :math:`s` to :math:`b` and :math:`V b`, approximately. It is symmetric.
+        score: :math:`s`, with shape ``(*batch, size)``; or, with a transpose, :math:`u`, where
+            :math:`s = R^T u`.
+        transpose: The product with :math:`R^T`. With it, rounding is relative to the noise of
+            the observations: where they are precise, :math:`s` itself has rounding errors in
+            directions of which they tell nothing.
+        atol: The error at which an event stops, in deviations of the posterior: that of any linear
+            function of the event is at most so many of its deviations.
+        max_steps: The maximum number of steps (default: twice the full rank of :math:`\Lambda`).
     """
-    # Normalized, so that squared norms neither overflow nor underflow.
-    norm = _norm(score)
-    s = score / jnp.where(norm == 0, 1, norm)[..., None]
-    direction, direction_shift = solve(s)
+    s = score if transpose is None else transpose(score)
+    if max_steps is None:
+        max_steps = 2 * min(s.shape[-1], score.shape[-1])
+    # The score is normalized, so that squared norms neither overflow nor underflow.
+    norm = _norm(s)
+    unit = 1 / jnp.where(norm == 0, 1, norm)[..., None]
+    s, score = unit * s, unit * score
+    eps = jnp.finfo(s.dtype).eps
 
-    def unfinished(state: _ApproximateState) -> jax.Array:
+    def drop(rest: jax.Array) -> jax.Array:
+        return rest if transpose is None else transpose(rest)
+
+    def unfinished(state: _State) -> jax.Array:
         return state.active.any() & (state.step < max_steps)
 
-    def advance(state: _ApproximateState) -> _ApproximateState:
-        p, v_p = state.direction, state.direction_shift
-        image = p + precision(v_p)
-        curvature = _dot(v_p, image)
-        advances = state.active & (curvature > 0) & (state.square > 0)
-        length = jnp.where(advances, state.square / jnp.where(advances, curvature, 1), 0)
-        residual = state.residual - length[..., None] * image
-        b, shift = solve(residual)
-        square = _dot(residual, shift)
-        momentum = (square / jnp.where(state.square > 0, state.square, 1))[..., None]
-        gain = length * state.square
-        energy = state.energy + gain
-        return _ApproximateState(
-            b=state.b + length[..., None] * p,
-            shift=state.shift + length[..., None] * v_p,
-            residual=residual,
-            direction=b + momentum * p,
-            direction_shift=shift + momentum * v_p,
-            square=square,
-            energy=energy,
-            active=advances & (gain > rtol**2 * energy),
-            num_steps=state.num_steps + advances,
-            step=state.step + 1,
+    def advance(state: _State) -> _State:
+        b, shift, rest, p, v_p, square, gains, energy, active, num_steps, step = state
+        r = drop(rest) - b
+        z, v_z = solve(r)
+        square_next = _dot(r, v_z)
+        momentum = square_next / jnp.where(square == 0, 1, square)
+        first = step == 0
+        p = jnp.where(first, z, z + momentum[..., None] * p)
+        v_p = jnp.where(first, v_z, v_z + momentum[..., None] * v_p)
+        image = precision(v_p)
+        # Along a vector, the precision is the product of its first two with that of the second.
+        left, left_shift = (v_p, shift) if transpose is None else (image, score - rest)
+        variance = _dot(p, v_p)
+        curvature = variance + _dot(left, image)
+        tolerance = jnp.maximum(atol / norm, 4 * eps * jnp.sqrt(energy))
+        has_variance = active & (variance > 0) & (square_next > 0)
+        # The likelihood's part of the curvature may be negative by rounding only.
+        is_curved = curvature > variance * (1 - 8 * eps)
+        # Zero up to rounding for a symmetric map. The step changes the energy by its length
+        # times (skew - square_next / 2).
+        skew = (_dot(shift, p) + _dot(left_shift, image) - _dot(s - r, v_p)) / 2
+        size = _norm(shift) * _norm(p) + _norm(left_shift) * _norm(image)
+        is_left = first | (square_next > tolerance**2)
+        falls = skew < square_next / 2 + 8 * eps * size
+        advances = has_variance & is_left & (is_curved | first) & falls
+        flat = advances & ~is_curved
+        length = jnp.where(flat, 1, square_next / jnp.where(advances & ~flat, curvature, 1))
+        gain = jnp.where(advances, length, 0) * square_next
+        gains = gains.at[step % _MEMORY].set(gain)
+        age = (step - jnp.arange(_MEMORY)) % _MEMORY
+        window = jnp.clip(step // 4, 3, _MEMORY)
+        recent = jnp.where((age < window).reshape(-1, *(1,) * norm.ndim), gains, 0).sum(0)
+        settled = (recent <= tolerance**2) & (step >= window)
+        return _State(
+            b=_select(advances, b + length[..., None] * p, b),
+            shift=_select(advances, shift + length[..., None] * v_p, shift),
+            rest=_select(advances, rest - length[..., None] * image, rest),
+            direction=p,
+            direction_shift=v_p,
+            square=square_next,
+            gains=gains,
+            energy=energy + gain,
+            active=advances & ~flat & ~settled,
+            num_steps=num_steps + advances,
+            step=step + 1,
         )
 
-    zeros = jnp.zeros_like(s)
-    start = _ApproximateState(
+    zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
+    start = _State(
         b=zeros,
         shift=zeros,
-        residual=s,
-        direction=direction,
-        direction_shift=direction_shift,
-        square=_dot(s, direction_shift),
+        rest=score,
+        direction=zeros,
+        direction_shift=zeros,
+        square=jnp.zeros_like(norm),
+        gains=jnp.zeros((_MEMORY, *norm.shape), s.dtype),
         energy=jnp.zeros_like(norm),
         active=norm > 0,
-        num_steps=jnp.zeros(norm.shape, int),
+        num_steps=count,
         step=jnp.zeros((), int),
     )
-    return _result(jax.lax.while_loop(unfinished, advance, start), precision, s, norm)
-
-
-def _result(
-    last: _State | _ApproximateState,
-    precision: Callable[[jax.Array], jax.Array],
-    s: jax.Array,
-    norm: jax.Array,
-) -> ConjugateGradientResult:
-    """Return the result for the score ``norm * s``, from the last state for ``s``."""
-    error = s - last.b - precision(last.shift)
-    scale = norm[..., None]
+    last = jax.lax.while_loop(unfinished, advance, start)
+    error = drop(score - precision(last.shift)) - last.b
     return ConjugateGradientResult(
-        b=scale * last.b,
-        shift=scale * last.shift,
+        b=norm[..., None] * last.b,
+        shift=norm[..., None] * last.shift,
         residual=_norm(error),
         num_steps=last.num_steps,
     )
@@ -431,3 +373,6 @@ def _norm(v: jax.Array) -> jax.Array:
     """Return the norm, without overflow or underflow of its square."""
     unit = magnitude(v, axis=-1)
     return unit[..., 0] * jnp.sqrt(_dot(v / unit, v / unit))
+
+
+_MEMORY = 32  # the largest number of steps that tell what the next ones are worth

@@ -10,16 +10,31 @@ References:
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from numpyro_diffprior.linalg.batched import append_axis, apply, by_matrix, einsum, matmul
+from numpyro_diffprior.linalg.batched import (
+    append_axis,
+    apply,
+    by_matrix,
+    einsum,
+    magnitude,
+    matmul,
+    probe,
+)
 from numpyro_diffprior.linalg.covariances import Covariance, Update, parallel
 
-__all__ = ["Stationary", "StationaryOperator", "extend_stationary", "stationary_part"]
+__all__ = [
+    "Stationary",
+    "StationaryOperator",
+    "StationaryPart",
+    "extend_stationary",
+    "stationary_part",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -279,18 +294,31 @@ class StationaryOperator:
         return product.reshape(*product.shape[: axes[0]], v.shape[-1])
 
 
+class StationaryPart(NamedTuple):
+    r"""What of a symmetric operator :math:`L \ge 0` is stationary.
+
+    Attributes:
+        mean: The blocks of :math:`L` that couple the channels at one frequency.
+        lower: These less twice the size of what couples a frequency to all others. It is hardly
+            more than :math:`L` in any direction, which the mean can be by far.
+    """
+
+    mean: StationaryOperator
+    lower: StationaryOperator
+
+
 def stationary_part(
     matvec: Callable[[jax.Array], jax.Array],
     grid: tuple[int, ...],
     num_channels: int,
     dtype: DTypeLike,
-    num_probes: int = 4,
-) -> StationaryOperator:
+    num_probes: int = 16,
+) -> StationaryPart:
     r"""Return the stationary part of symmetric operators :math:`L \ge 0` on fields with channels.
 
-    In the Fourier basis, it has those blocks of :math:`L` that couple the channels at one
-    frequency. They are estimated from fields with random phases, exactly if :math:`L` is
-    stationary, and are not negative.
+    It is estimated from fields with random phases, exactly if :math:`L` is stationary. An estimate
+    from one field differs from the mean by what other frequencies add, whose size is thus its
+    deviation.
 
     Args:
         matvec: The product with :math:`L`, of a vector ``(size,)``, with shape ``(*batch, size)``.
@@ -300,6 +328,8 @@ def stationary_part(
         num_probes: The number of fields for each channel.
     """
     axes = tuple(range(-1 - len(grid), -1))
+    # The size of the products, so that squares neither overflow nor underflow.
+    unit = magnitude(matvec(probe(prod(grid) * num_channels, dtype)), axis=-1)
 
     def block_columns(channel: jax.Array, rng_key: jax.Array) -> jax.Array:
         """Return an estimate of the blocks' column of a channel."""
@@ -307,21 +337,37 @@ def stationary_part(
         phases = noise / jnp.maximum(jnp.abs(noise), jnp.finfo(dtype).tiny)
         field = jnp.fft.irfftn(phases, s=grid)
         basis = (jnp.arange(num_channels) == channel).astype(dtype)
-        image = matvec((field[..., None] * basis).ravel())
+        image = matvec((field[..., None] * basis).ravel()) / unit
         image = image.reshape(*image.shape[:-1], *grid, num_channels)
         return jnp.fft.rfftn(image, axes=axes) * phases.conj()[..., None]
 
-    def add(total: jax.Array, rng_key: jax.Array) -> tuple[jax.Array, None]:
-        channels = jnp.arange(num_channels)
-        columns = jax.lax.map(lambda channel: block_columns(channel, rng_key), channels)
-        return total + jnp.moveaxis(columns, 0, -1), None
+    def estimate(rng_key: jax.Array) -> jax.Array:
+        columns = jax.lax.map(lambda i: block_columns(i, rng_key), jnp.arange(num_channels))
+        return jnp.moveaxis(columns, 0, -1)
+
+    def add(moments: tuple, inputs: tuple) -> tuple[tuple, None]:
+        """Add an estimate to the mean and to the sum of squares around it (Welford)."""
+        mean, squares = moments
+        count, rng_key = inputs
+        new = estimate(rng_key)
+        step = (new - mean) / count
+        squares += (1 - 1 / count) * jnp.abs(new - mean) ** 2
+        return (mean + step, squares), None
 
     # The phases only have to be in general position, so that a constant key suffices.
     keys = jax.random.split(jax.random.key(0), num_probes)
-    zeros = jax.eval_shape(lambda: add(jnp.zeros((), dtype), keys[0])[0])
-    total, _ = jax.lax.scan(add, jnp.zeros(zeros.shape, zeros.dtype), keys)
-    blocks = total / num_probes
-    return StationaryOperator(_not_negative((blocks + blocks.conj().mT) / 2), grid)
+    shape = jax.eval_shape(estimate, keys[0])
+    start = jnp.zeros(shape.shape, shape.dtype), jnp.zeros(shape.shape, dtype)
+    counts = jnp.arange(1, num_probes + 1, dtype=dtype)
+    (blocks, squares), _ = jax.lax.scan(add, start, (counts, keys))
+    blocks = (blocks + blocks.conj().mT) / 2
+    unit = unit.reshape(*unit.shape, *(1,) * (blocks.ndim - unit.ndim))
+    coupling = jnp.sqrt(squares.sum(-1).max(-1) / (num_probes - 1))
+    less = blocks - 2 * coupling[..., None, None] * jnp.eye(num_channels, dtype=dtype)
+    return StationaryPart(
+        StationaryOperator(unit * _not_negative(blocks), grid),
+        StationaryOperator(unit * _not_negative(less), grid),
+    )
 
 
 def _not_negative(blocks: jax.Array) -> jax.Array:
