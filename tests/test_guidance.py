@@ -33,7 +33,8 @@ from numpyro_diffprior.nets.mlp import MLP
 EVENT, NUM_EVENTS, NUM_OBSERVED = (2, 3), 3, 4
 SIGMA = np.array([[0.1], [1.0], [10.0]])  # an axis of noise levels before the plate's
 TOL = oracles.tolerance()
-ATOL = oracles.tolerance(1e-5, 1e-11)  # of conjugate gradients
+RTOL = oracles.tolerance(1e-6, 1e-12)  # of residuals
+ATOL = oracles.tolerance(1e-8, 1e-14)  # of conjugate gradients
 
 EXACT = {
     "Tweedie, dense": MMPS(),

@@ -251,8 +251,8 @@ def draw_linear_gaussian(
 
     .. math:: x = x_0 + \Sigma A^T (N + A \Sigma A^T)^{-1} (y - A x_0 - b - n)
 
-    is an exact draw of the posterior, up to a hundredth of its deviations where conjugate gradients
-    solve.
+    is an exact draw of the posterior, up to a hundredth of its deviations where conjugate
+    gradients solve.
 
     Args:
         rng_key: Random key.
