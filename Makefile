@@ -24,11 +24,25 @@ SOME_PASSES := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_p
 
 PY := $(VENV)/bin/python
 
-# Tests of the numeric modules, which also run in float64.
+# Tests that also run in float64: those of modules with bounds of their own for it, and some of the
+# others, which show that types are kept.
 NUMERIC := matrices linalg solvers schedules denoisers likelihoods samplers guidance metrics \
-	transport training distributions proposals smc conditional_smc curvature reading moments \
-	posterior gaussian_fit params potentials complex groups elementwise windows stationary_solve
-X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py))
+	transport proposals curvature reading gaussian_fit params windows stationary_solve
+X64_TESTS := $(wildcard $(NUMERIC:%=tests/test_%.py)) $(addprefix tests/test_, \
+	training.py::test_loss_of_a_gaussian_has_a_closed_form training.py::test_images_train_too \
+	training.py::test_average_in_closed_form \
+	distributions.py::test_shapes_and_support distributions.py::test_log_prob_of_a_gaussian \
+	distributions.py::test_the_priors_type_is_kept \
+	smc.py::test_any_twist_is_exact_in_the_limit conditional_smc.py::test_statistics \
+	moments.py::test_variances moments.py::test_covariances \
+	posterior.py::test_gaussian_posterior_moments posterior.py::test_dtype_follows_the_prior \
+	posterior.py::test_float32_where_float64_is_the_default \
+	potentials.py::test_a_gaussian_factor_has_the_closed_form \
+	potentials.py::test_a_log_density_that_is_not_concave \
+	groups.py::test_independent_plates_are_drawn_apart \
+	groups.py::test_kernels_draw_all_groups elementwise.py \
+	complex.py::test_complex_sites_are_read_as_pairs \
+	complex.py::test_posterior_and_evidence_have_the_closed_form)
 # Tests against closed forms that are also run with XLA's default flags, instead of those for quick
 # compilation in tests/conftest.py.
 XLA_TESTS := tests/test_guidance.py tests/test_precision.py tests/test_proposals.py \
@@ -48,7 +62,9 @@ test: $(VENV)/stamp-test
 
 # pytest's exit status 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/stamp-test
-	XLA_FLAGS="$(SOME_PASSES)" $(PY) -m pytest -n $(JOBS) -m slow --durations=10 $(ARGS) || test $$? -eq 5
+	$(PY) -m pytest -n $(JOBS) -m "slow and not computes" --durations=10 $(ARGS) || test $$? -eq 5
+	XLA_FLAGS="$(SOME_PASSES)" $(PY) -m pytest -n $(JOBS) -m computes --durations=10 $(ARGS) || \
+		test $$? -eq 5
 
 test-x64: $(VENV)/stamp-test
 	JAX_ENABLE_X64=1 $(PY) -m pytest -n $(JOBS) $(BY_FILE) $(X64_TESTS) $(ARGS)

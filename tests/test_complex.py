@@ -180,6 +180,7 @@ def test_the_density_of_values_is_that_of_pairs(family):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.computes
 def test_calibration_of_a_complex_model():
     model = make_model(FAMILIES["Normal of k-space"][0])
     found = ndp.calibrate(jax.random.key(3), model, PRIOR, Z, num_simulations=200, num_samples=79)

@@ -65,6 +65,7 @@ def innovations(sampler, path):
     return jnp.stack(found)
 
 
+@pytest.mark.computes
 @pytest.mark.parametrize("guidance", [GUIDANCE, MMPS(FlatPriorCovariance())])
 @pytest.mark.parametrize(
     ("sampler", "least_moved"),
@@ -102,6 +103,7 @@ def test_exact_draws_stay_exact(sampler, least_moved, num_particles, guidance):
     np.testing.assert_array_less(np.abs(difference.mean(0)), 4 * error + 1e-7)
 
 
+@pytest.mark.computes
 def test_finds_the_posterior_from_the_wrong_mode():
     num_events, y = 2000, np.array([-0.5])
     weights, *_ = mixture_posterior(WEIGHTS, MEANS, COVS, MATRIX, np.array([[NOISE**2]]), y)

@@ -213,6 +213,7 @@ def test_same_key_same_draws_and_new_weights_compile_nothing():
     assert len(executions) == before + 2
 
 
+@pytest.mark.computes
 def test_nonlinear_means_are_linearized():
     def squared(prior, y):
         x = numpyro.sample("x", prior)
@@ -337,6 +338,7 @@ def log_link(prior):
     numpyro.sample("y", dist.Normal(jnp.log(x[0]), 0.5), obs=-1.0)
 
 
+@pytest.mark.computes
 @pytest.mark.parametrize(
     ("model", "loc", "log_prob"),
     [

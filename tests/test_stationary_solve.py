@@ -184,6 +184,7 @@ def test_posterior_means_under_stationary_priors(name, noise):
         assert np.abs(error).max() < tolerance(0.02, 1e-5)
 
 
+@pytest.mark.computes
 @pytest.mark.parametrize("name", ["convolution, two channels", "k-space", "mixed"])
 def test_evidence_by_looking_ahead(name):
     """Close where the operator is stationary, where it is not by means of the weights."""
