@@ -154,7 +154,7 @@ def conjugate_gradient(
         p = jnp.where(first, z, z + momentum[..., None] * p)
         v_p = jnp.where(first, v_z, v_z + momentum[..., None] * v_p)
         image = precision(v_p)
-        # Along a vector, the precision is the product of its first two with that of the second.
+        # A form of the precision is that of a vector and a product; or of two products with R.
         left, left_shift = (v_p, shift) if transpose is None else (image, score - rest)
         variance = _dot(p, v_p)
         curvature = variance + _dot(left, image)

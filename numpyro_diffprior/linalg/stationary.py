@@ -312,7 +312,7 @@ def stationary_part(
     grid: tuple[int, ...],
     num_channels: int,
     dtype: DTypeLike,
-    num_probes: int = 16,
+    num_probes: int = 8,
 ) -> StationaryPart:
     r"""Return the stationary part of symmetric operators :math:`L \ge 0` on fields with channels.
 
