@@ -15,6 +15,7 @@ from scipy.stats import multivariate_normal
 import numpyro_diffprior as ndp
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
+from numpyro_diffprior.guidance.covariances import PosteriorOperator
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
 from numpyro_diffprior.linalg import Isotropic, Stationary
 from numpyro_diffprior.linalg.solvers import conjugate_gradient
@@ -182,6 +183,33 @@ def test_posterior_means_under_stationary_priors(name, noise):
         mean, rest = gaussian_posterior(x_hat, posterior, matrix, noises, y)
         error = (np.asarray(found, float).ravel() - mean) / np.sqrt(np.diagonal(rest))
         assert np.abs(error).max() < tolerance(0.02, 1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("solver", ["covariance", "stationary part"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_precise_observations_in_single_precision(name, solver, scale):
+    """Their rounding stays in directions of which they tell; in the score it does not."""
+    matrix, num_channels, _ = OPERATORS[name]
+    rng, cov, noise = np.random.default_rng(4), stationary(num_channels), 1e-3
+    y = matrix @ np.asarray(cov.sqrt_matvec(jnp.asarray(rng.normal(size=cov.size))))
+    y += noise * rng.normal(size=len(matrix))
+    system = np.linalg.inv(dense(cov)) + matrix.T @ matrix / noise**2
+    exact = np.linalg.solve(system, matrix.T @ y / noise**2)
+
+    scaled = cov.scale(jnp.asarray(scale**2))
+    noises = Isotropic(jnp.asarray((scale * noise) ** 2), len(matrix))
+    likelihood = linear_gaussian(
+        jnp.asarray(scale * y), jnp.asarray(matrix), noises, (*GRID, num_channels)
+    )
+    local = likelihood.linearize(jnp.zeros((*GRID, num_channels)))
+    solve = ConjugateGradients(atol=0.01)
+    if solver == "stationary part":
+        solve = StationarySolve.of(local, scaled, solve)
+    operator = PosteriorOperator(likelihood.y, scaled.matvec, scaled.matvec, scaled)
+    found = solve(local, operator, lambda: jnp.asarray(matrix))
+    error = np.asarray(found.shift, float) / scale - exact
+    assert np.sqrt(error @ system @ error) < 0.05
 
 
 @pytest.mark.computes

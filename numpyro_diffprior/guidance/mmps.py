@@ -72,9 +72,8 @@ class MMPS(Guidance):
             differentiated in reverse mode. Diagonal and low-rank covariances need no matrix for
             likelihoods that are elementwise, at any number of values. Under stationary
             covariances, k-space and periodic convolutions take one step, beyond that number.
-        atol: The error at which conjugate gradients stop, in deviations of the posterior at a
-            noise level: that of any linear function of the event is at most so many of its
-            deviations, as estimated.
+        atol: The estimated error at which conjugate gradients stop, in deviations of the
+            posterior at a noise level: no linear function of the event is off by more.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
             `ConjugateGradients`). The remaining relative residual is reported in the statistics

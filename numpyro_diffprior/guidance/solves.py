@@ -278,11 +278,15 @@ class ConjugateGradients(Solve):
         local: Linearization,
         precondition: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     ) -> Solution:
-        """Return the solution; see `conjugate_gradient` for the preconditioner.
+        """Return the solution, without its log-determinant.
 
-        It lacks the determinant. With a closed form for :math:`V` and a linear mean, this is the
-        same for all particles of an event and cancels. Otherwise particle samplers stay exact,
-        since any positive function is a valid twist.
+        With a closed form for :math:`V` and a linear mean, the determinant is the same for all
+        particles of an event and cancels. Otherwise particle samplers stay exact, since any
+        positive function is a valid twist.
+
+        Args:
+            local: The linearized likelihood.
+            precondition: The preconditioner; see `conjugate_gradient`.
         """
         if local.gradient is None:
             precision, transpose = local.white_matvec, local.white_transpose
@@ -310,10 +314,11 @@ class ConjugateGradients(Solve):
 class StationarySolve(Solve):
     r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
 
-    Conjugate gradients are preconditioned by the solution for a stationary :math:`\Lambda` that is
-    hardly more than the true one in any direction: the solution itself, if :math:`\Lambda` is
-    stationary, as for masked Fourier transforms and periodic convolutions; some of it for several
-    coils; and :math:`V`, if little is stationary, as for masked pixels.
+    Conjugate gradients are preconditioned by :math:`(V^{-1} + \Lambda')^{-1}`, where the
+    stationary :math:`\Lambda'` hardly exceeds :math:`\Lambda` in any direction
+    (`StationaryPart.lower`). If :math:`\Lambda` is stationary, as for masked Fourier transforms
+    and periodic convolutions, this is the solution; if little of it is, as for masked pixels, it
+    is :math:`V`.
 
     Args:
         part: The stationary part of :math:`\Lambda`, of a linear likelihood.

@@ -65,7 +65,8 @@ class _State(NamedTuple):
         direction: The last direction.
         direction_shift: :math:`V` times the last direction.
         square: The squared norm of the last residual, in the preconditioner's metric.
-        gains: What the last steps took from the squared error, in a ring, with a leading axis.
+        gains: What each of the last steps took from the squared error, with shape
+            ``(_MEMORY, *batch)``; the step ``i`` is at ``i % _MEMORY``.
         energy: What all steps took from the squared error.
         active: Whether the event takes further steps.
         num_steps: The number of steps that the event took.
@@ -98,17 +99,20 @@ def conjugate_gradient(
 
     The system is :math:`(V^{-1} + \Lambda) \, \delta = s`. Its solution is :math:`\delta = V b`,
     where :math:`(I + \Lambda V) b = s`. One step takes one product with :math:`\Lambda` and one
-    with the preconditioner, which is :math:`V` itself or solves the system for another
-    :math:`\Lambda`, from below.
+    with the preconditioner. This is :math:`V` itself, or :math:`(V^{-1} + \Lambda')^{-1}` with a
+    simpler :math:`\Lambda' \le \Lambda`.
 
     Each event has its own step lengths and stops on its own, so that its result does not depend on
     the other events. The steps minimize the error in the norm of :math:`V^{-1} + \Lambda`, which
-    is in deviations of the posterior. After the first one, they end when the error is at most
-    ``atol`` or rounding: when the residual's norm in the preconditioner's metric, a bound of it
-    that is loose where observations are precise, is that small; or when the last quarter of the
-    steps (3 to 32) has taken as little from the error as is left then.
+    measures it in deviations of the posterior. An event takes one step, and stops when this error
+    is at most ``atol`` (or as large as rounding), by either of two signs:
 
-    An event also stops before a direction along which :math:`V` or :math:`\Lambda` is negative
+    - the norm of the residual in the metric of the preconditioner, which is a bound of the error,
+      but a loose one where observations are precise;
+    - what the last quarter of the steps (3 to 32 of them) took from the error, as an estimate of
+      what the next ones would take.
+
+    It also stops before a direction along which :math:`V` or :math:`\Lambda` is negative
     (beyond rounding), because a learned :math:`V` is indefinite or a log-density is not concave.
     If only :math:`\Lambda` is negative along the first direction, the step ignores it,
     :math:`b = s`; a line search should follow. If :math:`V` is not symmetric, as a learned one may
@@ -119,14 +123,14 @@ def conjugate_gradient(
     Args:
         precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``; or, with
             a transpose, that with :math:`R`, where :math:`\Lambda = R^T R`.
-        solve: Maps :math:`s` to :math:`b` and :math:`V b`, approximately. It is symmetric.
+        solve: The preconditioner: maps :math:`s` to approximations of :math:`b` and :math:`V b`.
         score: :math:`s`, with shape ``(*batch, size)``; or, with a transpose, :math:`u`, where
             :math:`s = R^T u`.
-        transpose: The product with :math:`R^T`. With it, rounding is relative to the noise of
-            the observations: where they are precise, :math:`s` itself has rounding errors in
-            directions of which they tell nothing.
-        atol: The error at which an event stops, in deviations of the posterior: that of any linear
-            function of the event is at most so many of its deviations.
+        transpose: The product with :math:`R^T`, or None. With it, residuals are rounded in units
+            of the noise; without it, the rounding errors of :math:`s` for precise observations
+            also reach directions of which these tell nothing.
+        atol: The error at which an event stops: no linear function of the event is off by more
+            than ``atol`` times its posterior deviation, as far as the estimate holds.
         max_steps: The maximum number of steps (default: twice the full rank of :math:`\Lambda`).
     """
     s = score if transpose is None else transpose(score)
@@ -154,7 +158,7 @@ def conjugate_gradient(
         p = jnp.where(first, z, z + momentum[..., None] * p)
         v_p = jnp.where(first, v_z, v_z + momentum[..., None] * v_p)
         image = precision(v_p)
-        # A form of the precision is that of a vector and a product; or of two products with R.
+        # v^T Λ w is the inner product of v and Λ w; or, with a transpose, of R v and R w.
         left, left_shift = (v_p, shift) if transpose is None else (image, score - rest)
         variance = _dot(p, v_p)
         curvature = variance + _dot(left, image)
@@ -375,4 +379,4 @@ def _norm(v: jax.Array) -> jax.Array:
     return unit[..., 0] * jnp.sqrt(_dot(v / unit, v / unit))
 
 
-_MEMORY = 32  # the largest number of steps that tell what the next ones are worth
+_MEMORY = 32  # the largest number of steps from whose gains the error is estimated

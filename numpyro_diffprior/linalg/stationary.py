@@ -295,12 +295,13 @@ class StationaryOperator:
 
 
 class StationaryPart(NamedTuple):
-    r"""What of a symmetric operator :math:`L \ge 0` is stationary.
+    r"""The stationary part of a symmetric operator :math:`L \ge 0`.
 
     Attributes:
-        mean: The blocks of :math:`L` that couple the channels at one frequency.
-        lower: These less twice the size of what couples a frequency to all others. It is hardly
-            more than :math:`L` in any direction, which the mean can be by far.
+        mean: The blocks of :math:`L` in the Fourier basis that couple the channels at one
+            frequency. It can exceed :math:`L` by far in some directions.
+        lower: ``mean`` minus twice the norm of the rows that couple a frequency to all others.
+            It hardly exceeds :math:`L` in any direction (measured, not proved).
     """
 
     mean: StationaryOperator
@@ -316,9 +317,9 @@ def stationary_part(
 ) -> StationaryPart:
     r"""Return the stationary part of symmetric operators :math:`L \ge 0` on fields with channels.
 
-    It is estimated from fields with random phases, exactly if :math:`L` is stationary. An estimate
-    from one field differs from the mean by what other frequencies add, whose size is thus its
-    deviation.
+    It is estimated from fields with random phases, exactly if :math:`L` is stationary. The
+    standard deviation of the estimates from single fields is the norm of the coupling to other
+    frequencies.
 
     Args:
         matvec: The product with :math:`L`, of a vector ``(size,)``, with shape ``(*batch, size)``.
