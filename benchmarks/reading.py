@@ -3,7 +3,7 @@
 Executions are counted at a first call and at a second one. Memory is the largest that a process of
 its own has during a call, less what it had before; each process reads a model of so many events of
 32 values, from arrays, from a file that is mapped into memory, and from Zarr. Pages of mapped
-files, which the system may drop at any time, are not counted. A run of EM is also measured in two
+files, which the system may drop at any time, are not counted. Some are also measured in two
 processes, each of which draws half of the events; the larger number is shown.
 
     python benchmarks/reading.py --num-events 250000 2000000
@@ -42,7 +42,13 @@ MEASURED = (
     "EM.run, draws in a folder",
     "EM.run, draws in a folder, checkpoints",
 )
-IN_TWO_PROCESSES = ("EM.run", "EM.run, draws in a folder")
+IN_TWO_PROCESSES = (
+    "sample_posterior",
+    "sample_posterior, draws in a folder",
+    "EM.run",
+    "EM.run, draws in a folder",
+    "EM.run, draws in a folder, checkpoints",
+)
 KINDS = ("array", "mapped", "zarr")
 
 
@@ -103,12 +109,14 @@ def make_call(name, model, mesh=None):
     def write(y):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "draws"
-            return ndp.sample_posterior(key, model, prior, y, folder=folder).stats
+            return ndp.sample_posterior(key, model, prior, y, folder=folder, mesh=mesh).stats
 
     if name.startswith("EM.run"):
         return run
     return {
-        "sample_posterior": lambda y: ndp.sample_posterior(key, model, prior, y).samples,
+        "sample_posterior": lambda y: (
+            ndp.sample_posterior(key, model, prior, y, mesh=mesh).samples
+        ),
         "sample_posterior, draws in a folder": write,
         "log_evidence": lambda y: (
             ndp.log_evidence(key, model, prior, y, num_estimates=2, num_particles=2).value

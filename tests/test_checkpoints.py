@@ -228,7 +228,7 @@ def test_draws_that_are_not_complete(tmp_path, monkeypatch, lost):
     with pytest.raises(RuntimeError, match="no more"):
         run(make_em(), 4, folder)
     monkeypatch.setattr(blocks, "_draw_part", draw)
-    assert sorted(int(path.name) for path in (folder / "draws").iterdir()) == [1, 2, 3]
+    assert sorted(int(path.stem) for path in (folder / "draws").iterdir()) == [1, 2, 3]
     if lost is None:
         monkeypatch.setattr(
             blocks, "_MAX_PARTS", 2
@@ -238,8 +238,42 @@ def test_draws_that_are_not_complete(tmp_path, monkeypatch, lost):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
         return
     for number in lost:
-        shutil.rmtree(folder / "draws" / str(number))
+        (folder / "draws" / f"{number}.safetensors").unlink()
     assert_same(run(make_em(), 2, folder), run(make_em(), 2))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])
+def test_draws_that_are_damaged(tmp_path, monkeypatch, damage):
+    """They, and those after them, are drawn again."""
+    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0)
+    draw, drawn = blocks._draw_part, []
+
+    def count(*args):
+        drawn.append(args)
+        return draw(*args)
+
+    def stop(*args):
+        if len(drawn) == 4 + 3:
+            raise RuntimeError("no more")
+        return count(*args)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(blocks, "_draw_part", stop)
+    with pytest.raises(RuntimeError, match="no more"):
+        run(make_em(), 4, folder)
+    path = folder / "draws" / "2.safetensors"
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "foreign":
+        safetensors.save_file({"x": np.zeros(2)}, path)
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    drawn.clear()
+    monkeypatch.setattr(blocks, "_draw_part", count)
+    result = run(make_em(), 2, folder)
+    assert len(drawn) == 3
+    assert_same(result, run(make_em(), 2))
 
 
 def test_the_best_priors_are_kept(tmp_path, monkeypatch):

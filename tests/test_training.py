@@ -456,7 +456,7 @@ def test_contexts_that_are_read_beside_events_in_memory():
 
 
 def test_some_events_stand_for_all(monkeypatch):
-    monkeypatch.setattr(minibatches, "_MAX_SOME", 20)
+    monkeypatch.setattr(minibatches, "_MAX_ELEMENTS", 20)
     monkeypatch.setattr(minibatches, "_LEAST_SOME", 4)
     x, context = np.arange(66.0).reshape(33, 2), np.arange(33)
     some, contexts = minibatches.take_some(lazy_arrays(x), context)
@@ -464,7 +464,9 @@ def test_some_events_stand_for_all(monkeypatch):
     np.testing.assert_array_equal(contexts, np.arange(10) * 33 // 10)
     monkeypatch.setattr(minibatches, "_LEAST_SOME", 12)
     assert len(minibatches.take_some(lazy_arrays(x), context)[0]) == 12
-    monkeypatch.setattr(minibatches, "_MOST_SOME", 8)
+    monkeypatch.setattr(minibatches, "_MAX_SOME", 6)
+    assert len(minibatches.take_some(lazy_arrays(x), context)[0]) == 6
+    monkeypatch.setattr(minibatches, "_MOST_ELEMENTS", 8)
     assert len(minibatches.take_some(lazy_arrays(x), context)[0]) == 4
     assert minibatches.take_some(x, context)[0] is x
 

@@ -35,6 +35,7 @@ __all__ = [
     "exchange",
     "gather",
     "localize",
+    "meet",
     "num_devices",
     "num_processes",
     "on_devices",
@@ -170,6 +171,12 @@ def exchange(tree: T, mesh: Mesh | None) -> list[T]:
         return [tree]
     stacked: T = multihost_utils.process_allgather(tree)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
+
+
+def meet(where: str, mesh: Mesh | None) -> None:
+    """Wait until all processes are at a place of the program."""
+    if num_processes(mesh) > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def own_array(x: Any) -> Any:

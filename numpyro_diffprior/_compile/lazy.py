@@ -107,7 +107,7 @@ class LazyArray:
 
 
 class _Reader:
-    """Reads events of a source; the arrays of one source share what was read last."""
+    """Reads events of a source; several arrays of one source share what was read last."""
 
     def __init__(self, take: Callable[[Any], Any], by_event: bool) -> None:
         self._take = take
@@ -115,14 +115,15 @@ class _Reader:
         self._last: tuple[np.ndarray, Any] | None = None
 
     def read(self, index: np.ndarray) -> Any:
-        if self._last is None or not np.array_equal(self._last[0], index):
-            if self._by_event:
-                events = [self._take(int(i)) for i in index]
-                arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *events)
-            else:
-                arrays = jax.tree.map(np.asarray, self._take(index))
-            self._last = index, arrays
-        return self._last[1]
+        if self._last is not None and np.array_equal(self._last[0], index):
+            return self._last[1]
+        if self._by_event:
+            events = [self._take(int(i)) for i in index]
+            arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *events)
+        else:
+            arrays = jax.tree.map(np.asarray, self._take(index))
+        self._last = (index, arrays) if len(jax.tree.leaves(arrays)) > 1 else None
+        return arrays
 
 
 def as_lazy(x: Any) -> Any:
@@ -145,7 +146,9 @@ def take_rows(x: np.ndarray | LazyArray, index: np.ndarray, axis: int = 0) -> np
     taken: Any = slice(int(rows[0]), int(rows[-1]) + 1) if is_whole else rows
     if isinstance(x, LazyArray) and axis:
         x = np.asarray(x)
-    found = np.array(x[(slice(None),) * axis + (taken,)] if axis else x[taken])
+    found = x[(slice(None),) * axis + (taken,)] if axis else x[taken]
+    is_new = found.base is None if isinstance(x, LazyArray) else not is_whole
+    found = np.asarray(found) if is_new else np.array(found)  # a view's owner may change it
     return found if np.array_equal(rows, index) else np.take(found, inverse, axis)
 
 

@@ -70,7 +70,7 @@ def measure_error(
         ValueError: If `x` has the wrong shape, no events or values that are not finite.
     """
     check_shapes(x, context, denoiser)
-    x = denoiser.from_data(check_events(x, denoiser))
+    x = check_events(x, denoiser)
     context = as_context(context, denoiser)
     batch_size = check_count("measure_error", "batch_size", batch_size)
     num_parts = count_parts(batch_size, denoiser)
@@ -103,7 +103,8 @@ def fit_denoiser(
             preconditioning must not change, use `train`.)
         x: Clean events, in the data's units, with shape ``(n, *event_shape)``; see `train`. For
             memory maps and `lazy_arrays`, mean, covariance and error ratios are estimated from
-            some events, evenly spaced: 4,096 of them, or as many as have 2^25 elements.
+            some events, evenly spaced: 65,536 of them, or as many as have 2^25 elements, or 4,096,
+            if these have more.
         optimizer: Any optax transformation.
         num_steps: Number of steps of stochastic gradient descent.
         batch_size: Number of events per step; it may exceed ``n``.
@@ -174,11 +175,13 @@ def _measure_error(
         (key, sigma) = inputs
         key_batch, key_noise = jax.random.split(key)
         index = jax.random.randint(key_batch, (batch_size,), 0, len(x))
-        x_t = x[index] + sigma * jax.random.normal(key_noise, (batch_size, *x.shape[1:]), x.dtype)
+        noise = jax.random.normal(key_noise, (batch_size, *x.shape[1:]), x.dtype)
+        x_t = denoiser.from_data(x[index]) + sigma * noise
 
         def error(part: tuple[jax.Array, jax.Array]) -> jax.Array:
             index, x_t = part
-            return jnp.sum((x[index] - at_contexts(denoiser, context, index)(x_t, sigma)) ** 2)
+            x_0 = denoiser.from_data(x[index])
+            return jnp.sum((x_0 - at_contexts(denoiser, context, index)(x_t, sigma)) ** 2)
 
         parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (index, x_t))
         total = error((index, x_t)) if num_parts == 1 else jax.lax.map(error, parts).sum()

@@ -30,9 +30,12 @@ __all__ = [
 ]
 
 _MAX_READ = 2**24  # elements of the minibatches that are read together
-_MAX_SOME = 2**25  # elements of events that stand for all, but for a least number of events
+# Events that stand for all: so many, or fewer if they have more elements in all, down to a least
+# number, or fewer still if even those have very many.
+_MAX_SOME = 2**16
+_MAX_ELEMENTS = 2**25
 _LEAST_SOME = 4096
-_MOST_SOME = 2**28  # elements, in any case
+_MOST_ELEMENTS = 2**28
 
 
 def choose_events(rng_key: jax.Array, batch_size: int, num_events: int) -> jax.Array:
@@ -92,8 +95,8 @@ def take_some(x: Any, context: Any) -> tuple[Any, Any]:
     if not is_lazy(x):
         return x, context
     size = prod(x.shape[1:])
-    num = max(_LEAST_SOME, _MAX_SOME // size)
-    num = max(2, min(len(x), num, _MOST_SOME // size))
+    num = min(_MAX_SOME, max(_LEAST_SOME, _MAX_ELEMENTS // size))
+    num = max(2, min(len(x), num, _MOST_ELEMENTS // size))
     index = np.unique(np.arange(num) * len(x) // num)
     return take_rows(x, index), None if context is None else take_rows(context, index)
 

@@ -7,6 +7,7 @@ and the history of the run in a netCDF file for xarray, which is written but nev
 """
 
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from numpyro_diffprior._compile.named import from_arrays, to_arrays
 from numpyro_diffprior.em.conditions import describe_arrays
 from numpyro_diffprior.em.state import Best, EMMetrics, EMState, Progress
-from numpyro_diffprior.em.store import Arrays, Store, specs_of
+from numpyro_diffprior.em.store import ArrayFiles, Arrays, Store, specs_of
 from numpyro_diffprior.infer.blocks import PosteriorSamples
 from numpyro_diffprior.infer.progress import Division
 
@@ -28,6 +29,7 @@ __all__ = ["Checkpoints"]
 
 _NUM_KEPT = 3
 _HISTORY = "history.nc"
+_DRAWS = "draws"
 _DRAWS_SECONDS = 300.0  # from one save of draws to the next
 
 
@@ -57,7 +59,7 @@ class Checkpoints:
         self._save_every = save_every
         self._conditions = conditions
         self._iterations = Store(path / "iterations", _NUM_KEPT, read_only)
-        self._draws = Store(path / "draws", None, read_only)
+        self._draws = ArrayFiles(path / _name_draws())
         self._last = max(self._iterations.numbers(), default=None)
         self._parts: list[tuple[int, Division, PosteriorSamples]] = []  # not yet saved
         self._num_saved = 0  # parts of the E-step in progress
@@ -90,6 +92,7 @@ class Checkpoints:
             self._last = number
             self._last_time = time.monotonic()
             self.save_history(progress)
+            self._drop_others()
 
     def save_history(self, progress: Progress) -> None:
         """Replace the file of the history; if that fails, a warning says why, once."""
@@ -114,12 +117,11 @@ class Checkpoints:
         origin = self._origin(progress)
         for number in self._draws.numbers():
             try:
-                header = self._draws.read_header(number)
-                if header["origin"] != origin or header["num_before"] != self._num_saved:
-                    break  # of another E-step, or some before them are lost
-                arrays = self._draws.read_arrays(number, header)
+                header, arrays = self._draws.read(number)
             except ValueError:
                 break  # the others are drawn again, with the same numbers
+            if header["origin"] != origin or header["num_before"] != self._num_saved:
+                break  # of another E-step, or some before them are lost
             self._draws_of = len(progress.history)
             self._num_saved += len(header["groups"])
             for i, (group, *numbers) in enumerate(header["groups"]):
@@ -135,21 +137,21 @@ class Checkpoints:
     def add_draws(
         self, progress: Progress, group: int, part: PosteriorSamples, division: Division
     ) -> None:
-        """Take a part of the next E-step; if the last save was long ago, save those since.
-
-        Draws of several processes are not saved: each has its own.
-        """
-        if jax.process_count() > 1:
-            return
+        """Take a part of the next E-step; if the last save was long ago, save those since."""
         self._parts.append((group, division, part))
         if time.monotonic() - self._last_time >= _DRAWS_SECONDS:
             self.save_draws(progress)
 
     def save_draws(self, progress: Progress) -> None:
-        """Save the parts of the next E-step that were drawn since the last save."""
-        if not self._parts:
+        """Save the parts of the next E-step that were drawn since the last save.
+
+        Each of several processes saves its own, of an E-step after a checkpoint: they do not make
+        another one, which all would have to do at once.
+        """
+        if jax.process_count() == 1 and self._parts:
+            self.save(progress, now=True)
+        if not self._parts or self._last != len(progress.history):
             return
-        self.save(progress, now=True)
         if self._draws_of != len(progress.history):
             self._drop_draws()
         arrays = {
@@ -176,7 +178,13 @@ class Checkpoints:
         self._iterations.close()
         if self._draws_of is not None and self._draws_of != self._last:
             self._drop_draws()
-        self._draws.close()
+
+    def _drop_others(self) -> None:
+        """Delete draws of other numbers of processes, which were of an E-step before."""
+        own = self._draws.folder
+        for path in own.parent.glob(f"{_DRAWS}-*.of*"):
+            if path.suffix != own.suffix:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _drop_draws(self) -> None:
         """Delete the draws of an E-step that is done, the last ones first."""
@@ -225,6 +233,13 @@ class Checkpoints:
     @property
     def _path(self) -> Path:
         return self._iterations.at(self._last or 0)
+
+
+def _name_draws() -> str:
+    """Return the name of the folder of this process's draws."""
+    if jax.process_count() == 1:
+        return _DRAWS
+    return f"{_DRAWS}-{jax.process_index()}.of{jax.process_count()}"
 
 
 def _pack(progress: Progress) -> Arrays:

@@ -109,8 +109,7 @@ def take_draws(
     """Return the draws of chosen events, by site; see `EStep.choose`."""
     taken = dict(draws)
     for name, axis, index in _axes(model, chosen):
-        x = draws[name]
-        taken[name] = (np if _is_on_host(x) else jnp).take(x, index, axis=axis)
+        taken[name] = draws[name][(slice(None),) * axis + (index,)]
     return taken
 
 

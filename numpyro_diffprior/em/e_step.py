@@ -49,7 +49,8 @@ class EStep:
             ``"host"``, as arrays of NumPy; or in a folder, as memory-mapped files, which the next
             iteration replaces (each of several processes has a folder of its own in it). From
             host or folder, the M-step reads its minibatches; mean and covariance are estimated
-            from some draws, evenly spaced: 4,096 of them, or as many as have 2^25 elements.
+            from some draws, evenly spaced: 65,536 of them, or as many as have 2^25 elements, or
+            4,096, if these have more.
 
     References:
         Neal and Hinton, *A view of the EM algorithm that justifies incremental, sparse, and other

@@ -174,7 +174,7 @@ class EM:
         bound = bound.with_params(params)
         priors = choose_units(bound, priors, sites, self.start, self.mesh)
         bound = bound.with_first_argument(sites.as_passed(priors))
-        check_data(bound, self.e_step.sampler or bound.reading.sampler)
+        check_data(bound, self.e_step.sampler or bound.reading.sampler, self.mesh)
         rng_key, key_fit = jax.random.split(rng_key)
         if has_closed_form(bound, self.start):
             gaussians = {

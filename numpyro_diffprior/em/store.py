@@ -1,10 +1,11 @@
-"""Arrays by name with a header, in numbered folders, written in the background by orbax.
+"""Arrays by name with a header: in numbered folders, by orbax, or in numbered files.
 
-A folder is written under another name and moved to its place when it is complete. The header has a
-digest of the arrays, so that damage is found. No code is stored and none is executed.
+A folder or file is written under another name and moved to its place when it is complete. The
+header has a digest of the arrays, so that damage is found. No code is stored and none is executed.
 
 References:
     Orbax, https://orbax.readthedocs.io.
+    The safetensors format, https://github.com/huggingface/safetensors.
 """
 
 import hashlib
@@ -18,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from numpyro_diffprior._compile.lazy import chunks_of
 
-__all__ = ["Arrays", "Store", "specs_of"]
+__all__ = ["ArrayFiles", "Arrays", "Store", "specs_of"]
 
 _FORMAT = "numpyro_diffprior.checkpoint"
 _VERSION = 2
@@ -30,18 +33,20 @@ Arrays = dict[str, np.ndarray]
 
 
 class Store:
-    """Numbered entries in a folder, each of arrays by name and a header.
+    """Numbered entries in a folder, each of arrays by name and a header, written by orbax.
+
+    They are written in the background; several processes write the same ones at the same time.
 
     Args:
         folder: The folder; it is made if it does not exist.
-        num_kept: The number of entries to keep, the last ones; None for all.
+        num_kept: The number of entries to keep, the last ones.
         read_only: Whether entries are only read, while another process may write some.
 
     Raises:
         OSError: If the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, num_kept: int | None, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, num_kept: int, read_only: bool = False) -> None:
         import orbax.checkpoint as ocp  # slow to import
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,7 @@ class Store:
         self._orbax = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=num_kept, read_only=read_only)
         self._manager = ocp.CheckpointManager(folder, options=options)
-        self._has_failed = False
+        self._try = _Attempts(folder)
 
     def numbers(self) -> list[int]:
         """Return the numbers of the complete entries, in order."""
@@ -65,10 +70,7 @@ class Store:
         return self.folder / str(number)
 
     def write(self, number: int, arrays: Arrays, **header: Any) -> None:
-        """Write an entry in the background.
-
-        If that fails, now or later, a warning says why, once.
-        """
+        """Write an entry; if that fails, now or later, a warning says why, once."""
         header |= {
             "format": _FORMAT,
             "version": _VERSION,
@@ -127,27 +129,10 @@ class Store:
             raise self._damaged(number, "its arrays do not match their digest")
         return arrays
 
-    def delete(self, number: int) -> None:
-        """Delete an entry."""
-        self._try(lambda: self._manager.delete(number))
-
     def close(self) -> None:
         """Wait until all is written."""
         self._try(self._manager.wait_until_finished)
         self._try(self._manager.close)
-
-    def _try(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:
-            if not self._has_failed:
-                warnings.warn(
-                    f"EM.run: a checkpoint could not be written to '{self.folder}' "
-                    f"({type(error).__name__}: {str(error)[-200:]}); the run goes on in memory. "
-                    "Free some space, or interrupt it and save its result.",
-                    stacklevel=5,
-                )
-            self._has_failed = True
 
     def _damaged(self, number: int, why: str) -> ValueError:
         """Return the error of a damaged entry, which names the one before."""
@@ -157,6 +142,83 @@ class Store:
             f"EM.run: the checkpoint '{self.at(number)}' cannot be read: {why}. {remedy}emove the "
             f"folder '{self.at(number)}'."
         )
+
+
+class ArrayFiles:
+    """Numbered files in a folder of one process, each of arrays by name and a header.
+
+    Args:
+        folder: The folder; it is made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._try = _Attempts(folder)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the files, in order."""
+        return sorted(int(path.stem) for path in self.folder.glob(f"*{_SUFFIX}"))
+
+    def write(self, number: int, arrays: Arrays, **header: Any) -> None:
+        """Write a file; if that fails, a warning says why, once."""
+        path = self._at(number)
+        partial = path.with_suffix(".partial")
+        header |= {"digest": _digest(arrays)}
+
+        def write() -> None:
+            save_file(arrays, partial, {"header": json.dumps(header)})
+            os.replace(partial, path)
+
+        self._try(write)
+
+    def read(self, number: int) -> tuple[dict[str, Any], Arrays]:
+        """Return the header and the arrays of a file.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
+        try:
+            with safe_open(self._at(number), "np") as file:
+                header: dict[str, Any] = json.loads((file.metadata() or {})["header"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+            is_whole = header["digest"] == _digest(arrays)
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise ValueError(f"'{self._at(number)}' cannot be read: {error}") from error
+        if not is_whole:
+            raise ValueError(f"the arrays of '{self._at(number)}' do not match their digest")
+        return header, arrays
+
+    def delete(self, number: int) -> None:
+        """Delete a file."""
+        self._try(self._at(number).unlink)
+
+    def _at(self, number: int) -> Path:
+        return self.folder / f"{number}{_SUFFIX}"
+
+
+_SUFFIX = ".safetensors"
+
+
+class _Attempts:
+    """Attempts to write to a folder, the first failure of which is a warning."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._has_failed = False
+
+    def __call__(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if not self._has_failed:
+                warnings.warn(
+                    f"EM.run: a checkpoint could not be written to '{self._folder}' "
+                    f"({type(error).__name__}: {str(error)[-200:]}); the run goes on in memory. "
+                    "Free some space, or interrupt it and save its result.",
+                    stacklevel=5,
+                )
+            self._has_failed = True
 
 
 def specs_of(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run of EM shows of its progress, and what of it is saved."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,12 @@ class Watch(Monitor):
         """Take the result of an iteration."""
         self._progress = progress
         metrics = progress.history[-1]
-        self._metrics = f", loss={metrics.loss:.3f}, ess={metrics.ess:.1f}"
+        self._metrics = (
+            f", loss={metrics.loss:.3f}, chi2={metrics.reduced_chi_square:.2f}, "
+            f"ess={metrics.ess:.1f}"
+        )
+        if not math.isnan(metrics.heldout_log_evidence):
+            self._metrics += f", held out={metrics.heldout_log_evidence:.5g}"
         self._bar.update()
         if self._checkpoints is not None:
             self._checkpoints.forget_draws()

@@ -31,7 +31,12 @@ from numpyro_diffprior.reading.model import (
     GroupReading,
     join_blocks,
 )
-from numpyro_diffprior.reading.parts import join_parts, sharding_of_part, split_into_parts
+from numpyro_diffprior.reading.parts import (
+    join_parts,
+    sharding_of_part,
+    split_into_parts,
+    take_share,
+)
 
 __all__ = [
     "PosteriorSamples",
@@ -289,16 +294,11 @@ def _write(
 def _share(
     keys: jax.Array, elements: np.ndarray, size: int, mesh: Mesh | None
 ) -> tuple[jax.Array, np.ndarray]:
-    """Return the blocks that this process draws: their keys, and their elements.
-
-    All processes have the same number of blocks, and the last ones repeat the last element.
-    """
-    if (number := num_processes(mesh)) == 1:
+    """Return the blocks that this process draws: their keys, and their elements."""
+    if num_processes(mesh) == 1:
         return keys, elements
-    count = -(-len(keys) // number)
-    blocks = jax.process_index() * count + np.arange(count)
-    index = blocks[0] * size + np.arange(count * size)
-    return keys[np.minimum(blocks, len(keys) - 1)], elements[np.minimum(index, len(elements) - 1)]
+    blocks = take_share(np.arange(len(keys)), 1, mesh)
+    return keys[blocks], take_share(elements, size, mesh)
 
 
 def _advise(factor: float, *args: Any) -> str:

@@ -168,7 +168,7 @@ def estimate_evidence(
         params=params,
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance)
-    check_data(bound, options.sampler)
+    check_data(bound, options.sampler, mesh)
     draws = sample_blocks(
         rng_key,
         bound,

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from numpyro_diffprior._compile.devices import meet, num_processes
 from numpyro_diffprior.reading.latent import LatentSite
 from numpyro_diffprior.reading.model import ModelReading
 
@@ -27,18 +29,21 @@ class DrawsFolder:
 
     Draws have the dimensions ``draw``, the names of their plates, and ``x_dim_0``, ... for a site
     ``x``, as in ArviZ. The statistics are in the group ``stats``. A slash in the name of a site
-    becomes a dot.
+    becomes a dot. Of several processes, the first one writes.
 
     Args:
-        folder: The folder; it must not exist.
+        folder: The folder, which all processes see; it must not exist.
         reading: The reading of the model.
+        mesh: The devices, or None.
 
     Raises:
         ImportError: If zarr is missing.
         FileExistsError: If the folder exists.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], reading: ModelReading) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], reading: ModelReading, mesh: Mesh | None = None
+    ) -> None:
         try:
             import zarr  # optional
         except ImportError as error:
@@ -50,19 +55,26 @@ class DrawsFolder:
             raise FileExistsError(
                 f"sample_posterior: '{os.fspath(folder)}' exists; draws need a new folder."
             )
-        self._group = zarr.open_group(folder, mode="w-")
+        meet("the folder does not exist", mesh)
+        self._writes = num_processes(mesh) == 1 or jax.process_index() == 0
+        self._folder, self._mesh, self._open = folder, mesh, zarr.open_group
+        self._group: Any = self._open(folder, mode="w-") if self._writes else None
         self._sites = {site.name: site for g in reading.groups for site in g.latents.sites}
         self._num_groups = len(reading.groups)
 
-    @property
-    def samples(self) -> dict[str, Any]:
-        """The draws by site, as arrays of Zarr."""
+    def finish(self) -> dict[str, Any]:
+        """Return the draws by site, as arrays of Zarr, once all are written."""
+        meet("the draws are written", self._mesh)
+        if not self._writes:
+            self._group = self._open(self._folder, mode="r")
         return {name: self._group[key_of(name)] for name in self._sites}
 
     def write(
         self, samples: Mapping[str, jax.Array], axis: int, start: int, stop: int, size: int
     ) -> None:
         """Write draws by site to a range of an axis of this size; those beyond are left out."""
+        if not self._writes:
+            return
         for name, values in samples.items():
             x = np.asarray(values)
             if key_of(name) not in self._group:
@@ -75,6 +87,8 @@ class DrawsFolder:
 
     def write_stats(self, stats: Mapping[str, jax.Array]) -> None:
         """Write the statistics."""
+        if not self._writes:
+            return
         site, group = next(iter(self._sites.values())), self._group.create_group("stats")
         batch = _dims(site)[: len(site.batch_shape)] if self._num_groups == 1 else ("element",)
         for name, values in stats.items():

@@ -15,7 +15,6 @@ from jax.scipy.special import gammaincc
 from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count
-from numpyro_diffprior._compile.devices import num_processes
 from numpyro_diffprior._compile.memory import BatchLimit
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
@@ -114,8 +113,8 @@ def sample_posterior(
             the prior, and the data of the elements that it draws. Draws depend on the mesh.
         folder: A new folder for the draws, if they do not fit into memory: they are written part
             by part in the format of Zarr, with the statistics in the group ``stats``, and
-            ``xarray.open_zarr`` opens them. The draws of the result are then arrays of Zarr. (For
-            one process.)
+            ``xarray.open_zarr`` opens them. The draws of the result are then arrays of Zarr. (Of
+            several processes, all of which must see the folder, the first one writes.)
         progress_bar: Whether to show a bar in a terminal or a notebook, after a second.
         **kwargs: The model's keyword arguments.
 
@@ -142,10 +141,8 @@ def sample_posterior(
         mesh=mesh,
     )
     options = resolve_options(bound.reading.sampler, num_particles, sampler, guidance, independent)
-    num_residuals = check_data(bound, options.sampler)
-    if folder is not None and num_processes(mesh) > 1:
-        raise ValueError("sample_posterior: several processes cannot write draws to one folder.")
-    written = None if folder is None else DrawsFolder(folder, bound.reading)
+    num_residuals = check_data(bound, options.sampler, mesh)
+    written = None if folder is None else DrawsFolder(folder, bound.reading, mesh)
     with ProgressBar("sample_posterior", progress_bar) as bar:
         samples, stats = sample_blocks(
             rng_key,
@@ -158,7 +155,7 @@ def sample_posterior(
             folder=written,
         )
     if written is not None:
-        samples = written.samples
+        samples = written.finish()
     _warn_of_misfit(stats["reduced_chi_square"], num_residuals)
     if num_particles == 1:
         key = jax.random.fold_in(rng_key, 1)

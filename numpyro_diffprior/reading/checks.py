@@ -8,12 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from numpyro_diffprior._compile.devices import gather
 from numpyro_diffprior.diffusion.samplers import Sampler
 from numpyro_diffprior.guidance.guidance import finest_sigma
 from numpyro_diffprior.linalg.batched import probe
 from numpyro_diffprior.reading.model import Block, BoundModel
-from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts
+from numpyro_diffprior.reading.parts import Part, join_parts, split_into_parts, take_share
 
 __all__ = ["check_data"]
 
@@ -38,8 +40,10 @@ class _Checks(NamedTuple):
     num_residuals: jax.Array
 
 
-def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
+def check_data(model: BoundModel, sampler: Sampler, mesh: Mesh | None = None) -> list[jax.Array]:
     """Check the observed values and the noise of a model, where they are concrete.
+
+    Each process of a mesh checks its share of the events.
 
     Returns:
         For each group of latent sites the number of residuals of every event, with the shape
@@ -51,7 +55,7 @@ def check_data(model: BoundModel, sampler: Sampler) -> list[jax.Array]:
     """
     counts = []
     for position, group in enumerate(model.reading.groups):
-        result = _inspect(model, position, sampler)
+        result = _inspect(model, position, sampler, mesh)
         counts.append(result.num_residuals)
         names = group.reader.names
         if _is_false(result.finite):
@@ -90,24 +94,28 @@ def _is_false(flag: jax.Array) -> bool:
     return not isinstance(flag, jax.core.Tracer) and not flag
 
 
-def _inspect(model: BoundModel, position: int, sampler: Sampler) -> _Checks:
+def _inspect(model: BoundModel, position: int, sampler: Sampler, mesh: Mesh | None) -> _Checks:
     """Inspect the data of a group, part by part."""
     group = model.reading.groups[position]
-    inspected = (
-        _inspect_part(part, position, sampler) for part in split_into_parts(model, position)
-    )
     if group.divided is None:
-        return _conclude(*inspected)
-    plate, _ = group.divided
+        (part,) = split_into_parts(model, position)
+        return _conclude(_inspect_part(part, position, sampler))
+    plate, size = group.divided
+    own = take_share(np.arange(plate.size), size, mesh)
+    parts = split_into_parts(model, position, chosen=own)
+    inspected = (_inspect_part(part, position, sampler) for part in parts)
     axis = len(group.latents.batch_shape) + plate.dim
-    return _conclude(join_parts(inspected, axis, plate.size))
+    checks = gather(join_parts(inspected, axis, len(own)), axis, mesh)
+    return _conclude(checks, axis, plate.size)
 
 
-@jax.jit
-def _conclude(checks: _Checks) -> _Checks:
-    """Reduce every flag to whether it is true for all events."""
-    flags = jax.tree.map(jnp.all, checks)
-    return flags._replace(num_residuals=checks.num_residuals)
+@partial(jax.jit, static_argnums=(1, 2))
+def _conclude(checks: _Checks, axis: int = 0, size: int | None = None) -> _Checks:
+    """Reduce every flag to whether it is true for all events; cut the others off."""
+    num_residuals = checks.num_residuals
+    if size is not None:
+        num_residuals = jax.lax.slice_in_dim(num_residuals, 0, size, axis=axis)
+    return jax.tree.map(jnp.all, checks)._replace(num_residuals=num_residuals)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

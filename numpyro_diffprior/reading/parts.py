@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from numpyro_diffprior._compile.devices import along, own_devices, replicate, round_up, shard
+from numpyro_diffprior._compile.devices import (
+    along,
+    num_processes,
+    own_devices,
+    replicate,
+    round_up,
+    shard,
+)
 from numpyro_diffprior._compile.lazy import LazyArray, is_lazy, take_rows
 from numpyro_diffprior.reading.model import BoundModel, ModelReading, block_indices
 
@@ -23,6 +30,7 @@ __all__ = [
     "load_some",
     "sharding_of_part",
     "split_into_parts",
+    "take_share",
 ]
 
 _MAX_BLOCKS = 8
@@ -118,6 +126,18 @@ class _Parts(Sequence[Part]):
     def _others(self) -> BoundModel:
         """The model, of which arrays that are not sliced are on the devices."""
         return _load(self._model, self._plate.name, self._mesh)
+
+
+def take_share(elements: np.ndarray, size: int, mesh: Mesh | None) -> np.ndarray:
+    """Return the elements of the blocks of this size that this process takes.
+
+    All processes have the same number of blocks, and the last ones repeat the last element.
+    """
+    if (number := num_processes(mesh)) == 1:
+        return elements
+    length = -(-len(elements) // (size * number)) * size
+    index = jax.process_index() * length + np.arange(length)
+    return elements[np.minimum(index, len(elements) - 1)]
 
 
 def sharding_of_part(model: BoundModel, plate: str, mesh: Mesh) -> BoundModel:
