@@ -14,7 +14,10 @@ from flax import nnx
 
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile.lazy import take_rows
+from numpyro_diffprior.diffusion import minibatches, training
 from numpyro_diffprior.em import conditions
+from numpyro_diffprior.infer import blocks
+from numpyro_diffprior.reading import parts
 
 KEY = jax.random.key(0)
 D, NUM_EVENTS, BATCH = 3, 200, 16
@@ -46,6 +49,13 @@ def model(prior, y, mask, gain):
         gain = numpyro.subsample(gain, event_dim=0)
         x = numpyro.sample("x", prior)
         numpyro.sample("y", dist.Normal(gain[:, None] * x, scale).mask(mask).to_event(1), obs=y)
+
+
+def simple(prior, y):
+    with numpyro.plate("events", len(y)):
+        y = numpyro.subsample(y, event_dim=1)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 0.3).to_event(1), obs=y)
 
 
 def curved(prior, y, mask, gain):
@@ -204,3 +214,32 @@ def test_invalid_sources(data):
     lazy = ndp.lazy_arrays((broken, np.ones_like(data[1]), data[2]))
     with pytest.raises(ValueError, match="hold NaN or infinities"):
         ndp.sample_posterior(KEY, model, make_prior(), *lazy, max_batch_size=BATCH)
+
+
+@pytest.mark.parametrize("call", ["draws", "steps"])
+def test_the_next_events_are_read_while_the_device_computes(monkeypatch, call):
+    module, name = {"draws": (blocks, "_draw_part"), "steps": (training, "_take_steps")}[call]
+    compute, running, early = getattr(module, name), [], []
+
+    def keep(*args):
+        result = compute(*args)
+        running[:] = jax.tree.leaves(result)
+        return result
+
+    def take(index):
+        if running:
+            early.append(not running[-1].is_ready())
+        return np.random.default_rng(0).normal(size=(len(index), D)).astype("float32")
+
+    monkeypatch.setattr(module, name, keep)
+    monkeypatch.setattr(parts, "_MAX_BLOCKS", 2)
+    monkeypatch.setattr(minibatches, "_MAX_READ", 2 * 256 * D)
+    net = ndp.MLP((D,), features=(512, 512), embedding=4, rngs=nnx.Rngs(0))
+    denoiser, y = ndp.NetworkDenoiser(net), ndp.lazy_arrays(take, 1536)
+    if call == "draws":
+        prior = ndp.DiffusionPrior(denoiser, sampler=ndp.samplers.DDPM(16))
+        ndp.sample_posterior(KEY, simple, prior, y, num_particles=2, max_batch_size=512)
+    else:
+        state = ndp.training.init_training(denoiser, optimizer := optax.sgd(1e-4))
+        ndp.training.train(KEY, state, y, optimizer, num_steps=6, batch_size=256)
+    assert early == [True, True]  # before the second and the third of three parts

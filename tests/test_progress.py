@@ -1,6 +1,7 @@
 """Progress bars: what they count, and where they are quiet."""
 
 import io
+import re
 import sys
 from functools import partial
 
@@ -132,3 +133,7 @@ def test_the_phases_of_expectation_maximization(monkeypatch):
     assert "0/2 " in shown
     assert "2/2 " in shown
     assert "loss=" in shown
+    assert "chi2=" in shown
+    assert "held out=-" in shown
+    assert re.search(r"0/2 \[\d\d:\d\d<\?", shown)
+    assert re.search(r"1/2 \[\d\d:\d\d<\d\d:\d\d", shown)  # the time that is left

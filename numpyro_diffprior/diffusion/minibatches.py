@@ -44,7 +44,7 @@ def choose_events(rng_key: jax.Array, batch_size: int, num_events: int) -> jax.A
 
 
 class Minibatches:
-    """The minibatches of a training, read in parts of several steps.
+    """The minibatches of a training, read in parts of several steps, in order.
 
     Args:
         rng_key: The random key of the training.
@@ -72,12 +72,17 @@ class Minibatches:
         self._indices = partial(
             _indices, rng_key, num_steps=num_steps, size=self.size, shape=(batch_size, len(x))
         )
+        self._num_read, self._next = 0, self._indices(0)
 
-    def read(self, first: int) -> Any:
-        """Return events and contexts of a part that begins at a step, one step after another."""
-        index = np.asarray(self._indices(first)).ravel()
+    def read(self) -> Any:
+        """Return events and contexts of the next part, one step after another."""
+        index = np.asarray(self._next).ravel()
+        x = take_rows(self._x, index)
         context = None if self._context is None else take_rows(self._context, index)
-        return self._convert(take_rows(self._x, index), context)
+        # The rest waits for the device, which takes earlier steps.
+        self._num_read += self.size
+        self._next = self._indices(self._num_read)
+        return self._convert(x, context)
 
 
 @partial(jax.jit, static_argnames=("num_steps", "size", "shape"))

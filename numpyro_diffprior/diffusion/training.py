@@ -247,12 +247,12 @@ def _train_in_parts(
     on_steps: Callable[[int], None] | None,
 ) -> "_Run":
     """Take steps whose minibatches are read while earlier steps are taken."""
-    events, done = minibatches.read(0), 0
+    events, done = minibatches.read(), 0
     while done < num_steps:
         done = min(done + minibatches.size, num_steps)
         run = take(events, run, done)
         if done < num_steps:
-            events = minibatches.read(done)
+            events = minibatches.read()
         if on_steps is not None:
             jax.block_until_ready(run)
             on_steps(done)
