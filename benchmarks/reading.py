@@ -66,8 +66,8 @@ def make_model():
     return model, executions
 
 
-def make_call(name, model, mesh=None):
-    """A function of the data that calls one of the public functions."""
+def make_call(name, model, mesh=None, folder=None):
+    """A function of the data that calls one of the public functions, once if it needs a folder."""
     key = jax.random.key(0)
     sampler = ndp.samplers.DDPM(2)
     gaussian = ndp.GaussianDenoiser(jnp.zeros(SIZE), ndp.linalg.Isotropic(1.0, SIZE))
@@ -95,11 +95,10 @@ def make_call(name, model, mesh=None):
         return states[-1].draws
 
     def run(y):
-        with tempfile.TemporaryDirectory() as folder:
-            em = make_em(f"{folder}/draws" if "draws in a folder" in name else "device")
-            checkpoint = f"{folder}/run" if "checkpoints" in name else None
-            result = em.run(key, 2, network, y, checkpoint=checkpoint, progress_bar=False)
-            return result.history.loss
+        em = make_em(f"{folder}/draws" if "draws in a folder" in name else "device")
+        checkpoint = f"{folder}/run" if "checkpoints" in name else None
+        result = em.run(key, 2, network, y, checkpoint=checkpoint, progress_bar=False)
+        return result.history.loss
 
     def kernel(y):
         mcmc = MCMC(ndp.MMPSKernel(model), num_warmup=0, num_samples=2, progress_bar=False)
@@ -107,9 +106,9 @@ def make_call(name, model, mesh=None):
         return mcmc.get_samples()
 
     def write(y):
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder) / "draws"
-            return ndp.sample_posterior(key, model, prior, y, folder=folder, mesh=mesh).stats
+        return ndp.sample_posterior(
+            key, model, prior, y, folder=f"{folder}/draws", mesh=mesh
+        ).stats
 
     if name.startswith("EM.run"):
         return run
@@ -180,16 +179,20 @@ def make_data(folder, kind, num_events):
     return y if kind == "mapped" else ndp.lazy_arrays(y)
 
 
-def measure_memory(name, num_events, kind, address, process):
-    """The memory of one call, after one on little data of the same kind, in MiB."""
+def measure_memory(name, num_events, kind, folder, address="", process=0):
+    """The memory of one call, after one on little data of the same kind, in MiB.
+
+    The folder, which is empty, is that of all processes.
+    """
     mesh = None
     if address:
         jax.distributed.initialize(address, 2, process)
         mesh = jax.make_mesh((2,), ("events",))
     model, _ = make_model()
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
-        jax.block_until_ready(make_call(name, model, mesh)(make_data(few, kind, 20_000)))
-        y, call = make_data(many, kind, num_events), make_call(name, model, mesh)
+        call = make_call(name, model, mesh, f"{folder}/few")
+        jax.block_until_ready(call(make_data(few, kind, 20_000)))
+        y, call = make_data(many, kind, num_events), make_call(name, model, mesh, f"{folder}/many")
         before = resident()
         with Peak() as peak:
             jax.block_until_ready(call(y))
@@ -202,12 +205,13 @@ def in_processes(name, num_events, kind, num_processes=1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, __file__, "--child", name, str(num_events), kind, address]
-    children = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True)
-        for i in range(num_processes)
-    ]
-    found = [child.communicate()[0] for child in children]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--child", name, str(num_events), kind, folder]
+        children = [
+            subprocess.Popen([*command, address, str(i)], stdout=subprocess.PIPE, text=True)
+            for i in range(num_processes)
+        ]
+        found = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         raise RuntimeError(f"{name}: a process ended with an error")
     return max(float(text.strip().splitlines()[-1]) for text in found)
@@ -241,14 +245,14 @@ def parse_args(argv=None):
     parser.add_argument("--output", default="out")
     parser.add_argument("--measured", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     if arguments.child:
-        child, count, kind, address, process = arguments.child
-        print(measure_memory(child, int(count), kind, address, int(process)))
+        child, count, kind, shared, address, process = arguments.child
+        print(measure_memory(child, int(count), kind, shared, address, int(process)))
     else:
         main(arguments)
