@@ -352,7 +352,7 @@ def make_em(args):
         m_step=ndp.MStep(
             num_steps=args.num_sgd_steps, batch_size=args.batch_size, ema_decay=args.ema_decay
         ),
-        start=ndp.GaussianStart(args.num_gaussian_iterations, max_events=256),
+        start=ndp.GaussianStart(args.num_gaussian_iterations),
     )
 
 

@@ -16,7 +16,17 @@ This QR decomposition never squares the ratio of signal to noise, so that float3
 `draw_linear_gaussian` needs no factorization of its own: it corrects draws of the prior and of the
 noise by one solve, at the cost of a posterior mean.
 
-Small events have a full covariance. Large ones have that of factor analysis,
+Small events have a full covariance. Of few events it would be fitted to noise, so that it is
+shrunk: to its own variances with the correlations of a stationary Gaussian, each of which is the
+mean over all pairs of elements at the same distance along the axes of events. With a strength
+:math:`\nu`, in a number of events, each iteration takes
+
+.. math:: \Sigma \leftarrow (n \Sigma_{EM} + \nu T(\Sigma_{EM})) / (n + \nu),
+
+the mode under an inverse Wishart distribution about :math:`T`. The strength and the number of
+iterations are those of the greatest log-evidence of held-out events.
+
+Large events have the covariance of factor analysis,
 :math:`x = \mu + F z + D^{1/2} e`, that is :math:`L = (D^{1/2}, F)`. If each of their elements is
 observed on its own (through a mask, say), the cost of an event is that of its factors only.
 
@@ -28,6 +38,8 @@ References:
     Rubin and Thayer, *EM algorithms for ML factor analysis*, Psychometrika 47, 1982.
     Liu, Rubin and Wu, *Parameter expansion to accelerate EM: the PX-EM algorithm*, Biometrika 85,
     1998 (the factors' own covariance, absorbed into their loadings).
+    Schafer and Strimmer, *A shrinkage approach to large-scale covariance matrix estimation*, 2005
+    (shrinkage of a sample covariance to a structured one).
 """
 
 from collections.abc import Callable
@@ -37,6 +49,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from numpyro_diffprior._compile.checks import check_count
@@ -68,12 +81,15 @@ class GaussianFit(NamedTuple):
         mean: Its mean, with shape ``event_shape``.
         cov: Its covariance, over flattened events.
         log_evidence: The log-density of all observed values under the Gaussian before each
-            iteration, with shape ``(num_iterations,)``. It does not decrease, up to rounding.
+            iteration, with shape ``(num_iterations,)``, and NaN for iterations that were left out.
+            Without shrinkage it does not decrease, up to rounding.
+        shrinkage: The strength of the shrinkage, in a number of events.
     """
 
     mean: jax.Array
     cov: Covariance
     log_evidence: jax.Array
+    shrinkage: jax.Array
 
 
 class Restored(NamedTuple):
@@ -151,10 +167,74 @@ class _FactorMoments(NamedTuple):
     zz: jax.Array
 
 
-_Block = Callable[[jax.Array], Any]
+class _Evidence(NamedTuple):
+    """The log-evidence of the events that are used, and of the others."""
+
+    used: jax.Array
+    others: jax.Array
+
+
+class _Choice(NamedTuple):
+    """The best fit so far: its log-evidence of held-out events, strength and iterations."""
+
+    evidence: jax.Array
+    strength: jax.Array
+    num_iterations: jax.Array
+
+
+class _Observed(NamedTuple):
+    """All events as observed: kept, or read anew each time if they are too large.
+
+    Attributes:
+        items: Observations of all blocks, or their indices.
+        read: Maps an item to observations.
+    """
+
+    items: Any
+    read: Callable[[Any], _Observations]
+
+    @classmethod
+    def of(cls, observe: Callable[[jax.Array], _Observations], blocks: jax.Array) -> "_Observed":
+        shapes = jax.tree.leaves(jax.eval_shape(observe, blocks[0]))
+        if len(blocks) * sum(prod(shape.shape) for shape in shapes) > _MAX_KEPT:
+            return cls(blocks, observe)
+        return cls(jax.lax.map(observe, blocks), lambda seen: seen)
+
+    def sum(self, function: Callable[[_Observations], Any]) -> Any:
+        """Sum the arrays that a function of a block returns over all blocks."""
+
+        def add(total: Any, item: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, function(self.read(item))), None
+
+        return jax.lax.scan(add, self._zeros(function), self.items)[0]
+
+    def expect(
+        self, function: Callable[[_Observations, jax.Array], Any], used: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Return the log-evidence of each event, and the sum of the moments of those in use."""
+
+        def add(total: Any, item: Any) -> tuple[Any, jax.Array]:
+            seen, own = item
+            evidence, moments = function(self.read(seen), own)
+            return jax.tree.map(jnp.add, total, moments), evidence
+
+        zeros = self._zeros(lambda seen: function(seen, used[0])[1])
+        totals, evidence = jax.lax.scan(add, zeros, (self.items, used))
+        return evidence, totals
+
+    def _zeros(self, function: Callable[[_Observations], Any]) -> Any:
+        first = jax.tree.map(lambda leaf: leaf[0], self.items)
+        shapes = jax.eval_shape(lambda item: function(self.read(item)), first)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
 
 MAX_DENSE = 512
 """The largest number of elements of events that get a dense covariance."""
+
+_ENOUGH = 16  # events per element of an event: with more, the covariance is not shrunk
+_STRENGTHS = (0.0, 1.0, 4.0)  # events per element
+_SHARE_HELD_OUT = 4  # one of so many events
+_MAX_KEPT = 2**25  # elements of observations that are kept from one iteration to the next
 
 
 def fit_gaussian(
@@ -166,6 +246,7 @@ def fit_gaussian(
     num_iterations: int = 32,
     rank: int | None = None,
     max_dense: int = MAX_DENSE,
+    shrinkage: float | None = 0.0,
     dtype: DTypeLike | None = None,
 ) -> GaussianFit:
     """Fit a Gaussian to linear observations of events by expectation maximization.
@@ -186,6 +267,9 @@ def fit_gaussian(
             quarters hidden, 64 are needed.
         rank: The number of factors beyond ``max_dense`` elements (default: 32).
         max_dense: The largest ``d`` that gets a dense covariance; 0 asks for the low-rank form.
+        shrinkage: The strength of the shrinkage of a dense covariance, in a number of events. None
+            chooses it, of 0, ``d`` and ``4 d``, if there are fewer than ``16 d`` events, which
+            takes four fits instead of one.
         dtype: The floating type of the result, JAX's default if None.
 
     Raises:
@@ -216,25 +300,46 @@ def fit_gaussian(
             lambda a: jnp.where(valid.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), observations
         )
 
-    def expect(state: Any, seen: _Observations) -> tuple[jax.Array, Any]:
+    def expect(state: Any, seen: _Observations, used: jax.Array) -> tuple[jax.Array, Any]:
         if dense:
-            return _expect_full(state, seen)
+            return _expect_full(state, seen, used)
         return (_expect_elementwise if seen.operator.ndim == 2 else _expect_factors)(state, seen)
 
-    maximize: Callable[[Any, Any], Any] = _maximize_full if dense else _maximize_factors
-
-    def iterate(state: Any, _: None) -> tuple[Any, jax.Array]:
-        log_evidence, totals = _sum_over(lambda block: expect(state, observe(block)), blocks)
-        return maximize(state, jax.tree.map(lambda a: a / num_events, totals)), log_evidence
-
-    def run() -> tuple[jax.Array, Covariance, jax.Array]:
-        start = (
-            _start_full(observe, blocks, size, dtype)
+    def run() -> tuple[jax.Array, Covariance, jax.Array, jax.Array]:
+        observed = _Observed.of(observe, blocks)
+        start: Any = (
+            _start_full(observed, size, dtype)
             if dense
-            else _start_factors(observe, blocks, size, rank, dtype)
+            else _start_factors(observed, size, rank, dtype)
         )
-        state, log_evidence = jax.lax.scan(iterate, start, length=num_iterations)
-        return state.mean.reshape(event_shape), _covariance(state), log_evidence
+
+        def fit(strength: jax.Array, used: jax.Array, num: jax.Array) -> tuple[Any, _Evidence]:
+            """Fit to the events that are used, in so many iterations."""
+            num_used = used.sum()
+
+            def iterate(state: Any, number: jax.Array) -> tuple[Any, _Evidence]:
+                evidence, totals = observed.expect(partial(expect, state), used)
+                moments = jax.tree.map(lambda a: a / num_used, totals)
+                new = (
+                    _maximize_full(state, moments, strength / (strength + num_used), event_shape)
+                    if dense
+                    else _maximize_factors(state, moments)
+                )
+                going_on = number < num
+                new = jax.tree.map(lambda a, b: jnp.where(going_on, a, b), new, state)
+                own = jnp.where(going_on, (evidence * used).sum(), jnp.nan)
+                return new, _Evidence(own, (evidence * (1 - used)).sum())
+
+            return jax.lax.scan(iterate, start, jnp.arange(num_iterations))
+
+        every = (blocks < num_events).astype(dtype)
+        if shrinkage is None and dense and _SHARE_HELD_OUT <= num_events < _ENOUGH * size:
+            strengths = size * jnp.asarray(_STRENGTHS, dtype)
+            state, evidence, strength = _choose(fit, strengths, every, num_events, num_iterations)
+        else:
+            strength = jnp.asarray(0.0 if shrinkage is None else shrinkage, dtype)
+            state, evidence = fit(strength, every, jnp.asarray(num_iterations))
+        return state.mean.reshape(event_shape), _covariance(state), evidence.used, strength
 
     def remedy(factor: float, *_: Any) -> str:
         return f"{advise('batch_size', factor, batch_size)} (EStep: max_batch_size)"
@@ -398,42 +503,72 @@ def _observe(likelihood: Likelihood, dense: bool, dtype: DTypeLike) -> _Observat
     return _Observations(white, residual, constant, num_white.astype(dtype))
 
 
-def _initial_variance(observe: _Block, blocks: jax.Array) -> jax.Array:
+def _choose(
+    fit: Callable[..., tuple[Any, _Evidence]],
+    strengths: jax.Array,
+    every: jax.Array,
+    num_events: int,
+    num_iterations: int,
+) -> tuple[Any, _Evidence, jax.Array]:
+    """Fit with the strength and the iterations of greatest log-evidence of held-out events.
+
+    All fits have one compiled program, the last one, to all events, too.
+    """
+    order = np.random.default_rng(0).permutation(num_events)
+    is_held_out = np.zeros(every.size, bool)
+    is_held_out[order[: num_events // _SHARE_HELD_OUT]] = True
+    some = jnp.where(is_held_out.reshape(every.shape), 0, every)
+
+    def attempt(best: _Choice, number: jax.Array) -> tuple[_Choice, Any]:
+        is_last = number == len(strengths)
+        strength = jnp.where(is_last, best.strength, strengths[number])
+        num = jnp.where(is_last, best.num_iterations, num_iterations)
+        state, evidence = fit(strength, jnp.where(is_last, every, some), num)
+        at = jnp.argmax(evidence.others)
+        is_better = ~is_last & (evidence.others[at] > best.evidence)
+        found = _Choice(evidence.others[at], strength, at)
+        best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), found, best)
+        return best, (state, evidence)
+
+    first = _Choice(-jnp.inf * every[0, 0], strengths[0], jnp.asarray(num_iterations))
+    best, fits = jax.lax.scan(attempt, first, jnp.arange(len(strengths) + 1))
+    state, evidence = jax.tree.map(lambda leaf: leaf[-1], fits)
+    return state, evidence, best.strength
+
+
+def _initial_variance(observed: _Observed, mean: jax.Array | None = None) -> jax.Array:
     """Return the variance of isotropic events that explains the mean square of the residuals."""
 
-    def squares(block: jax.Array) -> tuple[jax.Array, ...]:
-        operator, residual, _, num_values = observe(block)
+    def squares(seen: _Observations) -> tuple[jax.Array, ...]:
+        operator, residual, _, num_values = seen
+        if mean is not None:
+            residual = residual - einsum("nmd,d->nm", operator, mean)
         return jnp.square(residual).sum(), num_values.sum(), jnp.square(operator).sum()
 
-    total, noise, gain = _sum_over(squares, blocks)
+    total, noise, gain = observed.sum(squares)
     signal = jnp.maximum(total - noise, 0.01 * noise)  # some, even if noise dominates
     return jnp.where(gain > 0, signal / jnp.where(gain > 0, gain, 1), 1)
 
 
-def _start_full(observe: _Block, blocks: jax.Array, size: int, dtype: DTypeLike) -> _Full:
-    # Residuals are centered: else the covariance would be a small difference of large squares.
-    def products(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operator, residual, *_ = observe(block)
+def _start_full(observed: _Observed, size: int, dtype: DTypeLike) -> _Full:
+    def products(seen: _Observations) -> tuple[jax.Array, jax.Array]:
+        operator, residual, *_ = seen
         gram = einsum("nmi,nmj->ij", operator, operator)
         return gram, einsum("nmd,nm->d", operator, residual)
 
-    def centered(block: jax.Array) -> _Observations:
-        seen = observe(block)
-        return seen._replace(residual=seen.residual - einsum("nmd,d->nm", seen.operator, mean))
-
-    gram, back = _sum_over(products, blocks)
+    gram, back = observed.sum(products)
     # Poorly observed directions are left to the iterations.
     inverse = jnp.linalg.pinv(gram, rtol=jnp.finfo(dtype).eps ** 0.5, hermitian=True)
     mean = einsum("ij,j->i", inverse, back)
-    return _Full(mean, jnp.sqrt(_initial_variance(centered, blocks)) * jnp.eye(size, dtype=dtype))
+    # Residuals are centered: else the covariance would be a small difference of large squares.
+    deviation = jnp.sqrt(_initial_variance(observed, mean))
+    return _Full(mean, deviation * jnp.eye(size, dtype=dtype))
 
 
-def _start_factors(
-    observe: _Block, blocks: jax.Array, size: int, rank: int, dtype: DTypeLike
-) -> _Factors:
+def _start_factors(observed: _Observed, size: int, rank: int, dtype: DTypeLike) -> _Factors:
     # EM cannot leave factors of zero; random ones take half of the variance. They only have to be
     # in general position, so that a constant key is enough.
-    scale = jnp.sqrt(_initial_variance(observe, blocks))
+    scale = jnp.sqrt(_initial_variance(observed))
     factor = jax.random.normal(jax.random.key(0), (size, rank), dtype)
     half = jnp.full(size, 0.5**0.5, dtype)
     return _Factors(jnp.zeros(size, dtype), scale * half, scale * factor * (0.5 / rank) ** 0.5)
@@ -450,20 +585,55 @@ def _posterior(gain: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Arr
     return w, einsum("nmi,nm->ni", w, t), -0.5 * (jnp.square(t).sum(-1) + logdet)
 
 
-def _expect_full(state: _Full, seen: _Observations) -> tuple[jax.Array, _FullMoments]:
+def _expect_full(
+    state: _Full, seen: _Observations, used: jax.Array
+) -> tuple[jax.Array, _FullMoments]:
+    """Return the log-evidence of each event, and the sum of the moments of those in use."""
     residual = seen.residual - einsum("nmd,d->nm", seen.operator, state.mean)
     gain = einsum("nmd,dk->nmk", seen.operator, state.root)
     w, mean, log_evidence = _posterior(gain, residual)
+    w, mean = w * used[:, None, None], mean * used[:, None]
     excess = einsum("ni,nj->ij", mean, mean) - einsum("nmi,nmj->ij", w, w)
-    return (log_evidence + seen.constant).sum(), _FullMoments(mean.sum(0), excess)
+    return log_evidence + seen.constant, _FullMoments(mean.sum(0), excess)
 
 
-def _maximize_full(state: _Full, moments: _FullMoments) -> _Full:
+def _maximize_full(
+    state: _Full, moments: _FullMoments, weight: jax.Array, event_shape: tuple[int, ...]
+) -> _Full:
+    """Return the Gaussian of these moments, shrunk with the weight of the target."""
     excess = moments.excess - jnp.outer(moments.mean, moments.mean)
     # The square root is updated by a factor, so that small variances keep their digits.
     eigenvalues, eigenvectors = jnp.linalg.eigh(excess + jnp.eye(len(excess), dtype=excess.dtype))
     root = einsum("dk,ki->di", state.root, eigenvectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    shrink = partial(_shrink, event_shape=event_shape)
+    root = jax.lax.cond(weight > 0, shrink, lambda root, _: root, root, weight)
     return _Full(state.mean + einsum("dk,k->d", state.root, moments.mean), root)
+
+
+def _shrink(root: jax.Array, weight: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
+    """Return the root of a covariance of which correlations are shrunk to stationary ones."""
+    deviation = jnp.sqrt(jnp.square(root).sum(-1))
+    deviation = jnp.where(deviation > 0, deviation, 1)
+    white = root / deviation[:, None]
+    correlation = einsum("ik,jk->ij", white, white)
+    distance, count = _distances(event_shape)
+    pairs = (deviation[:, None] * deviation) / jnp.square(deviation).mean()
+    total, share = (
+        jnp.zeros(count, root.dtype).at[distance].add(x) for x in (correlation * pairs, pairs)
+    )
+    target = (total / jnp.where(share > 0, share, 1))[distance]
+    eigenvalues, eigenvectors = jnp.linalg.eigh((1 - weight) * correlation + weight * target)
+    # A target of pairs that were averaged may have negative eigenvalues.
+    floor = jnp.finfo(root.dtype).eps * len(eigenvalues)
+    return deviation[:, None] * eigenvectors * jnp.sqrt(jnp.maximum(eigenvalues, floor))
+
+
+def _distances(event_shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """Return a number for the distance of each pair of elements, ``(d, d)``, and how many."""
+    places = np.stack(np.unravel_index(np.arange(prod(event_shape)), event_shape))
+    lags = places[:, :, None] - places[:, None] + np.array(event_shape)[:, None, None] - 1
+    shape = tuple(2 * length - 1 for length in event_shape)
+    return np.ravel_multi_index(tuple(lags), shape), prod(shape)
 
 
 def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:
@@ -480,7 +650,7 @@ def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _F
         ez=einsum("nd,nr->dr", e, z) - einsum("nmd,nmr->dr", w_e, w_z),
         zz=einsum("nr,ns->rs", z, z) - einsum("nmr,nms->rs", w_z, w_z),
     )
-    return (log_evidence + seen.constant).sum(), moments
+    return log_evidence + seen.constant, moments
 
 
 def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:
@@ -518,7 +688,7 @@ def _expect_elementwise(state: _Factors, seen: _Observations) -> tuple[jax.Array
         ez=einsum("nd,nr->dr", e, z) - einsum("nd,ndr->dr", share, cov_load),
         zz=einsum("nr,ns->rs", z, z) + (cov_z - identity).sum(0),
     )
-    return (seen.constant - 0.5 * (quadratic + logdet)).sum(), moments
+    return seen.constant - 0.5 * (quadratic + logdet), moments
 
 
 def _maximize_factors(state: _Factors, moments: _FactorMoments) -> _Factors:
@@ -544,14 +714,3 @@ def _covariance(state: _Full | _Factors) -> Covariance:
     # A floor on the diagonal: with the factors alone, solves would be ill-conditioned.
     smallest = jnp.finfo(state.scale.dtype).eps ** 0.5 * jnp.square(state.factor).sum(-1)
     return DiagonalPlusLowRank(jnp.maximum(jnp.square(state.scale), smallest), state.factor)
-
-
-def _sum_over(function: _Block, blocks: jax.Array) -> Any:
-    """Sum the arrays that a function of a block returns over all blocks."""
-
-    def add(total: Any, block: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(block)), None
-
-    shapes = jax.eval_shape(function, blocks[0])
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(add, zeros, blocks)[0]

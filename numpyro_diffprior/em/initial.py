@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.checks import check_count, set_fields
+from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior.denoisers.denoiser import Denoiser, choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
@@ -51,16 +51,24 @@ class GaussianStart:
         summary: The form of the Gaussians, in M-steps too.
         max_events: The number of events, evenly spaced, from which the Gaussians are fitted.
             Events that are in memory together all take part, and so do all events in E-steps.
+        shrinkage: The strength, in a number of events, with which dense covariances are shrunk to
+            their own variances with stationary correlations. By default, it is zero if there are
+            16 events or more per element; of fewer, it and the number of iterations (up to
+            ``num_iterations``) are those of the greatest log-evidence of held-out events.
     """
 
     num_iterations: int = 32
     summary: GaussianSummary = LowRankSummary()
     max_events: int = 4096
+    shrinkage: float | None = None
 
     def __post_init__(self) -> None:
         count = check_count("GaussianStart", "num_iterations", self.num_iterations)
         set_fields(self, num_iterations=count)
         set_fields(self, max_events=check_count("GaussianStart", "max_events", self.max_events))
+        if self.shrinkage is not None:
+            strength = check_number("GaussianStart", "shrinkage", self.shrinkage, inclusive=True)
+            set_fields(self, shrinkage=strength)
         if not isinstance(self.summary, GaussianSummary):
             raise ValueError(
                 f"GaussianStart: expected a Gaussian summary, got {self.summary!r}; pass an "
@@ -117,6 +125,7 @@ def fit_in_closed_form(
         batch_size=model.reading.blocks.get(plate.name, num_events),
         num_iterations=start.num_iterations,
         rank=start.summary.rank,
+        shrinkage=start.shrinkage,
         dtype=model.reading.dtype,
     )
     return fit.mean, fit.cov
