@@ -1,5 +1,7 @@
 """EM with draws in host memory or files against EM with draws on the device: the same numbers."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,42 @@ def test_a_run_goes_on_wherever_its_draws_are(small_parts, draws_in, tmp_path):
     rest = run(model, other, checkpoint=tmp_path / "run")
     np.testing.assert_array_equal(rest.state.draws["x"], whole.state.draws["x"])
     np.testing.assert_array_equal(rest.history.loss, whole.history.loss)
+
+
+def test_checkpoints_share_the_files_of_draws(small_parts, monkeypatch, tmp_path):
+    """They have other names for the same files, or copies where there can be no such names."""
+    files, checkpoints = tmp_path / "draws", tmp_path / "run"
+    whole = run(model, files, num_iterations=5)
+    run(model, files, num_iterations=3, checkpoint=checkpoints)
+    (own,) = files.glob("*.npy")
+    last = checkpoints / "mapped" / "3.0.npy"
+    assert own.samefile(last)
+    assert {path.name for path in last.parent.iterdir()} <= {f"{i}.0.npy" for i in range(4)}
+
+    def fail(*args):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", fail)
+    rest = run(model, files, num_iterations=5, checkpoint=checkpoints)
+    np.testing.assert_array_equal(rest.state.draws["x"], whole.state.draws["x"])
+    np.testing.assert_array_equal(rest.history.loss, whole.history.loss)
+    assert not next(files.glob("*.npy")).samefile(checkpoints / "mapped" / "5.0.npy")
+    assert len(list(last.parent.iterdir())) <= 4
+
+
+@pytest.mark.parametrize("damage", ["lost", "truncated", "changed"])
+def test_draws_of_a_checkpoint_that_are_damaged(small_parts, tmp_path, damage):
+    run(model, tmp_path / "draws", num_iterations=2, checkpoint=tmp_path / "run")
+    path = tmp_path / "run" / "mapped" / "2.0.npy"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-8])
+    elif damage == "changed":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read: its arrays .* go on from '.*/1'"):
+        run(model, tmp_path / "draws", num_iterations=3, checkpoint=tmp_path / "run")
 
 
 def test_events_whose_draws_fail(monkeypatch, small_parts, draws_in):

@@ -246,15 +246,17 @@ def _pack(progress: Progress) -> Arrays:
     """Return a progress as arrays."""
     state, best, _ = progress
     groups: dict[str, Any] = {
-        "state": state,
+        "state": state._replace(draws={}),
         "best": best if best.priors is not state.priors else best._replace(priors={}),
         "history": progress.columns,
     }
-    return {
+    arrays = {
         f"{group}.{name}": np.asarray(array)
         for group, tree in groups.items()
         for name, array in to_arrays(tree).items()
     }
+    # They may be in files.
+    return arrays | {f"state.draws.{site}": np.asanyarray(x) for site, x in state.draws.items()}
 
 
 def _unpack(arrays: Arrays, like: EMState) -> Progress:

@@ -3,6 +3,9 @@
 A folder or file is written under another name and moved to its place when it is complete. The
 header has a digest of the arrays, so that damage is found. No code is stored and none is executed.
 
+Arrays that are mapped from files of their own are not copied, but get another name (a hard link):
+nobody writes to such a file again.
+
 References:
     Orbax, https://orbax.readthedocs.io.
     The safetensors format, https://github.com/huggingface/safetensors.
@@ -11,6 +14,7 @@ References:
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,6 +61,7 @@ class Store:
             )
         self.folder = folder
         self._orbax = ocp
+        self._mapped = folder.with_name(_MAPPED)
         options = ocp.CheckpointManagerOptions(max_to_keep=num_kept, read_only=read_only)
         self._manager = ocp.CheckpointManager(folder, options=options)
         self._try = _Attempts(folder)
@@ -76,10 +81,16 @@ class Store:
             "version": _VERSION,
             "jax": jax.__version__,
             "arrays": specs_of(arrays),
+            "mapped": [name for name, array in arrays.items() if _is_mapped(array)],
             "digest": _digest(arrays),
         }
+        self._try(lambda: self._link(number, arrays))
         # Orbax refuses arrays without elements.
-        filled = {name: array for name, array in arrays.items() if array.size}
+        filled = {
+            name: _unrepeated(array)
+            for name, array in arrays.items()
+            if array.size and not _is_mapped(array)
+        }
         ocp = self._orbax
         items = ocp.args.Composite(
             header=ocp.args.JsonSave(header), arrays=ocp.args.PyTreeSave(filled)
@@ -113,18 +124,24 @@ class Store:
         Raises:
             ValueError: If they are damaged.
         """
-        ocp, specs = self._orbax, header["arrays"]
-        filled = [name for name, (_, shape) in specs.items() if np.prod(shape, dtype=int)]
+        ocp, specs, mapped = self._orbax, header["arrays"], header.get("mapped", [])
+        filled = [
+            name
+            for name, (_, shape) in specs.items()
+            if np.prod(shape, dtype=int) and name not in mapped
+        ]
         how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in filled}
         items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=how))
         try:
             arrays = dict(self._manager.restore(number, args=items).arrays)
+            for i, name in enumerate(mapped):
+                arrays[name] = np.load(self._file(number, i), mmap_mode="r")
         except Exception as error:
             why = f"its arrays are damaged ({type(error).__name__})"
             raise self._damaged(number, why) from error
-        for name in specs.keys() - arrays.keys():
-            dtype, shape = specs[name]
-            arrays[name] = np.empty(shape, jnp.dtype(dtype))
+        for name, (dtype, shape) in specs.items():
+            found = arrays.setdefault(name, np.empty(shape, jnp.dtype(dtype)))
+            arrays[name] = np.broadcast_to(found, shape) if found.shape != tuple(shape) else found
         if _digest(arrays) != header["digest"]:
             raise self._damaged(number, "its arrays do not match their digest")
         return arrays
@@ -134,6 +151,28 @@ class Store:
         self._try(self._manager.wait_until_finished)
         self._try(self._manager.close)
 
+    def _link(self, number: int, arrays: Arrays) -> None:
+        """Give mapped arrays names among the entries, and forget those of earlier entries."""
+        mapped: list[Any] = [array for array in arrays.values() if _is_mapped(array)]
+        if jax.process_index() > 0 or not (mapped or self._mapped.exists()):
+            return
+        self._mapped.mkdir(exist_ok=True)
+        for i, array in enumerate(mapped):
+            path = self._file(number, i)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(array.filename, path)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(array.filename, path)
+        kept = {str(n) for n in (number, *self.numbers())}
+        for path in self._mapped.glob("*.npy"):
+            if path.name.split(".")[0] not in kept:
+                path.unlink()
+
+    def _file(self, number: int, i: int) -> Path:
+        """Return the file of the i-th mapped array of an entry."""
+        return self._mapped / f"{number}.{i}.npy"
+
     def _damaged(self, number: int, why: str) -> ValueError:
         """Return the error of a damaged entry, which names the one before."""
         others = [other for other in self.numbers() if other < number]
@@ -142,6 +181,9 @@ class Store:
             f"EM.run: the checkpoint '{self.at(number)}' cannot be read: {why}. {remedy}emove the "
             f"folder '{self.at(number)}'."
         )
+
+
+_MAPPED = "mapped"
 
 
 class ArrayFiles:
@@ -224,6 +266,20 @@ class _Attempts:
 def specs_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Return types and shapes by name, as JSON has them."""
     return {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+
+
+def _is_mapped(array: Any) -> bool:
+    """Whether an array is the whole of a file in the format of NumPy."""
+    if not (isinstance(array, np.memmap) and str(array.filename).endswith(".npy")):
+        return False
+    whole: Any = np.load(str(array.filename), mmap_mode="r")
+    return (whole.shape, whole.dtype, whole.offset) == (array.shape, array.dtype, array.offset)
+
+
+def _unrepeated(array: np.ndarray) -> np.ndarray:
+    """Return one element of an array that repeats it."""
+    is_repeated = array.ndim > 0 and not any(array.strides)
+    return array[(slice(1),) * array.ndim].copy() if is_repeated else array
 
 
 def _digest(arrays: Arrays) -> str:
