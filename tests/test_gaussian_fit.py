@@ -1,5 +1,6 @@
 """Each iteration against explicit formulas in NumPy; evidence, closed forms, invariances."""
 
+import itertools
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from oracles import covariance, dense, gaussian_posterior, spd, tolerance
 from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
+from numpyro_diffprior.em import gaussian
 from numpyro_diffprior.em.gaussian import (
+    _shrink,
     draw_linear_gaussian,
     fit_gaussian,
     restore_linear_gaussian,
@@ -492,3 +495,99 @@ def test_restored_events_are_posterior_means_of_observed_and_of_simulated_values
     waves = cov.waves(found.simulated - prior.mean)
     power = np.broadcast_to(cov.eigenvalues, waves.shape)
     np.testing.assert_allclose(np.abs(waves) ** 2, power, rtol=tolerance(1e-3, 1e-8))
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_a_covariance_is_shrunk_to_stationary_correlations(weight):
+    """Against sums over all pairs of elements at the same distance."""
+    shape = (3, 2)
+    places = list(np.ndindex(shape))
+    cov = spd(np.random.default_rng(0), 6, 0.5, 2.0) * np.outer(*[np.linspace(1, 3, 6)] * 2)
+    deviation = np.sqrt(np.diag(cov))
+    target = np.zeros((6, 6))
+    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+        pairs = [
+            (k, m)
+            for (k, c), (m, d) in itertools.product(enumerate(places), repeat=2)
+            if np.array_equal(np.subtract(a, b), np.subtract(c, d))
+        ]
+        total = sum(cov[pair] for pair in pairs)
+        target[i, j] = total / sum(deviation[k] * deviation[m] for k, m in pairs)
+    target *= np.outer(deviation, deviation)
+    root = np.linalg.cholesky(cov)
+    found = _shrink(jnp.asarray(root), jnp.asarray(weight), shape)
+    expected = (1 - weight) * cov + weight * target
+    np.testing.assert_allclose(found @ found.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_correlations_that_no_covariance_has_are_mended():
+    """The dark third element hardly counts: neighbours correlate by 0.9, the ends by -0.9."""
+    correlation = np.array([[1, 0.9, -0.9], [0.9, 1, -0.9], [-0.9, -0.9, 1]])
+    root = np.array([1, 1, 1e-3])[:, None] * np.linalg.cholesky(correlation)
+    found = np.asarray(_shrink(jnp.asarray(root), jnp.asarray(1.0), (3,)), "float64")
+    found /= np.array([1, 1, 1e-3])[:, None]
+    target = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
+    eigenvalues, eigenvectors = np.linalg.eigh(target)
+    assert eigenvalues[0] < -0.5
+    nearest = (eigenvectors * np.maximum(eigenvalues, 0)) @ eigenvectors.T
+    np.testing.assert_allclose(found @ found.T, nearest, atol=0.01)
+
+
+def few_events(cov, shape, num=60):
+    """Half of the values of a few events with this covariance, in noise of 0.1."""
+    rng, size = np.random.default_rng(0), len(cov)
+    x = rng.normal(size=(num, size)) @ np.linalg.cholesky(cov).T
+    seen = rng.random(x.shape) < 0.5
+    variances = np.full(x.shape, 0.01)
+    y = np.where(seen, x + 0.1 * rng.normal(size=x.shape), 0)
+    noise = Diagonal(jnp.asarray(variances))
+    return Problem(diag(seen * 1.0), 0 * y, diag(variances), y, seen, noise, shape)
+
+
+def divergence(found, cov):
+    """The Kullback-Leibler divergence of a Gaussian from that of a covariance and mean zero."""
+    mean, estimate = np.asarray(found.mean, "float64").ravel(), dense(found.cov)
+    inverse = np.linalg.inv(estimate)
+    logdet = np.linalg.slogdet(estimate)[1] - np.linalg.slogdet(cov)[1]
+    return 0.5 * (np.trace(inverse @ cov) - len(cov) + mean @ inverse @ mean + logdet)
+
+
+def test_few_events_of_a_field_are_shrunk():
+    shape = (4, 6)
+    places = np.stack(np.unravel_index(np.arange(24), shape), -1)
+    distance = np.linalg.norm(places[:, None] - places, axis=-1)
+    bright = np.exp(-((places - [1.5, 2.5]) ** 2).sum(-1) / 8)
+    cov = np.outer(bright, bright) * np.exp(-((distance / 1.5) ** 2)) + 1e-3 * np.eye(24)
+    problem = few_events(cov, shape)
+    chosen = problem.fit(num_iterations=64, batch_size=64, shrinkage=None)
+    without = problem.fit(num_iterations=64, batch_size=64)
+    assert chosen.shrinkage > 0
+    assert divergence(chosen, cov) < 0.5 * divergence(without, cov)
+    given = problem.fit(num_iterations=64, batch_size=7, shrinkage=float(chosen.shrinkage))
+    last = int(np.isfinite(chosen.log_evidence).sum()) - 1
+    np.testing.assert_allclose(chosen.log_evidence[last], given.log_evidence[last], rtol=1e-3)
+
+
+def test_events_without_neighbours_are_not_fitted_worse():
+    """Correlations of either sign at each distance: shrinkage is weak, or iterations are few."""
+    rng = np.random.default_rng(1)
+    factor = rng.normal(size=(24, 3))
+    cov = factor @ factor.T + 0.1 * np.eye(24)
+    problem = few_events(cov, (24,))
+    chosen = problem.fit(num_iterations=64, batch_size=64, shrinkage=None)
+    without = problem.fit(num_iterations=64, batch_size=64)
+    assert divergence(chosen, cov) < divergence(without, cov)
+
+
+def test_many_events_are_not_shrunk():
+    problem = few_events(np.eye(2) + 0.5, (2,), num=32)
+    chosen, without = problem.fit(shrinkage=None), problem.fit()
+    assert chosen.shrinkage == 0
+    np.testing.assert_array_equal(chosen.log_evidence, without.log_evidence)
+
+
+def test_observations_are_kept_or_read_anew(monkeypatch):
+    problem = PROBLEMS["few"]
+    kept = problem.fit()
+    monkeypatch.setattr(gaussian, "_MAX_KEPT", 1)
+    np.testing.assert_allclose(problem.fit().log_evidence, kept.log_evidence, rtol=1e-5)

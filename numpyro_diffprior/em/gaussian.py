@@ -526,7 +526,9 @@ def _choose(
         state, evidence = fit(strength, jnp.where(is_last, every, some), num)
         at = jnp.argmax(evidence.others)
         is_better = ~is_last & (evidence.others[at] > best.evidence)
-        found = _Choice(evidence.others[at], strength, at)
+        # What comes after the last iteration is not known; if it is still rising, all are taken.
+        chosen = jnp.where(at == num_iterations - 1, num_iterations, at)
+        found = _Choice(evidence.others[at], strength, chosen)
         best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), found, best)
         return best, (state, evidence)
 
