@@ -39,6 +39,7 @@ from benchmarks import (
     refresh,
     samplers,
     sharpening,
+    shrinkage,
     solves,
     time_to_quality,
     units,
@@ -879,3 +880,12 @@ def test_lensing_with_unknown_lenses(tmp_path):
     assert all(np.isfinite(row["log_bayes"]) for row in result["evidence"])
     for name in ("blind", "ranks"):
         assert (tmp_path / f"lensing_{name}.png").stat().st_size > 5_000
+
+
+def test_benchmark_of_shrinkage(tmp_path):
+    args = shrinkage.parse_args(
+        f"--problems hidden --num-events 64 --num-iterations 8 --output {tmp_path}".split()
+    )
+    without, chosen = shrinkage.main(args)
+    assert without["shrinkage"] == 0
+    assert chosen["evidence"] > without["evidence"]

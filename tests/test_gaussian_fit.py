@@ -525,7 +525,7 @@ def test_correlations_that_no_covariance_has_are_mended():
     correlation = np.array([[1, 0.9, -0.9], [0.9, 1, -0.9], [-0.9, -0.9, 1]])
     root = np.array([1, 1, 1e-3])[:, None] * np.linalg.cholesky(correlation)
     found = np.asarray(_shrink(jnp.asarray(root), jnp.asarray(1.0), (3,)), "float64")
-    found /= np.array([1, 1, 1e-3])[:, None]
+    found = found / np.array([1, 1, 1e-3])[:, None]
     target = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
     eigenvalues, eigenvectors = np.linalg.eigh(target)
     assert eigenvalues[0] < -0.5
