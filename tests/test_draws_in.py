@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import numpyro_diffprior as ndp
+from benchmarks import reading
 from numpyro_diffprior._compile import lazy
 from numpyro_diffprior.diffusion import minibatches
 from numpyro_diffprior.infer import blocks
@@ -244,3 +245,15 @@ def test_draws_on_the_host_are_handled_in_chunks(monkeypatch):
             np.testing.assert_array_equal(np.concatenate([*seen, []]), x.ravel())
             rest = int(np.prod(shape[num_axes:], dtype=int))
             assert all(part.size <= max(6, rest) for part in seen)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_events():
+    """In a process of its own: data in a file, draws in files, and checkpoints.
+
+    From 100,000 to 800,000 events, data and draws grow by 86 MiB each. What does grow are indices
+    and flags of events, by some 20 MiB.
+    """
+    name = "EM.run, draws in a folder, checkpoints"
+    few, many = (reading.in_processes(name, num, "mapped") for num in (100_000, 800_000))
+    assert many - few < 60
