@@ -23,6 +23,7 @@ import numpyro_diffprior as ndp
 from numpyro_diffprior.em import checkpoints as checkpoints_module
 from numpyro_diffprior.em import em as em_module
 from numpyro_diffprior.em.conditions import describe_arrays
+from numpyro_diffprior.em.store import ArrayFiles
 from numpyro_diffprior.infer import blocks
 from numpyro_diffprior.infer.evidence import LogEvidence
 
@@ -173,26 +174,42 @@ def test_a_log_goes_on(tmp_path, whole):
     np.testing.assert_array_equal(rows["loss"].astype("float32"), whole.history.loss)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 3])
-def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
-    """After an error in one of the parts of the second one; earlier parts are not drawn anew."""
-    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0 if num_parts > 1 else 1e6)
-    draw, drawn = blocks._draw_part, []
+@pytest.fixture
+def drawn(monkeypatch):
+    """The parts of E-steps that are drawn, four in each; an error ends them at ``limit``."""
 
-    def fail(*args):
-        drawn.append(args)
-        if len(drawn) == 4 + num_parts:
-            raise RuntimeError("no more")
-        return draw(*args)
+    class Drawn(list):
+        limit = None
+
+    draw, drawn = blocks._draw_part, Drawn()
 
     def count(*args):
         drawn.append(args)
+        if len(drawn) == drawn.limit:
+            raise RuntimeError("no more")
         return draw(*args)
 
-    folder = tmp_path / "run"
-    monkeypatch.setattr(blocks, "_draw_part", fail)
+    monkeypatch.setattr(blocks, "_draw_part", count)
+    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0)
+    return drawn
+
+
+def stop(drawn, limit, *args, **kwargs):
+    """Run until an error in this part, counted from here."""
+    drawn.clear()
+    drawn.limit = limit
     with pytest.raises(RuntimeError, match="no more"):
-        run(make_em(), 4, folder, save_every=9)
+        run(make_em(), *args, **kwargs)
+    drawn.clear()
+    drawn.limit = None
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_an_e_step_goes_on(tmp_path, monkeypatch, drawn, num_parts):
+    """After an error in one of the parts of the second one; earlier parts are not drawn anew."""
+    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0 if num_parts > 1 else 1e6)
+    folder = tmp_path / "run"
+    stop(drawn, 4 + num_parts, 4, folder, save_every=9)
     assert numbers(folder) == [0, 1]
     # Neither a run that is refused nor a look at the state changes anything.
     saved = sorted((folder / "draws").iterdir())
@@ -203,7 +220,6 @@ def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
         run(make_em(), 2, folder, y=Y + 1)
     assert sorted((folder / "draws").iterdir()) == saved
     drawn.clear()
-    monkeypatch.setattr(blocks, "_draw_part", count)
     result = run(make_em(), 2, folder, save_every=9)
     assert len(drawn) == 4 - (num_parts - 1)
     assert not list((folder / "draws").iterdir())
@@ -211,23 +227,10 @@ def test_an_e_step_goes_on(tmp_path, monkeypatch, num_parts):
 
 
 @pytest.mark.parametrize("lost", [[1], [2], [3], [1, 2], None])
-def test_draws_that_are_not_complete(tmp_path, monkeypatch, lost):
+def test_draws_that_are_not_complete(tmp_path, monkeypatch, drawn, lost):
     """As of a run that was killed while it deleted them; or all are there, but of other parts."""
-    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0)
-    draw, num_drawn = blocks._draw_part, 0
-
-    def fail(*args):
-        nonlocal num_drawn
-        num_drawn += 1
-        if num_drawn == 4 + 4:
-            raise RuntimeError("no more")
-        return draw(*args)
-
     folder = tmp_path / "run"
-    monkeypatch.setattr(blocks, "_draw_part", fail)
-    with pytest.raises(RuntimeError, match="no more"):
-        run(make_em(), 4, folder)
-    monkeypatch.setattr(blocks, "_draw_part", draw)
+    stop(drawn, 4 + 4, 4, folder)
     assert sorted(int(path.stem) for path in (folder / "draws").iterdir()) == [1, 2, 3]
     if lost is None:
         monkeypatch.setattr(
@@ -243,24 +246,11 @@ def test_draws_that_are_not_complete(tmp_path, monkeypatch, lost):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])
-def test_draws_that_are_damaged(tmp_path, monkeypatch, damage):
-    """They, and those after them, are drawn again."""
-    monkeypatch.setattr(checkpoints_module, "_DRAWS_SECONDS", 0.0)
-    draw, drawn = blocks._draw_part, []
-
-    def count(*args):
-        drawn.append(args)
-        return draw(*args)
-
-    def stop(*args):
-        if len(drawn) == 4 + 3:
-            raise RuntimeError("no more")
-        return count(*args)
-
+def test_draws_that_are_damaged(tmp_path, drawn, damage):
+    """They, and those after them, are drawn again, and saved in their place."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(blocks, "_draw_part", stop)
-    with pytest.raises(RuntimeError, match="no more"):
-        run(make_em(), 4, folder)
+    stop(drawn, 4 + 4, 4, folder)
+    (folder / "draws" / "of another kind.safetensors").write_bytes(b"")
     path = folder / "draws" / "2.safetensors"
     content = path.read_bytes()
     if damage == "truncated":
@@ -269,11 +259,20 @@ def test_draws_that_are_damaged(tmp_path, monkeypatch, damage):
         safetensors.save_file({"x": np.zeros(2)}, path)
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    drawn.clear()
-    monkeypatch.setattr(blocks, "_draw_part", count)
+    stop(drawn, 3, 2, folder)  # after two more parts
     result = run(make_em(), 2, folder)
-    assert len(drawn) == 3
+    assert len(drawn) == 1
     assert_same(result, run(make_em(), 2))
+
+
+@pytest.mark.parametrize("x", [np.arange(6.0).reshape(2, 3).T, np.arange(6)[::2], np.array(3.0)])
+def test_arrays_of_any_layout_are_written(tmp_path, x):
+    files = ArrayFiles(tmp_path)
+    files.write(1, {"x": x}, about=["something"])
+    header, arrays = files.read(1)
+    assert header["about"] == ["something"]
+    assert arrays["x"].shape == x.shape
+    np.testing.assert_array_equal(arrays["x"], x)
 
 
 def test_the_best_priors_are_kept(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """EM with draws in host memory or files against EM with draws on the device: the same numbers."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,9 @@ def make_prior(**options):
     return ndp.DiffusionPrior(ndp.NetworkDenoiser(net), sampler=ndp.samplers.MultistepSDE(8))
 
 
-def run(model, draws_in, prior=None, num_iterations=2, checkpoint=None, **options):
+def run(
+    model, draws_in, prior=None, num_iterations=2, checkpoint=None, init_state=None, **options
+):
     e_step = {"num_particles": 2, "max_batch_size": 32} | options
     em = ndp.EM(
         model,
@@ -71,7 +74,13 @@ def run(model, draws_in, prior=None, num_iterations=2, checkpoint=None, **option
         m_step=ndp.MStep(num_steps=6, batch_size=16),
     )
     return em.run(
-        KEY, num_iterations, prior or make_prior(), Y, checkpoint=checkpoint, progress_bar=False
+        KEY,
+        num_iterations,
+        prior or make_prior(),
+        Y,
+        checkpoint=checkpoint,
+        init_state=init_state,
+        progress_bar=False,
     )
 
 
@@ -146,6 +155,17 @@ def test_checkpoints_share_the_files_of_draws(small_parts, monkeypatch, tmp_path
     np.testing.assert_array_equal(rest.history.loss, whole.history.loss)
     assert not next(files.glob("*.npy")).samefile(checkpoints / "mapped" / "5.0.npy")
     assert len(list(last.parent.iterdir())) <= 4
+
+
+def test_runs_that_share_a_folder_of_draws(small_parts, tmp_path):
+    """The files of the first are unlinked by the second, and its checkpoints have copies."""
+    first = run(model, tmp_path / "draws")
+    run(model, tmp_path / "draws", num_iterations=2)
+    options = {"num_iterations": 1, "init_state": first.state}
+    whole = run(model, "host", **options)
+    run(model, tmp_path / "draws", checkpoint=tmp_path / "run", **options)
+    again = run(model, tmp_path / "draws", checkpoint=tmp_path / "run", **options)
+    np.testing.assert_array_equal(again.state.draws["x"], whole.state.draws["x"])
 
 
 @pytest.mark.parametrize("damage", ["lost", "truncated", "changed"])
@@ -227,7 +247,8 @@ def test_files_of_draws(small_parts, tmp_path, num_events):
         np.testing.assert_array_equal(state.draws["x"], copy)
     kind = "drawn" if num_events is None else "all"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f"draws.x.1.{kind}.npy", "own.npy"]
+    assert re.fullmatch(rf"draws\.x\.1\.{kind}\.[0-9a-f]+\.npy", names[0])
+    assert names[1:] == ["own.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / names[0]), copies[0])
 
 

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,6 +279,23 @@ def test_a_grid_needs_as_many_axes():
     em = make_em(start=GaussianStart(summary=StationarySummary(2)))
     with pytest.raises(ValueError, match=r"2 axes does not fit events of shape \(2,\)"):
         em.init(jax.random.key(0), make_prior(), MASK, Y)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_iterations": 0},
+        {"max_events": 0},
+        {"shrinkage": -1.0},
+        {"shrinkage": math.inf},
+        {"shrinkage": "some"},
+        {"summary": "full"},
+    ],
+)
+def test_invalid_starts(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"GaussianStart: .*{name}"):
+        GaussianStart(**wrong)
 
 
 def test_events_in_nested_plates():

@@ -14,12 +14,8 @@ from scipy.stats import multivariate_normal
 
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.em import gaussian
-from numpyro_diffprior.em.gaussian import (
-    _shrink,
-    draw_linear_gaussian,
-    fit_gaussian,
-    restore_linear_gaussian,
-)
+from numpyro_diffprior.em.gaussian import fit_gaussian
+from numpyro_diffprior.em.restoration import draw_linear_gaussian, restore_linear_gaussian
 from numpyro_diffprior.guidance.likelihood import Likelihood, ObservationMoments, linear_gaussian
 from numpyro_diffprior.linalg.covariances import (
     Blocks,
@@ -29,6 +25,7 @@ from numpyro_diffprior.linalg.covariances import (
     DiagonalPlusLowRank,
     Isotropic,
 )
+from numpyro_diffprior.linalg.shrinkage import shrink_correlations
 
 NUM = 23  # blocks of 8 do not divide it
 FORMS = {"full": {}, "factors": {"max_dense": 0, "rank": 2}}
@@ -515,7 +512,7 @@ def test_a_covariance_is_shrunk_to_stationary_correlations(weight):
         target[i, j] = total / sum(deviation[k] * deviation[m] for k, m in pairs)
     target *= np.outer(deviation, deviation)
     root = np.linalg.cholesky(cov)
-    found = _shrink(jnp.asarray(root), jnp.asarray(weight), shape)
+    found = shrink_correlations(jnp.asarray(root), jnp.asarray(weight), shape)
     expected = (1 - weight) * cov + weight * target
     np.testing.assert_allclose(found @ found.T, expected, rtol=1e-4, atol=1e-4)
 
@@ -524,13 +521,39 @@ def test_correlations_that_no_covariance_has_are_mended():
     """The dark third element hardly counts: neighbours correlate by 0.9, the ends by -0.9."""
     correlation = np.array([[1, 0.9, -0.9], [0.9, 1, -0.9], [-0.9, -0.9, 1]])
     root = np.array([1, 1, 1e-3])[:, None] * np.linalg.cholesky(correlation)
-    found = np.asarray(_shrink(jnp.asarray(root), jnp.asarray(1.0), (3,)), "float64")
+    found = np.asarray(shrink_correlations(jnp.asarray(root), jnp.asarray(1.0), (3,)), "float64")
     found = found / np.array([1, 1, 1e-3])[:, None]
     target = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
     eigenvalues, eigenvectors = np.linalg.eigh(target)
     assert eigenvalues[0] < -0.5
     nearest = (eigenvectors * np.maximum(eigenvalues, 0)) @ eigenvectors.T
     np.testing.assert_allclose(found @ found.T, nearest, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_element_has_nothing_to_shrink(shape):
+    root = jnp.full((1, 1), 3.0)
+    np.testing.assert_allclose(
+        shrink_correlations(root, jnp.asarray(0.5), shape) ** 2, 9, rtol=1e-5
+    )
+
+
+def test_an_element_without_variance_keeps_none():
+    root = np.linalg.cholesky(spd(np.random.default_rng(0), 3, 0.5, 2.0))
+    root[1] = 0
+    cov = shrink_correlations(jnp.asarray(root), jnp.asarray(0.5), (3,))
+    cov = np.asarray(cov @ cov.T)
+    assert np.all(np.isfinite(cov))
+    np.testing.assert_allclose(np.diag(cov), np.diag(root @ root.T), rtol=1e-4)
+
+
+@pytest.mark.parametrize("unit", [2.0**-86, 2.0**40])
+def test_shrinkage_in_any_unit(unit):
+    root = jnp.asarray(np.linalg.cholesky(spd(np.random.default_rng(0), 6, 0.5, 2.0)))
+    found, expected = (
+        shrink_correlations(u * root, jnp.asarray(0.5), (2, 3)) / u for u in (unit, 1)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def few_events(cov, shape, num=60):

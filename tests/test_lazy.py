@@ -233,7 +233,7 @@ def test_the_next_events_are_read_while_the_device_computes(monkeypatch, call):
 
     monkeypatch.setattr(module, name, keep)
     monkeypatch.setattr(parts, "_MAX_BLOCKS", 2)
-    monkeypatch.setattr(minibatches, "_MAX_READ", 2 * 256 * D)
+    monkeypatch.setattr(minibatches, "_MAX_READ", 16 * 256 * D)  # a fifth of a second, or more
     net = ndp.MLP((D,), features=(512, 512), embedding=4, rngs=nnx.Rngs(0))
     denoiser, y = ndp.NetworkDenoiser(net), ndp.lazy_arrays(take, 1536)
     if call == "draws":
@@ -241,5 +241,5 @@ def test_the_next_events_are_read_while_the_device_computes(monkeypatch, call):
         ndp.sample_posterior(KEY, simple, prior, y, num_particles=2, max_batch_size=512)
     else:
         state = ndp.training.init_training(denoiser, optimizer := optax.sgd(1e-4))
-        ndp.training.train(KEY, state, y, optimizer, num_steps=6, batch_size=256)
+        ndp.training.train(KEY, state, y, optimizer, num_steps=48, batch_size=256)
     assert early == [True, True]  # before the second and the third of three parts

@@ -12,6 +12,7 @@ import pytest
 
 import numpyro_diffprior as ndp
 from numpyro_diffprior._compile.memory import BatchLimit
+from numpyro_diffprior.infer import blocks
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.reading.latent import LatentGroup, LatentSite
 from numpyro_diffprior.reading.parts import split_into_parts
@@ -78,6 +79,21 @@ def test_evidence(prior, data, mapped):
     )
     whole, parts = estimate(*data), estimate(*mapped)
     np.testing.assert_array_equal(whole.value, parts.value)
+
+
+def test_evidence_collects_estimates_alone(monkeypatch, prior, mapped):
+    """Neither draws nor other statistics, which would be larger than the data."""
+    draw, kept = blocks._draw_part, []
+
+    def keep(*args):
+        kept.append(draw(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(blocks, "_draw_part", keep)
+    ndp.log_evidence(KEY, model, prior, *mapped, num_particles=2, max_batch_size=8 * BATCH_SIZE)
+    for part in kept:
+        assert part.samples == {}
+        assert list(part.stats) == ["log_evidence"]
 
 
 def test_only_the_values_are_mapped(prior, data, mapped):

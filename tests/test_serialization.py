@@ -156,6 +156,16 @@ def test_base_and_summary_are_kept_apart(path):
     assert isinstance(loaded.cov, Isotropic)
 
 
+def test_arrays_of_any_layout_are_written(path):
+    """As weights that another library gave in the order of Fortran."""
+    net = OwnNet((2,), width=3, rngs=nnx.Rngs(0))
+    weights = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    net.layers[0].kernel.set_value(weights)
+    save_denoiser(path, NetworkDenoiser(net))
+    loaded = load_denoiser(path, networks={"OwnNet": OwnNet})
+    np.testing.assert_array_equal(loaded.net.layers[0].kernel[...], weights)
+
+
 def test_loaded_denoiser_needs_no_new_compilation(path):
     traces = []
 

@@ -29,13 +29,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
     "along",
+    "barrier",
     "check_batch_size",
     "constrain",
     "divide",
     "exchange",
     "gather",
     "localize",
-    "meet",
     "num_devices",
     "num_processes",
     "on_devices",
@@ -173,10 +173,10 @@ def exchange(tree: T, mesh: Mesh | None) -> list[T]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
 
 
-def meet(where: str, mesh: Mesh | None) -> None:
-    """Wait until all processes are at a place of the program."""
+def barrier(name: str, mesh: Mesh | None) -> None:
+    """Wait until all processes have called this, with the same name."""
     if num_processes(mesh) > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 def own_array(x: Any) -> Any:

@@ -259,10 +259,10 @@ def _encode(value: Any, path: str, tensors: _Tensors) -> dict[str, Any]:
         case nnx.Module():
             config = _config(value)
             for key, array in _weights(value).items():
-                tensors[_join(path, key)] = np.asarray(array)
+                tensors[_join(path, key)] = np.asarray(array, order="C")
             return {"network": name, "config": config}
         case jax.Array() | np.ndarray() | np.generic():
-            tensors[path] = np.asarray(value)
+            tensors[path] = np.asarray(value, order="C")
             return {"array": path}
         case tuple():
             items = [_encode(item, _join(path, str(i)), tensors) for i, item in enumerate(value)]

@@ -63,6 +63,7 @@ class Checkpoints:
         self._last = max(self._iterations.numbers(), default=None)
         self._parts: list[tuple[int, Division, PosteriorSamples]] = []  # not yet saved
         self._num_saved = 0  # parts of the E-step in progress
+        self._num_files = 0  # which hold them
         self._draws_of: int | None = None  # the number of iterations before those saved
         self._last_time = time.monotonic()
 
@@ -124,6 +125,7 @@ class Checkpoints:
                 break  # of another E-step, or some before them are lost
             self._draws_of = len(progress.history)
             self._num_saved += len(header["groups"])
+            self._num_files += 1
             for i, (group, *numbers) in enumerate(header["groups"]):
                 own = _of_group(arrays, str(i))
                 kinds = {k: _of_group(own, k) for k in PosteriorSamples._fields}
@@ -160,10 +162,12 @@ class Checkpoints:
             for kind, values in part._asdict().items()
             for name, x in values.items()
         }
-        number = 1 + max(self._draws.numbers(), default=0)
         groups = [(group, *division) for group, division, _ in self._parts]
         origin, num_before = self._origin(progress), self._num_saved
-        self._draws.write(number, arrays, origin=origin, num_before=num_before, groups=groups)
+        # In place of a file that could not be read, if there is one.
+        self._num_files += 1
+        header = {"origin": origin, "num_before": num_before, "groups": groups}
+        self._draws.write(self._num_files, arrays, **header)
         self._draws_of = len(progress.history)
         self._num_saved += len(groups)
         self.forget_draws()
@@ -190,7 +194,7 @@ class Checkpoints:
         """Delete the draws of an E-step that is done, the last ones first."""
         for number in reversed(self._draws.numbers()):
             self._draws.delete(number)
-        self._num_saved = 0
+        self._num_saved = self._num_files = 0
 
     def _origin(self, progress: Progress) -> Any:
         """What the draws of the next E-step depend on."""

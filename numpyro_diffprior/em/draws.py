@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ Draws = Mapping[str, jax.Array]
 class DrawFiles:
     """The files of one E-step's draws, in the format of NumPy, mapped to memory.
 
-    A file replaces none that is still mapped: those of earlier E-steps are unlinked, which leaves
-    their arrays intact.
+    Names are never used again, so that a file of this name holds these draws. Those of earlier
+    E-steps are unlinked, which leaves their arrays intact.
 
     Args:
         folder: The folder; it is made if it does not exist.
@@ -68,8 +69,8 @@ class DrawFiles:
 
     def allocate(self, site: str, kind: str, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         """Return an array in a new file."""
-        path = self._folder / f"{_PREFIX}.{key_of(site)}.{self._iteration}.{kind}.npy"
-        path.unlink(missing_ok=True)
+        name = f"{_PREFIX}.{key_of(site)}.{self._iteration}.{kind}.{uuid4().hex}.npy"
+        path = self._folder / name
         array: np.memmap = np.lib.format.open_memmap(path, "w+", dtype, shape)
         return array
 

@@ -328,7 +328,9 @@ class EM:
                 kept, with the best priors so far. Beside them, ``history.nc`` has the history as
                 `EMMetrics.to_dataset` returns it, for ``xarray.load_dataset``.
             save_every: The number of iterations from one checkpoint to the next. The Gaussian
-                start and the end of a run have one in any case.
+                start and the end of a run have one in any case. The draws of a long E-step are
+                saved every five minutes; by several processes, if there is a checkpoint of the
+                iteration before.
             init_state: A state to continue from, in place of ``prior``.
             heldout: The model's arguments for held-out events: a tuple of all of those after the
                 prior, or a dict of the keyword arguments that differ. After every iteration,

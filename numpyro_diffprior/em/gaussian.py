@@ -13,13 +13,9 @@ of its steps have a closed form, in coordinates in which prior and noise are whi
 
 This QR decomposition never squares the ratio of signal to noise, so that float32 is enough.
 
-`draw_linear_gaussian` needs no factorization of its own: it corrects draws of the prior and of the
-noise by one solve, at the cost of a posterior mean.
-
-Small events have a full covariance. Of few events it would be fitted to noise, so that it is
-shrunk: to its own variances with the correlations of a stationary Gaussian, each of which is the
-mean over all pairs of elements at the same distance along the axes of events. With a strength
-:math:`\nu`, in a number of events, each iteration takes
+Small events have a full covariance. One of few events would be fitted to noise, so that it is
+shrunk to stationary correlations, see `shrink_correlations`. With a strength :math:`\nu`, in a
+number of events, each iteration takes
 
 .. math:: \Sigma \leftarrow (n \Sigma_{EM} + \nu T(\Sigma_{EM})) / (n + \nu),
 
@@ -33,17 +29,13 @@ observed on its own (through a mask, say), the cost of an event is that of its f
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
     NeurIPS 2024, arXiv 2405.13712 (a Gaussian as initial prior, fitted with draws).
-    Papandreou and Yuille, *Gaussian sampling by local perturbations*, NeurIPS 2010 (draws by one
-    solve for perturbed observations).
     Rubin and Thayer, *EM algorithms for ML factor analysis*, Psychometrika 47, 1982.
     Liu, Rubin and Wu, *Parameter expansion to accelerate EM: the PX-EM algorithm*, Biometrika 85,
     1998 (the factors' own covariance, absorbed into their loadings).
-    Schafer and Strimmer, *A shrinkage approach to large-scale covariance matrix estimation*, 2005
-    (shrinkage of a sample covariance to a structured one).
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -55,22 +47,15 @@ from jax.typing import DTypeLike
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.memory import advise, check_memory
 from numpyro_diffprior._compile.program import call
-from numpyro_diffprior.denoisers.denoiser import Denoiser
-from numpyro_diffprior.guidance.covariances import GaussianCovariance, PosteriorOperator
-from numpyro_diffprior.guidance.likelihood import Likelihood, Linearization
-from numpyro_diffprior.guidance.mmps import MMPS
+from numpyro_diffprior.guidance.likelihood import Likelihood
 from numpyro_diffprior.linalg.batched import by_matrix, cholesky, einsum, inverse_lower
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
-from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.shrinkage import shrink_correlations
 
 __all__ = [
     "MAX_DENSE",
     "GaussianFit",
-    "Restored",
-    "block_key",
-    "draw_linear_gaussian",
     "fit_gaussian",
-    "restore_linear_gaussian",
 ]
 
 
@@ -90,20 +75,6 @@ class GaussianFit(NamedTuple):
     cov: Covariance
     log_evidence: jax.Array
     shrinkage: jax.Array
-
-
-class Restored(NamedTuple):
-    """Events of a linear Gaussian model; ``simulated + observed - restored`` is a posterior draw.
-
-    Attributes:
-        observed: Posterior means given the observed values, with shape ``(*batch, *event)``.
-        simulated: Draws of the prior, with the same shape, or None.
-        restored: Posterior means given values simulated from these draws, or None.
-    """
-
-    observed: jax.Array
-    simulated: jax.Array | None = None
-    restored: jax.Array | None = None
 
 
 class _Observations(NamedTuple):
@@ -261,7 +232,8 @@ def fit_gaussian(
         event_shape: The shape of one event, of ``d`` elements.
         batch_size: The number of events in memory at a time: a few arrays of
             ``batch_size * m * d``, or of ``batch_size * d * rank`` where ``d > max_dense`` and
-            the likelihood is elementwise.
+            the likelihood is elementwise. Beside them, the observations of all events are kept,
+            if they have at most 2^25 elements; larger ones are read anew in each iteration.
         num_iterations: The number of sweeps through all events. On digits the default comes
             within 0.2 nats per event of the limit with half of the pixels hidden; with three
             quarters hidden, 64 are needed.
@@ -345,98 +317,6 @@ def fit_gaussian(
         return f"{advise('batch_size', factor, batch_size)} (EStep: max_batch_size)"
 
     return GaussianFit(*call(run, check=check_memory("Gaussian fits", remedy)))
-
-
-def draw_linear_gaussian(
-    rng_key: jax.Array, denoiser: Denoiser, likelihood: Likelihood
-) -> jax.Array:
-    r"""Draw events from their posterior under a Gaussian prior and a linear likelihood.
-
-    With :math:`x_0` a draw of the prior and :math:`n` one of the noise,
-
-    .. math:: x = x_0 + \Sigma A^T (N + A \Sigma A^T)^{-1} (y - A x_0 - b - n)
-
-    is an exact draw of the posterior, up to a hundredth of its deviations where conjugate
-    gradients solve.
-
-    Args:
-        rng_key: Random key.
-        denoiser: The prior, whose mean and covariance are taken.
-        likelihood: A linear likelihood.
-
-    Returns:
-        An event for each of the likelihood's batch, with shape ``(*batch, *event)``.
-    """
-    key_event, key_noise = jax.random.split(rng_key)
-    x_0 = denoiser.mean + _draw_shift(key_event, denoiser, likelihood.batch_shape)
-    local = likelihood.linearize(x_0)
-    residual = local.residual - _draw_noise(key_noise, local)
-    return x_0 + _shift(denoiser, likelihood, x_0, local, residual)
-
-
-def restore_linear_gaussian(
-    rng_key: jax.Array | None, denoiser: Denoiser, likelihood: Likelihood
-) -> Restored:
-    """Restore events from their observations, and draws of the prior from simulated ones.
-
-    Under a stationary prior all coefficients of the draws have the modulus of their deviation,
-    and random phases.
-
-    Args:
-        rng_key: Random key; None for no draws.
-        denoiser: The prior, whose mean and covariance are taken.
-        likelihood: A linear likelihood.
-    """
-    batch_shape = likelihood.batch_shape
-    mean = jnp.broadcast_to(denoiser.mean, (*batch_shape, *denoiser.event_shape))
-    local = likelihood.linearize(mean)
-    if rng_key is None:
-        return Restored(mean + _shift(denoiser, likelihood, mean, local, local.residual))
-    key_event, key_noise = jax.random.split(rng_key)
-    shift = _draw_shift(key_event, denoiser, batch_shape, equal=True)
-    simulated = local.matvec(shift.reshape(*batch_shape, -1)) + _draw_noise(key_noise, local)
-    shifts = jax.vmap(partial(_shift, denoiser, likelihood, mean, local))(
-        jnp.stack([local.residual, simulated])
-    )
-    return Restored(mean + shifts[0], mean + shift, mean + shifts[1])
-
-
-def block_key(rng_key: jax.Array, group: int, indices: dict[str, jax.Array]) -> jax.Array:
-    """Return the key of a block of a group of sites, given the indices of its elements."""
-    first = jnp.concatenate([jnp.array([group]), *[index[:1] for index in indices.values()]])
-    return reduce(jax.random.fold_in, first, rng_key)
-
-
-def _draw_shift(
-    rng_key: jax.Array, denoiser: Denoiser, batch_shape: tuple[int, ...], equal: bool = False
-) -> jax.Array:
-    """Draw events of a Gaussian, minus its mean; of equal moduli if it is stationary."""
-    cov = denoiser.cov
-    z = jax.random.normal(rng_key, (*batch_shape, denoiser.event_size), denoiser.dtype)
-    if equal and isinstance(cov, Stationary):
-        z = cov.equalize(z)
-    return cov.sqrt_matvec(z).reshape(*batch_shape, *denoiser.event_shape)
-
-
-def _draw_noise(rng_key: jax.Array, local: Linearization) -> jax.Array:
-    noise = jax.random.normal(rng_key, local.residual.shape, local.residual.dtype)
-    return local.noise.sqrt_matvec(noise)
-
-
-def _shift(
-    denoiser: Denoiser,
-    likelihood: Likelihood,
-    x: jax.Array,
-    local: Linearization,
-    residual: jax.Array,
-) -> jax.Array:
-    """Return what a residual adds to the mean of events."""
-    # Errors of the draws would bias the fit.
-    solve = MMPS(GaussianCovariance(), atol=0.01).choose_solve(denoiser, likelihood)
-    cov = denoiser.cov
-    prior = PosteriorOperator(x_hat=x, matvec=cov.matvec, pull=cov.matvec, closed_form=cov)
-    local = local._replace(residual=residual)
-    return solve(local, prior, partial(likelihood.operator, x)).shift.reshape(x.shape)
 
 
 def _check(likelihood: Likelihood, batch_size: int, event_shape: tuple[int, ...]) -> None:
@@ -524,11 +404,12 @@ def _choose(
         strength = jnp.where(is_last, best.strength, strengths[number])
         num = jnp.where(is_last, best.num_iterations, num_iterations)
         state, evidence = fit(strength, jnp.where(is_last, every, some), num)
-        at = jnp.argmax(evidence.others)
-        is_better = ~is_last & (evidence.others[at] > best.evidence)
+        others = jnp.where(jnp.isnan(evidence.others), -jnp.inf, evidence.others)
+        at = jnp.argmax(others)
+        is_better = ~is_last & (others[at] > best.evidence)
         # What comes after the last iteration is not known; if it is still rising, all are taken.
         chosen = jnp.where(at == num_iterations - 1, num_iterations, at)
-        found = _Choice(evidence.others[at], strength, chosen)
+        found = _Choice(others[at], strength, chosen)
         best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), found, best)
         return best, (state, evidence)
 
@@ -607,35 +488,9 @@ def _maximize_full(
     # The square root is updated by a factor, so that small variances keep their digits.
     eigenvalues, eigenvectors = jnp.linalg.eigh(excess + jnp.eye(len(excess), dtype=excess.dtype))
     root = einsum("dk,ki->di", state.root, eigenvectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0))
-    shrink = partial(_shrink, event_shape=event_shape)
+    shrink = partial(shrink_correlations, event_shape=event_shape)
     root = jax.lax.cond(weight > 0, shrink, lambda root, _: root, root, weight)
     return _Full(state.mean + einsum("dk,k->d", state.root, moments.mean), root)
-
-
-def _shrink(root: jax.Array, weight: jax.Array, event_shape: tuple[int, ...]) -> jax.Array:
-    """Return the root of a covariance of which correlations are shrunk to stationary ones."""
-    deviation = jnp.sqrt(jnp.square(root).sum(-1))
-    deviation = jnp.where(deviation > 0, deviation, 1)
-    white = root / deviation[:, None]
-    correlation = einsum("ik,jk->ij", white, white)
-    distance, count = _distances(event_shape)
-    pairs = (deviation[:, None] * deviation) / jnp.square(deviation).mean()
-    total, share = (
-        jnp.zeros(count, root.dtype).at[distance].add(x) for x in (correlation * pairs, pairs)
-    )
-    target = (total / jnp.where(share > 0, share, 1))[distance]
-    eigenvalues, eigenvectors = jnp.linalg.eigh((1 - weight) * correlation + weight * target)
-    # A target of pairs that were averaged may have negative eigenvalues.
-    floor = jnp.finfo(root.dtype).eps * len(eigenvalues)
-    return deviation[:, None] * eigenvectors * jnp.sqrt(jnp.maximum(eigenvalues, floor))
-
-
-def _distances(event_shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """Return a number for the distance of each pair of elements, ``(d, d)``, and how many."""
-    places = np.stack(np.unravel_index(np.arange(prod(event_shape)), event_shape))
-    lags = places[:, :, None] - places[:, None] + np.array(event_shape)[:, None, None] - 1
-    shape = tuple(2 * length - 1 for length in event_shape)
-    return np.ravel_multi_index(tuple(lags), shape), prod(shape)
 
 
 def _expect_factors(state: _Factors, seen: _Observations) -> tuple[jax.Array, _FactorMoments]:

@@ -15,8 +15,9 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.samplers import MultistepSDE
 from numpyro_diffprior.em.draws import replace_non_finite
 from numpyro_diffprior.em.e_step import EStep, draw_events
-from numpyro_diffprior.em.gaussian import MAX_DENSE, block_key, draw_linear_gaussian, fit_gaussian
+from numpyro_diffprior.em.gaussian import MAX_DENSE, fit_gaussian
 from numpyro_diffprior.em.m_step import summarize
+from numpyro_diffprior.em.restoration import block_key, draw_linear_gaussian
 from numpyro_diffprior.em.sites import Priors, Sites, pool, with_network
 from numpyro_diffprior.guidance.covariances import GaussianCovariance
 from numpyro_diffprior.guidance.likelihood import Likelihood

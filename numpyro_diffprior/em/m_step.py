@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from numpyro_diffprior._compile.checks import check_count, check_number, set_fie
 from numpyro_diffprior._compile.devices import own_devices, replicate
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.fitting import measure_error
-from numpyro_diffprior.diffusion.minibatches import check_events, take_some
+from numpyro_diffprior.diffusion.minibatches import take_some
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, train
 from numpyro_diffprior.em.draws import pool_draws
@@ -162,7 +163,7 @@ def _fit_prior(
     """Fit one prior to events, with shape ``(n, *event)``, and their contexts; see `train`."""
     key_train, key_measure = jax.random.split(rng_key)
     some, some_contexts = take_some(x, context)
-    some = check_events(some, training.denoiser)
+    some = jnp.asarray(some, training.denoiser.dtype)  # once, for what follows
     mean, cov = summarize(training.denoiser.from_data(some), summary)
     start = training if m_step.warm_start else init_training(initial, optimizer)
     if m_step.reset_optimizer:

@@ -33,9 +33,9 @@ from jax.sharding import Mesh
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.em.draws import replace_non_finite
 from numpyro_diffprior.em.e_step import EStep
-from numpyro_diffprior.em.gaussian import block_key, restore_linear_gaussian
 from numpyro_diffprior.em.initial import Gaussian, GaussianStart, with_gaussians
 from numpyro_diffprior.em.m_step import summarize
+from numpyro_diffprior.em.restoration import block_key, restore_linear_gaussian
 from numpyro_diffprior.em.sites import Priors, Sites, pool, with_network
 from numpyro_diffprior.infer.blocks import block_size
 from numpyro_diffprior.linalg.empirical import StationarySummary

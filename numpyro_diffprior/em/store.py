@@ -136,12 +136,13 @@ class Store:
             arrays = dict(self._manager.restore(number, args=items).arrays)
             for i, name in enumerate(mapped):
                 arrays[name] = np.load(self._file(number, i), mmap_mode="r")
+            for name, (dtype, shape) in specs.items():
+                found = arrays.setdefault(name, np.empty(shape, jnp.dtype(dtype)))
+                if found.shape != tuple(shape):  # one element stands for all
+                    arrays[name] = np.broadcast_to(found, shape)
         except Exception as error:
             why = f"its arrays are damaged ({type(error).__name__})"
             raise self._damaged(number, why) from error
-        for name, (dtype, shape) in specs.items():
-            found = arrays.setdefault(name, np.empty(shape, jnp.dtype(dtype)))
-            arrays[name] = np.broadcast_to(found, shape) if found.shape != tuple(shape) else found
         if _digest(arrays) != header["digest"]:
             raise self._damaged(number, "its arrays do not match their digest")
         return arrays
@@ -200,7 +201,8 @@ class ArrayFiles:
 
     def numbers(self) -> list[int]:
         """Return the numbers of the files, in order."""
-        return sorted(int(path.stem) for path in self.folder.glob(f"*{_SUFFIX}"))
+        names = [path.stem for path in self.folder.glob(f"*{_SUFFIX}")]
+        return sorted(int(name) for name in names if name.isdigit())
 
     def write(self, number: int, arrays: Arrays, **header: Any) -> None:
         """Write a file; if that fails, a warning says why, once."""
@@ -209,7 +211,9 @@ class ArrayFiles:
         header |= {"digest": _digest(arrays)}
 
         def write() -> None:
-            save_file(arrays, partial, {"header": json.dumps(header)})
+            # Of other orders, safetensors would write the elements as they lie in memory.
+            ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+            save_file(ordered, partial, {"header": json.dumps(header)})
             os.replace(partial, path)
 
         self._try(write)
@@ -271,6 +275,8 @@ def specs_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _is_mapped(array: Any) -> bool:
     """Whether an array is the whole of a file in the format of NumPy."""
     if not (isinstance(array, np.memmap) and str(array.filename).endswith(".npy")):
+        return False
+    if not os.path.exists(str(array.filename)):  # another run has unlinked it
         return False
     whole: Any = np.load(str(array.filename), mmap_mode="r")
     return (whole.shape, whole.dtype, whole.offset) == (array.shape, array.dtype, array.offset)

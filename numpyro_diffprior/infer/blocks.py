@@ -96,6 +96,7 @@ def sample_blocks(
     chosen: Mapping[int, np.ndarray] = MappingProxyType({}),
     folder: DrawsWriter | None = None,
     on_host: bool = False,
+    only: str | None = None,
 ) -> PosteriorSamples:
     """Draw for all elements of the latents' plates, block by block, compiled.
 
@@ -103,7 +104,8 @@ def sample_blocks(
     `block_size` for these options, and the devices of the mesh must have all data. A monitor
     follows the draws, which are made in parts of some blocks. Groups of latent sites, by position,
     may be drawn for some elements of their divided plate only, given in order. Draws may be
-    written to a folder, part by part, or be collected ``on_host``, as arrays of NumPy.
+    written to a folder, part by part, or be collected ``on_host``, as arrays of NumPy. With the
+    name of a statistic as ``only``, draws and other statistics are not collected.
 
     Returns:
         Draws (unless they are in a folder) and their statistics, of the leading shape
@@ -115,7 +117,7 @@ def sample_blocks(
         _sample_group(
             key,
             model,
-            _Plan.of(model, i, options, num_draws, limit, mesh),
+            _Plan.of(model, i, options, num_draws, limit, mesh)._replace(only=only),
             monitor,
             chosen.get(i),
             folder,
@@ -179,6 +181,7 @@ class _Plan(NamedTuple):
         num_systems: The number of particle systems in memory at once on one device.
         num_elements: The number of elements of an event.
         mesh: The devices, or None.
+        only: The name of the only result, a statistic; None for draws and all statistics.
     """
 
     position: int
@@ -187,6 +190,7 @@ class _Plan(NamedTuple):
     num_systems: int
     num_elements: int
     mesh: Mesh | None
+    only: str | None = None
 
     def max_parts(self, num_events: int) -> int:
         """Return the largest number of parts, which take a few milliseconds each to start."""
@@ -262,7 +266,7 @@ def _sample_group(
         results = _write(folder, results, axis, len(elements), len(own), all_devices)
     joined = join_parts(results, axis, len(own), on_host)
     drawn: PosteriorSamples = gather(joined, axis, all_devices)
-    if drawn.stats["residual"].shape[axis] > len(elements):
+    if next(iter(drawn.stats.values())).shape[axis] > len(elements):
         cut = (slice(None),) * axis + (slice(len(elements)),)
         drawn = jax.tree.map(lambda x: x[cut], drawn)
     return jax.tree.map(np.asarray, drawn) if on_host else drawn
@@ -321,7 +325,7 @@ def _draw_whole(rng_key: jax.Array, model: BoundModel, plan: _Plan) -> Posterior
     def draw(model: BoundModel, keys: jax.Array) -> Draws:
         return _draw_chunks(keys, group.bind(model.data), plan.options, chunk_size)
 
-    return _by_site(on_devices(draw, model, keys, plan.mesh), group, model, plan.num_draws)
+    return _by_site(on_devices(draw, model, keys, plan.mesh), group, model, plan)
 
 
 @check_memory("Posterior draws", _advise)
@@ -340,7 +344,7 @@ def _draw_part(
             keys, chunk_size = _chunk(key, num_draws, plan.num_systems // size, options)
             block = group.bind(model.data, {plate.name: index})
             draws = _draw_chunks(keys, block, options, chunk_size)
-            return _by_site(draws, group, model, num_draws)
+            return _by_site(draws, group, model, plan)
 
         return jax.lax.map(draw, blocks)
 
@@ -352,10 +356,12 @@ def _draw_part(
 
 
 def _by_site(
-    draws: Draws, group: GroupReading, model: BoundModel, num_draws: int
+    draws: Draws, group: GroupReading, model: BoundModel, plan: _Plan
 ) -> PosteriorSamples:
-    """Return the first draws by site, in the data's units."""
-    draws = jax.tree.map(lambda leaf: leaf[:num_draws], draws)
+    """Return the first draws by site, in the data's units, or the only result."""
+    draws = jax.tree.map(lambda leaf: leaf[: plan.num_draws], draws)
+    if plan.only is not None:
+        return PosteriorSamples({}, {plan.only: getattr(draws.info, plan.only)})
     samples = group.latents.split(
         group.latents.denoiser(group.prior_denoisers(model.data)), draws.x
     )

@@ -177,6 +177,7 @@ def estimate_evidence(
         limit=limit,
         mesh=mesh,
         monitor=monitor,
+        only="log_evidence",
     )
     estimates = draws.stats["log_evidence"]
     value = jax.nn.logsumexp(estimates, axis=0) - jnp.log(num_estimates)

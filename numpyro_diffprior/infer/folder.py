@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from numpyro_diffprior._compile.devices import meet, num_processes
+from numpyro_diffprior._compile.devices import barrier, num_processes
 from numpyro_diffprior.reading.latent import LatentSite
 from numpyro_diffprior.reading.model import ModelReading
 
@@ -55,7 +55,7 @@ class DrawsFolder:
             raise FileExistsError(
                 f"sample_posterior: '{os.fspath(folder)}' exists; draws need a new folder."
             )
-        meet("the folder does not exist", mesh)
+        barrier("the folder does not exist", mesh)
         self._writes = num_processes(mesh) == 1 or jax.process_index() == 0
         self._folder, self._mesh, self._open = folder, mesh, zarr.open_group
         self._group: Any = self._open(folder, mode="w-") if self._writes else None
@@ -64,7 +64,7 @@ class DrawsFolder:
 
     def finish(self) -> dict[str, Any]:
         """Return the draws by site, as arrays of Zarr, once all are written."""
-        meet("the draws are written", self._mesh)
+        barrier("the draws are written", self._mesh)
         if not self._writes:
             self._group = self._open(self._folder, mode="r")
         return {name: self._group[key_of(name)] for name in self._sites}
