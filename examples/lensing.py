@@ -4,8 +4,8 @@ Galaxies are seen through lenses (a singular isothermal ellipsoid with external 
 a point spread function, in noise. Expectation maximization learns a prior of the galaxies from
 images of which the lenses are known. It restores galaxies behind other lenses, and is compared
 with semilinear inversion, with the Gaussian that EM starts from, and with a prior of clean
-galaxies. Then lens and galaxy of new images are inferred together, by conditional SMC and NUTS,
-and the evidence tells whether a lens has shear.
+galaxies. Then lens and galaxy of new images are inferred together, by particle marginal
+Metropolis-Hastings, and the evidence tells whether a lens has shear.
 
     python examples/lensing.py --output out                     # two cores
     python examples/lensing.py --gpu --data galaxies.npy --output out
@@ -27,7 +27,7 @@ import numpyro.distributions as dist
 import optax
 from flax import nnx
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from numpyro.infer import MCMC, NUTS, Gibbs
+from numpyro.infer import MCMC
 from scipy.linalg import eigh
 from scipy.stats import binom, kstest
 
@@ -63,7 +63,10 @@ SMALL = {
     "num_simulated": 0,
     "num_chains": 2,
     "num_warmup": 20,
-    "num_sweeps": 60,
+    "num_updates": 200,
+    "num_blind_particles": 64,
+    "num_blind_steps": 32,
+    "num_at_once": 8,
     "num_compared": 2,
     "num_lenses": 32,
     "num_evidence_steps": 64,
@@ -83,8 +86,8 @@ GPU = SMALL | {
     "num_judged": 256,
     "num_blind": 256,
     "num_simulated": 256,
-    "num_warmup": 50,
-    "num_sweeps": 200,
+    "num_updates": 500,
+    "num_blind_steps": 64,
     "num_compared": 16,
     "num_lenses": 256,
     "num_evidence_steps": 128,
@@ -526,29 +529,24 @@ def fit_lens(prior, optics, noise, y, num_parameters=7):
     return LensFit(mode, covs[-1])
 
 
-def make_kernel(model, cov, num_particles):
-    """Conditional SMC draws the source, NUTS the lens, whose mass matrix is that of its fit."""
-    masked = ndp.mask_priors(model)
-    nuts = NUTS(
-        masked,
-        inverse_mass_matrix={Lens._fields: cov},
-        dense_mass=[Lens._fields],
-        adapt_mass_matrix=False,
-        max_tree_depth=4,
-    )
-    return Gibbs([(ndp.ParticleGibbs(masked, num_particles=num_particles), ["x"]), (nuts, None)])
-
-
 def infer_lens(rng_key, prior, optics, noise, y, args):
-    """Chains of lens and source of one image, started about the fit of the lens."""
+    """Chains of lens and source of one image, from the fit of the lens."""
     key_start, key_run = jax.random.split(rng_key)
     fit = fit_lens(prior, optics, noise, y)
-    steps = jax.random.normal(key_start, (args.num_chains, len(fit.mode)))
-    start = to_lens(fit.mode + steps @ jnp.linalg.cholesky(fit.cov).T)
+    # The sites of the lens, in the order of their names.
+    root = SCALES[:, None] * jnp.linalg.cholesky(fit.cov)
+    proposal = dist.MultivariateStudentT(5, to_vector(to_lens(fit.mode)), root)
+    start = from_vector(proposal.sample(key_start, (args.num_chains,)))
+    kernel = ndp.PMMH(
+        blind_model,
+        num_particles=args.num_blind_particles,
+        sampler=ndp.samplers.MultistepSDE(args.num_blind_steps),
+        proposal=proposal,
+    )
     mcmc = MCMC(
-        make_kernel(blind_model, fit.cov * SCALES[:, None] * SCALES, args.num_posterior_particles),
+        kernel,
         num_warmup=args.num_warmup,
-        num_samples=args.num_sweeps,
+        num_samples=args.num_updates,
         num_chains=args.num_chains,
         chain_method=jax.vmap,
         progress_bar=False,
@@ -559,13 +557,14 @@ def infer_lens(rng_key, prior, optics, noise, y, args):
 
 
 def infer_lenses(rng_key, prior, systems, optics, args):
-    """Chains of all systems, one system after the other."""
+    """Chains of all systems, some of them at once."""
 
     @jax.jit
     def infer(prior, optics, keys, y):
         return jax.lax.map(
             lambda inputs: infer_lens(inputs[0], prior, optics, args.noise, inputs[1], args),
             (keys, y),
+            batch_size=args.num_at_once,
         )
 
     keys = jax.random.split(rng_key, len(systems.y))
@@ -573,7 +572,7 @@ def infer_lenses(rng_key, prior, systems, optics, args):
 
 
 def judge_lenses(x, lens, systems, optics, args):
-    """Scores of chains, with shapes ``(n, chains, sweeps, ...)``, and the lenses' ranks."""
+    """Scores of chains, with shapes ``(n, chains, updates, ...)``, and the lenses' ranks."""
     truth = np.asarray(to_vector(systems.lens))
     draws, sources = (jnp.swapaxes(a.reshape(len(a), -1, *a.shape[3:]), 0, 1) for a in (lens, x))
     values = np.asarray(lens, float)

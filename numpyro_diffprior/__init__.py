@@ -29,6 +29,7 @@ from numpyro_diffprior.infer.blocks import PosteriorSamples
 from numpyro_diffprior.infer.calibration import Calibration, calibrate
 from numpyro_diffprior.infer.evidence import LogEvidence, log_evidence
 from numpyro_diffprior.infer.kernels import MMPSKernel, ParticleGibbs
+from numpyro_diffprior.infer.pmmh import PMMH
 from numpyro_diffprior.infer.posterior import sample_posterior
 from numpyro_diffprior.infer.reparam import DiffusionReparam
 from numpyro_diffprior.nets.adapters import FunctionNetwork
@@ -68,6 +69,7 @@ __all__ = [
     "MixtureDenoiser",
     "Moments",
     "NetworkDenoiser",
+    "PMMH",
     "ParticleGibbs",
     "PosteriorSamples",
     "UNet",

@@ -871,8 +871,9 @@ def test_lensing(tmp_path):
 def test_lensing_with_unknown_lenses(tmp_path):
     args = lensing.parse_args(
         f"{TINY_LENSING} --num-blind 2 --num-simulated 2 --num-chains 2 --num-warmup 2"
-        " --num-sweeps 10 --num-compared 1 --num-lenses 4 --num-evidence-steps 4"
-        f" --num-posterior-particles 2 --priors gaussian --output {tmp_path}".split()
+        " --num-updates 10 --num-compared 1 --num-lenses 4 --num-evidence-steps 4"
+        " --num-posterior-particles 2 --num-blind-particles 2 --num-blind-steps 4"
+        f" --priors gaussian --output {tmp_path}".split()
     )
     result = lensing.main(args)
     assert set(result["blind"]) == {"galaxies", "draws of the prior"}

@@ -40,6 +40,7 @@ PUBLIC = [
     "MixtureDenoiser",
     "Moments",
     "NetworkDenoiser",
+    "PMMH",
     "ParamStep",
     "ParticleGibbs",
     "PosteriorSamples",

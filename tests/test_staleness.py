@@ -178,11 +178,22 @@ def learned_params(model):
     return fit.run(KEY, 1, NETWORK, Y, progress_bar=False).params["offset"]
 
 
+def pmmh(model):
+    """A latent parameter beside what changes."""
+
+    def with_offset(prior, y=None):
+        offset = numpyro.sample("offset", dist.Normal(0.0, 0.1))
+        model(prior, y - offset)
+
+    return kernel(lambda model: ndp.PMMH(model, num_particles=2))(with_offset)
+
+
 FUNCTIONS = {
     "sample_posterior": lambda model: ndp.sample_posterior(KEY, model, GAUSSIAN, Y).samples["x"],
     "log_evidence": lambda model: ndp.log_evidence(KEY, model, GAUSSIAN, Y).value,
     "MMPSKernel": kernel(ndp.MMPSKernel),
     "ParticleGibbs": kernel(lambda model: ndp.ParticleGibbs(model, num_particles=2)),
+    "PMMH": pmmh,
     "calibrate": lambda model: ndp.calibrate(
         KEY, model, GAUSSIAN, Y, num_simulations=4, num_samples=39
     ).ranks["x"],

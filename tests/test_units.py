@@ -121,6 +121,18 @@ def check_particle_gibbs(unit):
     return {"x": mcmc.get_samples()["x"] / unit}
 
 
+def check_pmmh(unit):
+    def amplified(prior, y, scale):
+        gain = numpyro.sample("gain", dist.LogNormal(0.0, 0.1))
+        model(prior, y / gain, scale)
+
+    mcmc = MCMC(
+        ndp.PMMH(amplified, num_particles=4), num_warmup=2, num_samples=4, progress_bar=False
+    )
+    mcmc.run(KEY, make_prior(unit), *observations(unit))
+    return {"x": mcmc.get_samples()["x"] / unit, "gain": mcmc.get_samples()["gain"]}
+
+
 def check_reparam(unit):
     exact = handlers.reparam(model, config={"x": ndp.DiffusionReparam(4)})
     nuts = NUTS(exact, max_tree_depth=2, step_size=0.1, adapt_step_size=False)

@@ -26,7 +26,17 @@ from numpyro_diffprior.reading.model import Block, BoundModel
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model, fix_plates
 
-__all__ = ["MMPSKernel", "MMPSState", "ParticleGibbs", "ParticleGibbsState"]
+__all__ = [
+    "DiffusionKernel",
+    "MMPSKernel",
+    "MMPSState",
+    "ParticleGibbs",
+    "ParticleGibbsState",
+    "bind",
+    "draw_once",
+    "merge_infos",
+    "split_events",
+]
 
 
 class MMPSState(NamedTuple):
@@ -73,8 +83,8 @@ _Blocks = list[tuple[LatentGroup, Block]]
 _Events = list[jax.Array]
 
 
-class _DiffusionKernel(MCMCKernel):
-    """The base class of the kernels of diffusion sites."""
+class DiffusionKernel(MCMCKernel):
+    """The base class of the kernels that draw diffusion sites."""
 
     def __init__(
         self,
@@ -95,63 +105,9 @@ class _DiffusionKernel(MCMCKernel):
         """The field of the state that holds the draw."""
         return "z"
 
-    def init(
-        self,
-        rng_key: jax.Array,
-        num_warmup: int,
-        init_params: _Values | None,
-        model_args: _Args,
-        model_kwargs: _Kwargs,
-    ) -> _State:
-        """Read the model and return the first state, at ``init_params`` if they hold all sites.
-
-        Raises:
-            ValueError: If the model cannot be read, or particles and sampler do not fit.
-        """
-        bound, options = self._prepare(model_args, model_kwargs)
-        check_data(bound, options.sampler)
-        self._sample_fn = self._draw
-
-        def start(rng_key: jax.Array, bound: BoundModel, params: _Values) -> _State:
-            blocks = _bind(bound)
-            names = {name for group, _ in blocks for name in group.names}
-            values = None
-            if names <= set(params):
-                values = [group.join(block.denoiser, params) for group, block in blocks]
-
-            def start_chain(key: jax.Array, values: _Events | None) -> _State:
-                return self._start(key, blocks, options, values)
-
-            if is_prng_key(rng_key):
-                return start_chain(rng_key, values)
-            return jax.vmap(start_chain, in_axes=(0, None if values is None else 0))(
-                rng_key, values
-            )
-
-        # Compiled: eager calls would compile hundreds of small programs.
-        return call(start, rng_key, bound, dict(init_params or {}))
-
     @abstractmethod
-    def _start(
-        self,
-        rng_key: jax.Array,
-        blocks: _Blocks,
-        options: SamplingOptions,
-        values: _Events | None,
-    ) -> _State:
-        """Return the first state of one chain."""
-
-    @abstractmethod
-    def _update(
-        self, state: _State, rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions
-    ) -> _State:
-        """Return the next state of one chain, except for the state's own key."""
-
     def _draw(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state of one chain."""
-        bound, options = self._prepare(model_args, model_kwargs)
-        rng_key, key = jax.random.split(state.rng_key)
-        return self._update(state._replace(rng_key=rng_key), key, _bind(bound), options)
 
     def sample(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
         """Return the next state (of every chain, if the state has several)."""
@@ -202,19 +158,82 @@ class _DiffusionKernel(MCMCKernel):
         return postprocess
 
     def _prepare(
-        self, model_args: _Args, model_kwargs: _Kwargs
+        self, model: Model, model_args: _Args, model_kwargs: _Kwargs
     ) -> tuple[BoundModel, SamplingOptions]:
-        bound = read(self.model, model_args, model_kwargs or {})
+        bound = read(model, model_args, model_kwargs or {})
         default = bound.reading.sampler
         options = resolve_options(default, self.num_particles, self.sampler, self.guidance)
         return bound, options
 
 
-def _bind(bound: BoundModel) -> _Blocks:
+class _ConditionalKernel(DiffusionKernel):
+    """The base class of the kernels of diffusion sites given all other sites."""
+
+    def init(
+        self,
+        rng_key: jax.Array,
+        num_warmup: int,
+        init_params: _Values | None,
+        model_args: _Args,
+        model_kwargs: _Kwargs,
+    ) -> _State:
+        """Read the model and return the first state, at ``init_params`` if they hold all sites.
+
+        Raises:
+            ValueError: If the model cannot be read, or particles and sampler do not fit.
+        """
+        bound, options = self._prepare(self.model, model_args, model_kwargs)
+        check_data(bound, options.sampler)
+        self._sample_fn = self._draw
+
+        def start(rng_key: jax.Array, bound: BoundModel, params: _Values) -> _State:
+            blocks = bind(bound)
+            names = {name for group, _ in blocks for name in group.names}
+            values = None
+            if names <= set(params):
+                values = [group.join(block.denoiser, params) for group, block in blocks]
+
+            def start_chain(key: jax.Array, values: _Events | None) -> _State:
+                return self._start(key, blocks, options, values)
+
+            if is_prng_key(rng_key):
+                return start_chain(rng_key, values)
+            return jax.vmap(start_chain, in_axes=(0, None if values is None else 0))(
+                rng_key, values
+            )
+
+        # Compiled: eager calls would compile hundreds of small programs.
+        return call(start, rng_key, bound, dict(init_params or {}))
+
+    @abstractmethod
+    def _start(
+        self,
+        rng_key: jax.Array,
+        blocks: _Blocks,
+        options: SamplingOptions,
+        values: _Events | None,
+    ) -> _State:
+        """Return the first state of one chain."""
+
+    @abstractmethod
+    def _update(
+        self, state: _State, rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions
+    ) -> _State:
+        """Return the next state of one chain, except for the state's own key."""
+
+    def _draw(self, state: _State, model_args: _Args, model_kwargs: _Kwargs) -> _State:
+        """Return the next state of one chain."""
+        bound, options = self._prepare(self.model, model_args, model_kwargs)
+        rng_key, key = jax.random.split(state.rng_key)
+        return self._update(state._replace(rng_key=rng_key), key, bind(bound), options)
+
+
+def bind(bound: BoundModel) -> _Blocks:
+    """Return denoiser and likelihood of each group of sites, on whole plates."""
     return [(group.latents, group.bind(bound.data)) for group in bound.reading.groups]
 
 
-def _split(blocks: _Blocks, values: Sequence[jax.Array]) -> _Values:
+def split_events(blocks: _Blocks, values: Sequence[jax.Array]) -> _Values:
     """Return events by site."""
     return {
         name: value
@@ -227,7 +246,7 @@ def _keys(rng_key: jax.Array, blocks: _Blocks) -> list[jax.Array]:
     return [rng_key] if len(blocks) == 1 else list(jax.random.split(rng_key, len(blocks)))
 
 
-def _draw_once(rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions) -> list[Draws]:
+def draw_once(rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions) -> list[Draws]:
     """Return one draw of each group."""
     draws = [
         draw_posterior(key, block.denoiser, block.likelihood, options)
@@ -236,7 +255,7 @@ def _draw_once(rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions) ->
     return jax.tree.map(lambda leaf: leaf[0], draws)
 
 
-class MMPSKernel(_DiffusionKernel):
+class MMPSKernel(_ConditionalKernel):
     """Independent draws of a diffusion site by moment matching posterior sampling.
 
     Every draw starts anew from noise, so a chain needs no warm-up and its draws are not
@@ -267,17 +286,17 @@ class MMPSKernel(_DiffusionKernel):
         """Start at the prior's mean: no draw depends on it."""
         if values is None:
             values = [block.mean for _, block in blocks]
-        return MMPSState(_split(blocks, values), rng_key, _no_info(blocks, options))
+        return MMPSState(split_events(blocks, values), rng_key, _no_info(blocks, options))
 
     def _update(
         self, state: MMPSState, rng_key: jax.Array, blocks: _Blocks, options: SamplingOptions
     ) -> MMPSState:
-        draws = _draw_once(rng_key, blocks, options)
-        z = _split(blocks, [draw.x for draw in draws])
-        return state._replace(z=z, info=_merge([draw.info for draw in draws]))
+        draws = draw_once(rng_key, blocks, options)
+        z = split_events(blocks, [draw.x for draw in draws])
+        return state._replace(z=z, info=merge_infos([draw.info for draw in draws]))
 
 
-class ParticleGibbs(_DiffusionKernel):
+class ParticleGibbs(_ConditionalKernel):
     """Exact draws of a diffusion site by conditional SMC with ancestor sampling.
 
     An update leaves the posterior invariant, under the prior that the sampler draws and the exact
@@ -324,7 +343,7 @@ class ParticleGibbs(_DiffusionKernel):
         """Start at a draw of the twisted SMC, and add noise to get a path."""
         rng_key, key_draw, key_path = jax.random.split(rng_key, 3)
         if values is None:
-            values = [draw.x for draw in _draw_once(key_draw, blocks, options)]
+            values = [draw.x for draw in draw_once(key_draw, blocks, options)]
         path = tuple(
             diffuse_path(
                 key,
@@ -338,7 +357,7 @@ class ParticleGibbs(_DiffusionKernel):
         # The retained path's denoised means are evaluated once more.
         num_evaluations = jnp.asarray((self.num_particles + 1) * options.sampler.num_steps)
         return ParticleGibbsState(
-            z=_split(blocks, values),
+            z=split_events(blocks, values),
             rng_key=rng_key,
             path=path,
             updated=jnp.zeros_like(info.residual),
@@ -358,17 +377,17 @@ class ParticleGibbs(_DiffusionKernel):
             for key, (_, block), path in zip(_keys(rng_key, blocks), blocks, state.path)
         ]
         return state._replace(
-            z=_split(blocks, [update.draws.x for update in updates]),
+            z=split_events(blocks, [update.draws.x for update in updates]),
             path=tuple(update.path for update in updates),
             updated=merge_stats([{"updated": update.updated} for update in updates])["updated"],
-            info=_merge([update.draws.info for update in updates]),
+            info=merge_infos([update.draws.info for update in updates]),
         )
 
 
 def _no_info(blocks: _Blocks, options: SamplingOptions) -> ParticleInfo:
     """Return statistics of zero, for a state that is not a draw."""
     num_steps = options.sampler.num_steps
-    return _merge(
+    return merge_infos(
         [
             ParticleInfo.zeros(block.likelihood.batch_shape, num_steps, block.denoiser.dtype)
             for _, block in blocks
@@ -376,5 +395,6 @@ def _no_info(blocks: _Blocks, options: SamplingOptions) -> ParticleInfo:
     )
 
 
-def _merge(infos: Sequence[ParticleInfo]) -> ParticleInfo:
+def merge_infos(infos: Sequence[ParticleInfo]) -> ParticleInfo:
+    """Return the statistics of all groups of sites."""
     return ParticleInfo(**merge_stats([info._asdict() for info in infos]))

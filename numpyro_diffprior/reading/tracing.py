@@ -37,6 +37,7 @@ __all__ = [
     "fix_plates",
     "is_unobserved",
     "mask_priors",
+    "mean_of_latent",
     "run_model",
 ]
 
@@ -109,7 +110,7 @@ class InitialParams(fix_plates):
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set elements, and latent values without drawing them."""
         super().process_message(msg)
-        mean = _mean_of_latent(msg)
+        mean = mean_of_latent(msg)
         if mean is not None:
             msg["value"] = mean
 
@@ -147,7 +148,7 @@ class Execution(fix_plates):
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set elements, slices and latent values."""
         super().process_message(msg)
-        mean = _mean_of_latent(msg)
+        mean = mean_of_latent(msg)
         if mean is not None:
             msg["value"] = name_input(mean, Latent(msg["name"]))
         elif msg["type"] == "param":
@@ -204,7 +205,7 @@ class Execution(fix_plates):
             msg["type"] = "sliced"  # which plates ignore
 
 
-def _mean_of_latent(msg: dict[str, Any]) -> jax.Array | None:
+def mean_of_latent(msg: dict[str, Any]) -> jax.Array | None:
     """Return the prior's mean in the shape of a latent diffusion site, None for other messages."""
     if msg["type"] != "sample" or msg["is_observed"]:
         return None
