@@ -39,7 +39,7 @@ MODEL = event_sizes.make_model("mask")
 
 
 def e_step(num):
-    options = ndp.EStep(max_batch_size=num)
+    options = ndp.EStep(num_particles=4, max_batch_size=num)
 
     def program(prior, mask, y):
         size = block_size(options.num_particles, 1, options.limit)

@@ -4,9 +4,9 @@ The experiment with corrupted images of the paper (Rozet et al., NeurIPS 2024, a
 section 5.2), on Fashion-MNIST or CIFAR-10: pixels from -2 to 2, of which `--hidden` are hidden at
 random, in noise of 0.001. Expectation maximization learns a prior for each guidance of its
 E-steps: MMPS with Tweedie's covariance and `--max-steps` of conjugate gradients (one in the
-paper), the paper's two heuristics for the covariance, and this package's default. They are
-compared with the Gaussian prior that they start from, and with the same network trained on the
-clean images.
+paper, three by default in this package), the paper's two heuristics for the covariance, and four
+particles with the Gaussian covariance. They are compared with the Gaussian prior that they start
+from, and with the same network trained on the clean images.
 
     python examples/images.py --output out                     # two cores
     python examples/images.py --gpu --output out               # all 60,000 images
@@ -46,14 +46,14 @@ E_STEPS = {
     "tweedie": ndp.EStep(num_particles=1, guidance=ndp.MMPS()),
     "identity": ndp.EStep(1, guidance=ndp.MMPS(ndp.guidance.IsotropicPriorCovariance())),
     "flat": ndp.EStep(1, guidance=ndp.MMPS(ndp.guidance.FlatPriorCovariance())),
-    "default": ndp.EStep(),
+    "particles": ndp.EStep(4, guidance=ndp.MMPS(ndp.guidance.GaussianCovariance())),
 }
 LABELS = {
     "gaussian": "Gaussian",
     "tweedie": "Tweedie",
     "identity": "(I + 1/\u03c3\u00b2)\u207b\u00b9",
     "flat": "\u03c3\u00b2 I",
-    "default": "default E-step",
+    "particles": "Gaussian, 4 particles",
     "clean": "clean prior",
 }
 
@@ -384,7 +384,7 @@ def judge(draws, truth, mask):
 def restore(rng_key, name, prior, data, args):
     """Draw test images from their posteriors, with the guidance of the E-step."""
     e_step = make_e_step(name, args)
-    options = e_step.options(prior.sampler)
+    options = e_step.options(prior.sampler, prior.denoiser.event_size)
     return ndp.sample_posterior(
         rng_key,
         model,
@@ -501,7 +501,7 @@ def parse_args(argv=None):
         "--gpu",
         action="store_true",
         help="defaults for 60,000 images: estimated, not measured, to take about ten minutes per "
-        "prior on an H100, and four times as long for the default E-step",
+        "prior on an H100, and four times as long with particles",
     )
     parser.add_argument("--paper", action="store_true", help="defaults as in the paper")
     parser.add_argument("--priors", nargs="+", choices=LABELS, default=list(LABELS))

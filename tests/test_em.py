@@ -281,6 +281,19 @@ def test_a_grid_needs_as_many_axes():
         em.init(jax.random.key(0), make_prior(), MASK, Y)
 
 
+def test_large_events_are_drawn_by_one_particle():
+    """With Tweedie's covariance, unless the user says how."""
+    sampler, particles = MultistepSDE(4), MMPS(GaussianCovariance())
+    for e_step, event_size, expected in (
+        (EStep(), 256, (4, particles)),
+        (EStep(), 257, (1, MMPS())),
+        (EStep(2), 784, (2, particles)),
+        (EStep(guidance=particles), 784, (4, particles)),
+    ):
+        options = e_step.options(sampler, event_size)
+        assert (options.num_particles, options.guidance) == expected
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -158,7 +158,8 @@ class EM:
                 cannot be read, or a prior with a network governs no site or is in the dict twice.
         """
         priors = as_dict(prior)
-        self.e_step.options(next(iter(priors.values())).sampler)
+        first = next(iter(priors.values()))
+        self.e_step.options(first.sampler, first.denoiser.event_size)
         bound = self._read(prior, (args, kwargs))
         for group in bound.reading.groups:
             if not (group.latents.plates or group.latents.joined_plates):
@@ -601,7 +602,7 @@ class EM:
 
     @property
     def _num_heldout_particles(self) -> int:
-        return max(_NUM_HELDOUT_PARTICLES, self.e_step.num_particles)
+        return max(_NUM_HELDOUT_PARTICLES, self.e_step.max_particles)
 
 
 _NUM_HELDOUT_PARTICLES = 16

@@ -219,7 +219,7 @@ def fit_by_sampling(
         for key, prior in with_network(priors).items()
     }
     args, kwargs = arguments
-    size = block_size(e_step.num_particles, 1, e_step.limit, mesh)
+    size = block_size(e_step.max_particles, 1, e_step.limit, mesh)
     bound: BoundModel | None = None
     structure, is_linear = None, False
     for key in jax.random.split(rng_key, start.num_iterations):

@@ -81,7 +81,7 @@ def fit_power(
     }
     args, kwargs = arguments
     first = sites.as_passed(with_gaussians(priors, fitted))
-    size = block_size(e_step.num_particles, 1, e_step.limit, mesh)
+    size = block_size(e_step.max_particles, 1, e_step.limit, mesh)
     bound = read(model, (first, *args), kwargs, block_size=size, mesh=mesh, params=params)
     bound = load_some(bound, start.max_events, mesh)
 
