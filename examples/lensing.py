@@ -723,13 +723,13 @@ def show_blind(x, lens, systems, optics, noise, path):
 
 def show_ranks(uniform, path):
     """Plot the distributions of the ranks of lens parameters, minus that of exact draws."""
-    num = len(next(iter(uniform.values())))
     level = np.linspace(0, 1, 201)
-    band = np.stack([binom.ppf(q, num, level) / num - level for q in (0.025, 0.975)])
     figure, axes = plt.subplots(
         1, len(uniform), figsize=(5 * len(uniform), 3.5), sharey=True, squeeze=False
     )
     for axis, (name, ranks) in zip(axes[0], uniform.items(), strict=True):
+        num = len(ranks)
+        band = np.stack([binom.ppf(q, num, level) / num - level for q in (0.025, 0.975)])
         axis.fill_between(level, *band, color="0.85", lw=0, label="95 % of exact draws")
         for parameter, u in zip(PARAMETERS, ranks.T, strict=True):
             cumulative = np.searchsorted(np.sort(u), level, side="right") / len(u)
