@@ -73,7 +73,7 @@ def our_functions(rng_key, args):
     state = em.init(key_em, digits.make_prior(key_net, args.width), data.mask, data.y)
     prior, mask, y = state.prior, data.mask, data.y
     sampler = ndp.samplers.MultistepSDE(args.num_steps)
-    e_step = em.e_step.options(sampler, 64)
+    e_step = em.e_step.options(sampler)
     one_step = ndp.MMPS(max_dense=0, max_steps=1)
     plain = resolve_options(ndp.samplers.DDPM(args.num_steps), 1, guidance=one_step)
 

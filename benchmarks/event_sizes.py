@@ -131,8 +131,7 @@ def time_e_step(prior, fields, operator, num_particles, guidance, num_events, ar
     mask = jnp.asarray(rng.random(clean.shape) < 0.25)
     y = clean + NOISE * jnp.asarray(rng.normal(size=mask.shape), jnp.float32)
     model = make_model(operator)
-    e_step = ndp.EStep(num_particles=num_particles, guidance=guidance)
-    options = e_step.options(prior.sampler, prior.denoiser.event_size)
+    options = ndp.EStep(num_particles=num_particles, guidance=guidance).options(prior.sampler)
     limit = BatchLimit(num_events * num_particles)
     key = jax.random.key(args.seed)
 

@@ -4,7 +4,8 @@ A prior of clean images, trained here or saved by `examples/images.py`, and post
 images that it has not seen, with most of their pixels hidden. The draws are judged by the
 continuous ranked probability score (CRPS), the error of their mean and the coverage of the hidden
 pixels. Cost is the processor time of a draw over that of as many evaluations of the network as
-the sampler has steps.
+the sampler has steps. With `--counts`, images are also seen by Poisson counts of their
+exponential; all pixels are judged.
 
     python examples/images.py --priors clean --output out
     python benchmarks/images.py --prior out/images_clean --output out
@@ -15,11 +16,14 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpyro_diffprior as ndp
@@ -73,18 +77,47 @@ def time_network(denoiser, batch_size, num_repeats=16):
     return sorted(seconds[1:])[num_repeats // 2] / batch_size
 
 
-def draw(rng_key, case, prior, mask, noise, y, args):
+class Problem(NamedTuple):
+    """Images that are seen by a model, of which some pixels are judged."""
+
+    name: str
+    model: Callable[..., Any]
+    data: tuple[Any, ...]  # the model's arguments after the prior
+    judged: jax.Array
+
+
+def count_photons(prior, level, y):
+    """Photon counts of a rate that is the exponential of the image, times a level."""
+    with numpyro.plate("images", len(y)):
+        y = numpyro.subsample(y, event_dim=2)
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Poisson(level * jnp.exp(x)).to_event(2), obs=y)
+
+
+def make_problems(truth, args):
+    """See the images with hidden pixels in each noise, and by counts of each level."""
+    key_hide, _ = jax.random.split(jax.random.key(args.seed))
+    for noise in args.noises:
+        mask, y = images.hide(key_hide, truth, args.hidden, noise)
+        yield Problem(f"noise {noise:g}", images.model, (mask, noise, y), ~mask)
+    for level in args.counts:
+        key = jax.random.fold_in(key_hide, 1)
+        counts = jax.random.poisson(key, level * jnp.exp(truth)).astype(float)
+        yield Problem(
+            f"counts {level:g}", count_photons, (level, counts), jnp.ones(truth.shape, bool)
+        )
+
+
+def draw(rng_key, case, prior, problem, args):
     """Draw in two calls; return the draws, and the seconds per draw of the compiled call."""
     parts = []
     for key in jax.random.split(rng_key):
         start = time.process_time()
         draws = ndp.sample_posterior(
             key,
-            images.model,
+            problem.model,
             prior,
-            mask,
-            noise,
-            y,
+            *problem.data,
             num_samples=args.num_samples // 2,
             num_particles=case.num_particles,
             sampler=ndp.samplers.MultistepSDE(args.num_steps),
@@ -93,18 +126,18 @@ def draw(rng_key, case, prior, mask, noise, y, args):
         )
         parts.append(jax.block_until_ready(draws.samples["x"]))
         seconds = time.process_time() - start
-    return jnp.concatenate(parts), seconds / (args.num_samples // 2 * len(y))
+    return jnp.concatenate(parts), seconds / (args.num_samples // 2 * len(problem.judged))
 
 
-def judge(draws, truth, mask, args):
-    """Return scores of the hidden pixels, and the CRPS of each image."""
-    of_images = jnp.mean(crps(draws, truth), axis=range(1, truth.ndim), where=~mask)
+def judge(draws, truth, judged, args):
+    """Return scores of the judged pixels, and the CRPS of each image."""
+    of_images = jnp.mean(crps(draws, truth), axis=range(1, truth.ndim), where=judged)
     levels = [level for level in (0.5, 0.9) if level <= (len(draws) - 1) / (len(draws) + 1)]
     varies = truth.std(0) > 0.05 * args.scale
-    inside = coverage(draws, truth, levels=levels, where=~mask & varies)
+    inside = coverage(draws, truth, levels=levels, where=judged & varies)
     row = {
         "crps": float(of_images.mean()),
-        "rmse": float(jnp.sqrt(jnp.mean((draws.mean(0) - truth) ** 2, where=~mask))),
+        "rmse": float(jnp.sqrt(jnp.mean((draws.mean(0) - truth) ** 2, where=judged))),
     }
     names = [f"cover{100 * level:.0f}" for level in levels]
     return row | dict(zip(names, map(float, inside), strict=True)), of_images
@@ -119,25 +152,26 @@ def main(args):
     per_network = args.num_steps * time_network(prior.denoiser, args.max_batch_size)
     cases = [case for case in CASES if args.cases is None or case.name in args.cases]
     rows = []
-    print(f"{'noise':>6s} {'covariance':24s}  K " + " ".join(f"{c[:9]:>9s}" for c in COLUMNS))
-    for noise in args.noises:
-        key_hide, key_draw = jax.random.split(jax.random.key(args.seed))
-        mask, y = images.hide(key_hide, truth, args.hidden, noise)
+    print(f"{'seen':12s} {'covariance':24s}  K " + " ".join(f"{c[:9]:>9s}" for c in COLUMNS))
+    _, key_draw = jax.random.split(jax.random.key(args.seed))
+    for problem in make_problems(truth, args):
         first = None
         for case in cases:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # draws that do not fit are what is measured
-                draws, seconds = draw(key_draw, case, prior, mask, noise, y, args)
-            scores, of_images = judge(draws, truth, mask, args)
+                draws, seconds = draw(key_draw, case, prior, problem, args)
+            scores, of_images = judge(draws, truth, problem.judged, args)
             first = of_images if first is None else first
-            row = {"noise": noise, "name": case.name, "num_particles": case.num_particles} | scores
-            row["residual"] = float(jnp.mean(((draws - y) / noise) ** 2, where=mask))
+            row = {"seen": problem.name, "name": case.name, "num_particles": case.num_particles}
+            row |= scores
             row["difference"] = float(jnp.mean(of_images - first))
             row["standard_error"] = float(jnp.std(of_images - first) / len(of_images) ** 0.5)
             row["cost"] = seconds / per_network
             rows.append(row)
             values = " ".join(f"{row.get(column, float('nan')):9.4f}" for column in COLUMNS)
-            print(f"{noise:6g} {case.name:24s} {case.num_particles:2d} {values}", flush=True)
+            print(
+                f"{problem.name:12s} {case.name:24s} {case.num_particles:2d} {values}", flush=True
+            )
             (output / "images_guidance.json").write_text(json.dumps(rows, indent=1))
     return rows
 
@@ -150,7 +184,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=images.SCALE, help="value of white pixels")
     parser.add_argument("--hidden", type=float, default=0.75, help="fraction of hidden pixels")
-    parser.add_argument("--noises", type=float, nargs="+", default=[1e-3, 0.1])
+    parser.add_argument("--noises", type=float, nargs="*", default=[1e-3, 0.1])
+    parser.add_argument(
+        "--counts", type=float, nargs="*", default=[], help="levels of photon counts"
+    )
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--num-samples", type=int, default=20, help="even; coverage needs 20")
     parser.add_argument("--num-steps", type=int, default=32)

@@ -384,7 +384,7 @@ def judge(draws, truth, mask):
 def restore(rng_key, name, prior, data, args):
     """Draw test images from their posteriors, with the guidance of the E-step."""
     e_step = make_e_step(name, args)
-    options = e_step.options(prior.sampler, prior.denoiser.event_size)
+    options = e_step.options(prior.sampler)
     return ndp.sample_posterior(
         rng_key,
         model,

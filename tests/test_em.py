@@ -34,6 +34,7 @@ from numpyro_diffprior.linalg.stationary import Stationary
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.prior import DiffusionPrior
+from numpyro_diffprior.reading.reader import read
 from tests.counting import compilations, counted
 from tests.oracles import spd
 
@@ -281,16 +282,27 @@ def test_a_grid_needs_as_many_axes():
         em.init(jax.random.key(0), make_prior(), MASK, Y)
 
 
-def test_large_events_are_drawn_by_one_particle():
-    """With Tweedie's covariance, unless the user says how."""
-    sampler, particles = MultistepSDE(4), MMPS(GaussianCovariance())
-    for e_step, event_size, expected in (
+@pytest.mark.parametrize("family", [dist.Normal, dist.StudentT])
+def test_large_events_of_linear_models_are_drawn_by_one_particle(family):
+    """With Tweedie's covariance, unless the user says how; with constant noise, too."""
+    particles = MMPS(GaussianCovariance())
+    shape = {dist.Normal: (), dist.StudentT: (5.0,)}[family]
+
+    def observe(prior, y):
+        with numpyro.plate("n", len(y)):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", family(*shape, x, 1.0).to_event(1), obs=y)
+
+    for e_step, size, expected in (
         (EStep(), 256, (4, particles)),
-        (EStep(), 257, (1, MMPS())),
-        (EStep(2), 784, (2, particles)),
-        (EStep(guidance=particles), 784, (4, particles)),
+        (EStep(), 257, (1, MMPS()) if family is dist.Normal else (4, particles)),
+        (EStep(2), 257, (2, particles)),
+        (EStep(guidance=particles), 257, (4, particles)),
     ):
-        options = e_step.options(sampler, event_size)
+        prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(size), Isotropic(1.0, size)))
+        reading = read(observe, (prior, jnp.ones((3, size))), {}).reading
+        options = e_step.options(reading.sampler, e_step.particles(reading))
         assert (options.num_particles, options.guidance) == expected
 
 

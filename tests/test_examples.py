@@ -447,11 +447,12 @@ def test_images(tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 5_000
     benchmark = images_benchmark.parse_args(
         f"--data {tmp_path} --output {tmp_path} --prior {tmp_path / 'out' / 'images_clean'}"
-        " --noises 0.1 --num-images 2 --num-samples 20 --num-steps 4".split()
+        " --noises 0.1 --counts 3 --num-images 2 --num-samples 20 --num-steps 4".split()
     )
     benchmark.cases = ["Gaussian", "Tweedie, 1 step"]
     rows = images_benchmark.main(benchmark)
-    assert [row["name"] for row in rows] == benchmark.cases
+    assert [row["name"] for row in rows] == 2 * benchmark.cases
+    assert {row["seen"] for row in rows} == {"noise 0.1", "counts 3"}
     assert all(np.isfinite([row["crps"], row["cover90"], row["cost"]]).all() for row in rows)
 
 

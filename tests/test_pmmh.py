@@ -68,19 +68,27 @@ def quadrature():
     return found
 
 
+def check_means(draws, exact):
+    """Compare means, by chain, within their errors, and deviations where they are given."""
+    for name, (mean, deviation) in exact.items():
+        if name not in draws:
+            continue
+        values = np.asarray(draws[name], float)
+        error = values.std() / np.sqrt(float(az.ess(values)))
+        assert abs(values.mean() - mean) < 4 * error + 0.01
+        if deviation is not None:
+            np.testing.assert_allclose(values.std(), deviation, rtol=0.1)
+
+
 def test_draws_are_the_joint_posterior():
     """Of two modes, of constrained values, and with data that say nothing of x."""
     mcmc = run(PMMH(model, num_particles=8), PRIOR, Y, SIDE)
     draws = {k: np.asarray(v, float) for k, v in mcmc.get_samples(group_by_chain=True).items()}
     draws["noise"] = np.log(draws["noise"])
     np.testing.assert_allclose(draws["total"], draws["x"].sum(-1) + draws["shift"], rtol=1e-4)
-    for name, (mean, deviation) in quadrature().items():
-        values = draws[name]
-        assert az.rhat(values) < 1.05
-        error = values.std() / np.sqrt(float(az.ess(values)))
-        assert abs(values.mean() - mean) < 4 * error + 0.01
-        if deviation is not None:
-            np.testing.assert_allclose(values.std(), deviation, rtol=0.1)
+    exact = quadrature()
+    assert all(az.rhat(draws[name]) < 1.05 for name in exact)
+    check_means(draws, exact)
 
 
 def test_what_a_state_tells():
@@ -143,10 +151,56 @@ def test_a_proposal_of_the_users():
     np.testing.assert_array_equal(mcmc.last_state.proposal.root[0], root)
     draws = {k: np.asarray(v, float) for k, v in mcmc.get_samples(group_by_chain=True).items()}
     draws["noise"] = np.log(draws["noise"])
-    for name, (mean, _) in quadrature().items():
-        values = draws[name]
-        error = values.std() / np.sqrt(float(az.ess(values)))
-        assert abs(values.mean() - mean) < 4 * error + 0.01
+    check_means(draws, {name: (mean, None) for name, (mean, _) in quadrature().items()})
+
+
+def test_a_proposal_without_moments():
+    base = dist.Normal(jnp.zeros(2), 1.0).to_event(1)
+    scale = dist.transforms.AffineTransform(jnp.array([-1.0, 0.3]), jnp.array([1.5, 0.5]))
+    proposal = dist.TransformedDistribution(base, scale)
+    mcmc = run(PMMH(model, num_particles=8, proposal=proposal), PRIOR, Y, SIDE, num_warmup=100)
+    check_means({"shift": mcmc.get_samples(group_by_chain=True)["shift"]}, quadrature())
+
+
+def test_complex_values():
+    """Real and imaginary parts have the noise, of unknown size."""
+
+    def observe(prior, y):
+        noise = numpyro.sample("noise", dist.LogNormal(-1.0, 0.5))
+        x = numpyro.sample("x", prior)
+        k = jax.lax.complex(x[..., 0], x[..., 1])
+        numpyro.sample("y", dist.Normal(k, noise).to_event(1), obs=y)
+
+    y = jnp.array([0.5 + 1.0j, -1.0 - 0.3j])
+    gaussian = GaussianDenoiser(jnp.zeros((2, 2)), jnp.eye(4))
+    mcmc = run(PMMH(observe), DiffusionPrior(gaussian, sampler=SAMPLER), y)
+    log_noise = np.log(mcmc.get_samples(group_by_chain=True)["noise"])
+    grid = np.linspace(-4, 2, 601)
+    variance = 1 + np.exp(2 * grid)
+    square = np.sum(np.abs(np.asarray(y)) ** 2)
+    log_prob = norm.logpdf(grid, -1, 0.5) - square / variance / 2 - 2 * np.log(variance)
+    weights = np.exp(log_prob - logsumexp(log_prob))
+    check_means({"noise": log_noise}, {"noise": ((weights * grid).sum(), None)})
+
+
+@pytest.mark.parametrize("kind", ["factor", "param", "dict of priors"])
+def test_other_kinds_of_models(kind):
+    """Noise of 0.5 about an event of variance one and a shift."""
+
+    def shifted(prior, y):
+        shift = numpyro.sample("shift", dist.Normal(0.0, 1.0))
+        x = numpyro.sample("x", prior["a"] if isinstance(prior, dict) else prior) + shift
+        if kind == "factor":
+            numpyro.factor("y", -jnp.sum((y - x) ** 2) / 0.5)
+        else:
+            offset = numpyro.param("offset", 0.3) if kind == "param" else 0.3
+            numpyro.sample("y", dist.Normal(x + offset - 0.3, 0.5).to_event(1), obs=y)
+
+    prior = DiffusionPrior(GaussianDenoiser(jnp.zeros(2), jnp.eye(2)), sampler=SAMPLER)
+    mcmc = run(PMMH(shifted), {"a": prior} if kind == "dict of priors" else prior, Y)
+    precision = 2 / 1.25
+    exact = {"shift": (float(Y.sum()) / 1.25 / (1 + precision), (1 + precision) ** -0.5)}
+    check_means(mcmc.get_samples(group_by_chain=True), exact)
 
 
 def test_starts_where_it_is_told():
@@ -231,9 +285,14 @@ def test_what_is_refused():
         PMMH(model, num_particles=1)
     with pytest.raises(ValueError, match="cannot be a block of Gibbs; use ParticleGibbs"):
         Gibbs([(PMMH(model), ["x", "noise"]), (NUTS(model), None)])
-    kernel = PMMH(model, proposal=dist.Normal(jnp.zeros(3), 1).to_event(1))
-    with pytest.raises(ValueError, match=r"expected a proposal of shape \(2,\), got shape \(3,\)"):
-        kernel.init(jax.random.key(0), 0, None, (PRIOR, Y, SIDE), {})
+    for proposal, start, message in (
+        (dist.Normal(jnp.zeros(3), 1).to_event(1), None, r"shape \(2,\), got shape \(3,\)"),
+        (1.0, None, "expected a distribution as proposal, got 1.0"),
+        (None, {"nose": 0.0, "x": Y}, r"sites \['noise', 'shift'\], got \['nose', 'x'\]"),
+    ):
+        kernel = PMMH(model, proposal=proposal)
+        with pytest.raises(ValueError, match=message):
+            kernel.init(jax.random.key(0), 0, start, (PRIOR, Y, SIDE), {})
 
 
 @pytest.mark.slow

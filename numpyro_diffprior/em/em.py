@@ -158,9 +158,9 @@ class EM:
                 cannot be read, or a prior with a network governs no site or is in the dict twice.
         """
         priors = as_dict(prior)
-        first = next(iter(priors.values()))
-        self.e_step.options(first.sampler, first.denoiser.event_size)
         bound = self._read(prior, (args, kwargs))
+        reading = bound.reading
+        self.e_step.options(reading.sampler, self.e_step.particles(reading))  # raises early
         for group in bound.reading.groups:
             if not (group.latents.plates or group.latents.joined_plates):
                 raise ValueError(

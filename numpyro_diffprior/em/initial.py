@@ -229,7 +229,7 @@ def fit_by_sampling(
             # Covariances fitted to draws may have another form than the initial ones.
             bound = read(model, (passed, *args), kwargs, block_size=size, mesh=mesh, params=params)
             structure = jax.tree.structure(passed)
-            is_linear = all(group.linear for group in bound.reading.groups)
+            is_linear = bound.reading.linear
             chosen = {
                 i: some.ravel()
                 for i, group in enumerate(bound.reading.groups)

@@ -53,9 +53,7 @@ _LEAST_SHARE = 0.01  # that a step is divided by
 
 def has_power(model: BoundModel, start: GaussianStart) -> bool:
     """Whether `fit_power` fits: to linear models with stationary summaries."""
-    return isinstance(start.summary, StationarySummary) and all(
-        group.linear for group in model.reading.groups
-    )
+    return isinstance(start.summary, StationarySummary) and model.reading.linear
 
 
 def fit_power(

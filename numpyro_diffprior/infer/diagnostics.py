@@ -117,9 +117,7 @@ def _is_exact(bound: BoundModel) -> bool:
 
     shapes = jax.eval_shape(parts, bound.data)
     priors = [prior for group in shapes for prior in group]
-    return all(group.linear for group in bound.reading.groups) and all(
-        isinstance(prior, GaussianDenoiser) for prior in priors
-    )
+    return bound.reading.linear and all(isinstance(prior, GaussianDenoiser) for prior in priors)
 
 
 @jax.jit

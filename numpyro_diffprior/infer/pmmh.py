@@ -48,7 +48,7 @@ from numpyro_diffprior.reading.tracing import (
 
 __all__ = ["PMMH", "PMMHState"]
 
-_NUM_PRIOR_DRAWS = 32  # whose deviations are those of the first proposals
+_NUM_DRAWS = 32  # whose deviations are those of the first proposals
 
 
 class PMMHState(NamedTuple):
@@ -151,8 +151,9 @@ class PMMH(DiffusionKernel):
             model_kwargs: Its keyword arguments.
 
         Raises:
-            ValueError: If the model cannot be read, particles and sampler do not fit, or the
-                model has no other latent sites or discrete ones.
+            ValueError: If the model cannot be read, particles and sampler do not fit, the model
+                has no other latent sites or discrete ones, or proposal or first values do not
+                fit these.
         """
         kwargs = model_kwargs or {}
         self._others, self._integrated = self._find_sites(model_args, kwargs)
@@ -166,17 +167,14 @@ class PMMH(DiffusionKernel):
         key_prior, key_start = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         prior = self._draw_prior(key_prior, model_args, kwargs)
         first = jax.tree.map(lambda draws: draws[:, 0], prior)
-        if self.proposal is not None:
-            size = sum(values[0].size for values in first.values())
-            if (shape := self.proposal.shape()) != (size,):
-                raise ValueError(
-                    f"PMMH: expected a proposal of shape ({size},), got shape {shape}; it is a "
-                    f"distribution of the unconstrained values of {list(self._others)} in one "
-                    "vector."
-                )
+        self._check_proposal(sum(values[0].size for values in first.values()))
+        if unknown := sorted(set(init_params or {}) - set(first)):
+            raise ValueError(
+                f"PMMH: expected init_params of the sites {list(self._others)}, got {unknown}; "
+                "diffusion sites are drawn given the others."
+            )
         for name, value in (init_params or {}).items():
-            if name in first:
-                first[name] = jnp.broadcast_to(value, first[name].shape)
+            first[name] = jnp.broadcast_to(value, first[name].shape)
 
         def start(keys: jax.Array, first: _Values, prior: _Values) -> PMMHState:
             def start_chain(key: jax.Array, values: _Values, prior: _Values) -> PMMHState:
@@ -225,7 +223,7 @@ class PMMH(DiffusionKernel):
     def _find_sites(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Return the names of other latent sites, and of sites whose densities are integrated."""
+        """Return the names of other latent sites, and of those that the evidence replaces."""
         trace = handlers.trace(_integrate(self.model)).get_trace(*args, **kwargs)
         latent = {
             name: site
@@ -253,11 +251,22 @@ class PMMH(DiffusionKernel):
         }
         return tuple(sorted(others)), frozenset(seen | hidden)
 
+    def _check_proposal(self, size: int) -> None:
+        if self.proposal is None:
+            return
+        if not isinstance(self.proposal, dist.Distribution):
+            raise ValueError(f"PMMH: expected a distribution as proposal, got {self.proposal!r}.")
+        if (shape := self.proposal.shape()) != (size,):
+            raise ValueError(
+                f"PMMH: expected a proposal of shape ({size},), got shape {shape}; it is a "
+                f"distribution of the unconstrained values of {list(self._others)} in one vector."
+            )
+
     def _draw_prior(
         self, keys: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Values:
         """Draw unconstrained values, with shapes ``(num_chains, num_draws, ...)``."""
-        split = jax.vmap(lambda key: jax.random.split(key, _NUM_PRIOR_DRAWS))(keys)
+        split = jax.vmap(lambda key: jax.random.split(key, _NUM_DRAWS))(keys)
         values: _Values = initialize_model(
             split.reshape(-1),
             _Integrated(self.model, self._integrated),
@@ -280,9 +289,11 @@ class PMMH(DiffusionKernel):
         rng_key, key = jax.random.split(rng_key)
         if self.proposal is None:
             draws = jax.vmap(lambda v: ravel_pytree(v)[0])(prior)
-            mean, root = draws.mean(0), _first_root(draws)
         else:
-            mean, root = self.proposal.mean, _root_of(self.proposal)
+            # Not its moments, which many distributions do not know.
+            rng_key, key_proposal = jax.random.split(rng_key)
+            draws = self.proposal.sample(key_proposal, (_NUM_DRAWS,))
+        root = getattr(self.proposal, "scale_tril", _diagonal_root(draws))
         first = self._estimate(key, values, args, kwargs)
         zero = jnp.zeros_like(first.log_density)
         return PMMHState(
@@ -292,7 +303,7 @@ class PMMH(DiffusionKernel):
             log_density=first.log_density,
             accept_prob=zero,
             mean_accept_prob=zero,
-            proposal=FittedProposal.start(mean, root),
+            proposal=FittedProposal.start(draws.mean(0), root),
             info=first.info,
         )
 
@@ -390,15 +401,9 @@ def _integrate(model: Model, names: frozenset[str] = frozenset()) -> Model:
     return handlers.seed(_Integrated(model, names), rng_seed=0)
 
 
-def _first_root(prior_draws: jax.Array) -> jax.Array:
+def _diagonal_root(draws: jax.Array) -> jax.Array:
     """Return the deviations of draws, one where these are equal, as a diagonal matrix."""
-    spread = prior_draws - prior_draws[0]
+    spread = draws - draws[0]
     largest = magnitude(spread, axis=0)
     deviation = largest[0] * jnp.std(spread / largest, axis=0)
     return jnp.diag(jnp.where(deviation > 0, deviation, 1))
-
-
-def _root_of(proposal: dist.Distribution) -> jax.Array:
-    """Return a root of the covariance of a distribution of vectors, up to a factor."""
-    root = getattr(proposal, "scale_tril", None)
-    return jnp.diag(jnp.sqrt(proposal.variance)) if root is None else root

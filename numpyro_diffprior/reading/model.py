@@ -195,6 +195,16 @@ class ModelReading:
         return self.form.latents[0].sampler
 
     @property
+    def event_size(self) -> int:
+        """The number of elements of the largest events that are drawn together."""
+        return max(group.latents.event_size for group in self.groups)
+
+    @property
+    def linear(self) -> bool:
+        """Whether all means are affine in the events, and noise and values are constant."""
+        return all(group.linear for group in self.groups)
+
+    @property
     def dtype(self) -> jnp.dtype:
         """The floating type of the latent values."""
         position = next(iter(self.latent_inputs.values()))
