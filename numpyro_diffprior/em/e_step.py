@@ -168,7 +168,8 @@ class EStep:
 
 # The most elements of events of linear models that several particles draw by default. One particle
 # with Tweedie's covariance draws images of 28 x 28 in a third of the time, and EM learns at least
-# as much from them (`examples/images.py`). Of photon counts, four particles are better.
+# as much from them (`examples/images.py`). Of photon counts, the Gaussian covariance is better
+# (`benchmarks/images.py`).
 _MAX_SIZE = 256
 # Far more than the smaller parts that `benchmarks/partial.py` and `benchmarks/time_to_quality.py`
 # measure to be enough.
