@@ -48,6 +48,10 @@ E_STEPS = {
     "flat": ndp.EStep(1, guidance=ndp.MMPS(ndp.guidance.FlatPriorCovariance())),
     "particles": ndp.EStep(4, guidance=ndp.MMPS(ndp.guidance.GaussianCovariance())),
 }
+SUMMARIES = {
+    "low-rank": ndp.linalg.LowRankSummary,
+    "stationary-low-rank": ndp.linalg.StationaryLowRankSummary,
+}
 LABELS = {
     "gaussian": "Gaussian",
     "tweedie": "Tweedie",
@@ -69,7 +73,9 @@ SMALL = {
     "num_blocks": 1,
     "attention": (),
     "dropout": 0.0,
+    "summary": "stationary-low-rank",
     "rank": 32,
+    "num_gaussian_iterations": 16,
     "sampler": "multistep",
     "num_steps": 32,
     "max_steps": 2,
@@ -307,7 +313,7 @@ def make_em(name, optimizer, args):
         optimizer,
         e_step=make_e_step(name, args),
         m_step=m_step,
-        start=ndp.GaussianStart(summary=ndp.linalg.LowRankSummary(args.rank)),
+        start=ndp.GaussianStart(args.num_gaussian_iterations, SUMMARIES[args.summary](args.rank)),
     )
 
 
@@ -513,8 +519,11 @@ def parse_args(argv=None):
     parser.add_argument("--channels", type=int, nargs="+", help="widths of the U-Net's levels")
     parser.add_argument("--attention", type=int, nargs="*", help="the levels that have it")
     parser.add_argument("--sampler", choices=SAMPLERS)
+    parser.add_argument(
+        "--summary", choices=SUMMARIES, help="what the Gaussians' factors are beside"
+    )
     for name, value in SMALL.items():
-        if name not in ("channels", "attention", "sampler"):
+        if name not in ("channels", "attention", "sampler", "summary"):
             parser.add_argument("--" + name.replace("_", "-"), type=type(value))
     parser.set_defaults(**SMALL)
     args = parser.parse_args(argv)

@@ -58,6 +58,7 @@ CASES = {
     "radial, R = 4": Case("radial", 4),
     "columns, R = 6, four coils": Case("columns", 6, 4),
 }
+SUMMARIES = ("low-rank", "stationary", "stationary-low-rank")
 LABELS = {"gaussian": "Gaussian", "learned": "learned", "clean": "clean prior"}
 
 # `num_sgd_steps` is per iteration; the prior of clean images takes as many in all.
@@ -368,9 +369,11 @@ def make_em(args):
 
 
 def make_summary(args):
-    if args.start == "stationary":
+    if args.summary == "low-rank":
+        return ndp.linalg.LowRankSummary(args.rank)
+    if args.summary == "stationary":
         return ndp.linalg.StationarySummary()
-    return ndp.linalg.LowRankSummary(args.rank)
+    return ndp.linalg.StationaryLowRankSummary(args.rank)
 
 
 def make_guidance(args):
@@ -631,7 +634,7 @@ def parse_args(argv=None):
     parser.add_argument("--priors", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--noise", type=float, default=1e-2, help="for magnitudes up to one")
-    parser.add_argument("--start", choices=("low-rank", "stationary"), default="stationary")
+    parser.add_argument("--summary", choices=SUMMARIES, default=SUMMARIES[-1])
     parser.add_argument("--num-noisy", type=int, default=4, help="slices of unknown noise, or 0")
     parser.add_argument("--channels", type=int, nargs="+", help="widths of the U-Net's levels")
     for name, value in SMALL.items():

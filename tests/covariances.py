@@ -16,6 +16,7 @@ from numpyro_diffprior.linalg.covariances import (
     Isotropic,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 SIZE = 6
 DTYPE = jnp.zeros(()).dtype
@@ -102,7 +103,22 @@ def stationary(*batch: int, seed: int = 0) -> Pair:
     return Stationary(jnp.asarray(power), jnp.asarray(rotation, DTYPE), (3,)), matrix
 
 
-CASES = [isotropic, diagonal, low_rank, shared_factor, dense, blocks, stationary]
+def stationary_low_rank(*batch: int, seed: int = 0) -> Pair:
+    cov, matrix = stationary(*batch, seed=seed)
+    factor = normal(seed + 2, *batch, SIZE, 2)
+    return StationaryPlusLowRank(cov, jnp.asarray(factor)), matrix + gram(factor)
+
+
+CASES = [
+    isotropic,
+    diagonal,
+    low_rank,
+    shared_factor,
+    dense,
+    blocks,
+    stationary,
+    stationary_low_rank,
+]
 Make = Callable[..., Pair]
 over_cases = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 over_batches = pytest.mark.parametrize("batch", [(), (3,)], ids=str)

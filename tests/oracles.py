@@ -15,6 +15,7 @@ from numpyro_diffprior.linalg.covariances import (
     Repeated,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 COVARIANCES = (
     "Isotropic",
@@ -24,6 +25,7 @@ COVARIANCES = (
     "Blocks",
     "Repeated",
     "Stationary",
+    "StationaryPlusLowRank",
 )
 
 
@@ -63,6 +65,9 @@ def covariance(name, rng, size):
             power = np.abs(np.fft.fft(rng.normal(size=(*grid, num)), axis=0)) + 0.3
             rotation, _ = np.linalg.qr(rng.normal(size=(num, num)))
             return Stationary(jnp.asarray(power.reshape(-1)), jnp.asarray(rotation), grid)
+        case "StationaryPlusLowRank":
+            factor = jnp.asarray(0.6 * rng.normal(size=(size, 2)))
+            return StationaryPlusLowRank(covariance("Stationary", rng, size), factor)
 
 
 def dense(cov):

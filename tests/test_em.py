@@ -28,9 +28,11 @@ from numpyro_diffprior.linalg.covariances import Isotropic
 from numpyro_diffprior.linalg.empirical import (
     GaussianSummary,
     LowRankSummary,
+    StationaryLowRankSummary,
     StationarySummary,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 from numpyro_diffprior.metrics.transport import sliced_wasserstein
 from numpyro_diffprior.nets.mlp import MLP
 from numpyro_diffprior.prior import DiffusionPrior
@@ -168,10 +170,10 @@ def seen_in_kspace(num, shape, noise, share, rng):
     return x + 5, power, mask, y, fourier
 
 
-def start_of_fields(model, num_iterations, shape, mask, y):
+def start_of_fields(model, num_iterations, shape, mask, y, summary=StationarySummary()):
     net = MLP(shape, features=(4,), embedding=4, rngs=nnx.Rngs(0))
     prior = DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(8))
-    em = make_em(model, start=GaussianStart(num_iterations, summary=StationarySummary()))
+    em = make_em(model, start=GaussianStart(num_iterations, summary=summary))
     return em.init(jax.random.key(0), prior, jnp.asarray(mask), jnp.asarray(y, "float32")).prior
 
 
@@ -248,8 +250,38 @@ def test_the_mean_of_fields_that_all_hide_the_same(num_iterations):
     np.testing.assert_allclose(prior.variance.mean(), 1, rtol=0.1)
 
 
+@pytest.mark.parametrize("num_iterations", [3, 8])
+def test_fields_with_factors(num_iterations):
+    """Images whose center varies most, and of which a half is seen."""
+    num, shape = 300, (8, 8)
+    rng = np.random.default_rng(0)
+    center = np.exp(-((np.arange(8) - 4) ** 2) / 4)
+    factor = 5 * np.outer(center, center)
+    power = 1 / (0.2 + np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(8)]))) ** 2 / 10
+    texture = np.fft.ifft2(np.fft.fft2(rng.normal(size=(num, *shape))) * np.sqrt(power)).real
+    x = 3 + rng.normal(size=(num, 1, 1)) * factor + texture
+    mask = rng.random(x.shape) < 0.5
+    y = x + 0.1 * rng.normal(size=x.shape)
+
+    def pixels(prior, mask, y):
+        with numpyro.plate("n", num):
+            mask, y = (numpyro.subsample(v, event_dim=2) for v in (mask, y))
+            seen = dist.Normal(numpyro.sample("x", prior), 0.1).mask(mask)
+            numpyro.sample("y", seen.to_event(2), obs=y)
+
+    summary = StationaryLowRankSummary(rank=4)
+    prior = start_of_fields(pixels, num_iterations, shape, mask, y, summary)
+    assert isinstance(prior.denoiser.cov, StationaryPlusLowRank)
+    found = np.asarray(prior.variance)
+    assert np.all(np.abs(found - x.var(0)) < 0.25 * x.var(0).max())
+    # Without factors, all variances would be the same.
+    assert found[4, 4] > 5 * found[0, 0]
+
+
 @pytest.mark.parametrize("max_batch_size", [10, 1000])
-@pytest.mark.parametrize("summary", [LowRankSummary(), StationarySummary(1)])
+@pytest.mark.parametrize(
+    "summary", [LowRankSummary(), StationarySummary(1), StationaryLowRankSummary(1, 1)]
+)
 def test_some_events_of_a_plate_are_evenly_spaced(summary, max_batch_size):
     """Of sorted data the first events alone would give another mean; whole plates are all used."""
     x = np.linspace(-1, 1, 60)[:, None] + np.zeros(2)

@@ -15,8 +15,15 @@ from numpyro_diffprior.linalg.covariances import (
     DiagonalPlusLowRank,
     Isotropic,
 )
-from numpyro_diffprior.linalg.empirical import empirical_gaussian, stationary_gaussian
+from numpyro_diffprior.linalg.empirical import (
+    StationaryLowRankSummary,
+    _shrink_spikes,
+    empirical_gaussian,
+    stationary_gaussian,
+    stationary_low_rank_gaussian,
+)
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 from tests.covariances import (
     CASES,
     DTYPE,
@@ -70,7 +77,7 @@ def check(cov: Covariance, matrix: np.ndarray, v: np.ndarray) -> None:
     assert_close(actual["sandwich"], square * np.array([[1.0, 2.0], [2.0, 4.0]]))
     largest = np.linalg.eigvalsh(matrix)[..., -1]
     assert actual["max_eigenvalue"].shape == largest.shape
-    if isinstance(cov, DiagonalPlusLowRank | Blocks):
+    if isinstance(cov, DiagonalPlusLowRank | StationaryPlusLowRank | Blocks):
         assert np.all(actual["max_eigenvalue"] >= largest * (1 - TOL))
         assert np.all(actual["max_eigenvalue"] <= largest + actual["diagonal"].max(-1))
     else:
@@ -346,8 +353,67 @@ def test_stationary_fit_is_the_sample_covariance_averaged_over_shifts(grid: tupl
     assert_close(jnp.asarray(sum(at_points)[0, 1], DTYPE), 0.0, 5 * TOL)
 
 
+def draws_with_factors(num: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fields of two channels with a smooth spectrum and two factors, and their covariance."""
+    grid, size = (6, 5), 60
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(6), np.fft.fftfreq(5), indexing="ij"))
+    power = np.repeat((noise / (0.2 + frequency)).ravel(), 2)
+    cov = Stationary(jnp.asarray(power, DTYPE), jnp.eye(2, dtype=DTYPE), grid)
+    factor = normal(0, size, 2) * np.array([1.0, 2.0], DTYPE)
+    matrix = np.asarray(cov.dense(), float) + gram(factor)
+    x = normal(1, num, size) @ np.linalg.cholesky(matrix).T
+    return np.asarray(x, DTYPE).reshape(num, *grid, 2) + 3, matrix
+
+
+def test_stationary_fit_with_factors():
+    x, matrix = draws_with_factors(4000, noise=0.1)
+    mean, cov = jax.jit(partial(stationary_low_rank_gaussian, rank=4))(jnp.asarray(x))
+    assert_close(mean, x.mean(0))
+    error = np.asarray(cov.dense()) - matrix
+    assert np.linalg.norm(error) < 0.05 * np.linalg.norm(matrix)
+    # Beside two large directions, all others have the power that their frequency has.
+    rest = error - np.asarray(stationary_gaussian(jnp.asarray(x))[1].dense()) + matrix
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(rest)
+    assert np.sum(np.abs(cov.factor).max(0) > 0.01) == 2
+    _, single = stationary_low_rank_gaussian(jnp.asarray(x[:, 0, :, 0]), rank=99, num_axes=1)
+    assert single.factor.shape == (5, 5)
+
+
+def test_factors_are_not_fitted_to_noise():
+    """Of fewer draws than elements the largest variances are by chance."""
+    x = normal(0, 40, 8, 8)
+    _, cov = stationary_low_rank_gaussian(jnp.asarray(x), rank=8)
+    assert np.abs(cov.factor).max() == 0
+    # The variance of a direction that stands out is not overestimated.
+    direction = normal(1, 64) / np.linalg.norm(normal(1, 64))
+    x = x.reshape(40, 64) + 4 * normal(2, 40, 1) * direction
+    _, cov = stationary_low_rank_gaussian(jnp.asarray(x.reshape(40, 8, 8)), rank=8)
+    largest = np.linalg.eigvalsh(cov.dense())[-1]
+    sample = np.linalg.eigvalsh(np.cov(x.T))[-1]
+    assert 0.5 * 17 < largest < sample
+    assert np.sum(np.abs(cov.factor).max(0) > 0) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 5.0])
+def test_eigenvalues_of_few_draws(ratio: float):
+    """The variance from which an eigenvalue comes, times the cosine of its direction."""
+    variance = 1 + ratio**0.5 * np.array([1.01, 2.0, 50.0])
+    excess = variance - 1
+    eigenvalue = variance * (1 + ratio / excess)
+    cosine = (1 - ratio / excess**2) / (1 + ratio / excess)
+    found = _shrink_spikes(jnp.asarray(eigenvalue, DTYPE), ratio)
+    assert_close(found, 1 + excess * cosine, 1e-2 if EPS > 1e-10 else 1e-6)
+    assert np.all(_shrink_spikes(jnp.asarray([0.0, 1.0, (1 + ratio**0.5) ** 2]), ratio) == 1)
+
+
 def test_stationary_fit_needs_a_grid():
     with pytest.raises(ValueError, match="events with 2 grid axes"):
         stationary_gaussian(jnp.zeros((3, 4)))
+    with pytest.raises(ValueError, match="stationary_low_rank_gaussian: expected two draws"):
+        stationary_low_rank_gaussian(jnp.zeros((3, 4)))
+    with pytest.raises(ValueError, match="rank"):
+        StationaryLowRankSummary(rank=0)
+    with pytest.raises(ValueError, match=r"pass num_axes=1"):
+        StationaryLowRankSummary(num_axes=2).check((7,))
     with pytest.raises(ValueError, match="two draws or more"):
         stationary_gaussian(jnp.zeros((1, 4, 4)))

@@ -17,7 +17,7 @@ from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
-from numpyro_diffprior.linalg import Isotropic, Stationary
+from numpyro_diffprior.linalg import Isotropic, Stationary, StationaryPlusLowRank
 from numpyro_diffprior.linalg.solvers import conjugate_gradient
 from numpyro_diffprior.linalg.stationary import stationary_part
 
@@ -32,6 +32,12 @@ def stationary(num_channels, seed=0):
     power = (power + np.roll(np.flip(power, (0, 1)), (1, 1), (0, 1))) / 2
     rotation = np.linalg.qr(rng.normal(size=(num_channels, num_channels)))[0]
     return Stationary(jnp.asarray(power.reshape(-1)), jnp.asarray(rotation), GRID)
+
+
+def with_factors(cov, rank=3, seed=1):
+    """The covariance plus factors, in some of whose directions the variance is large."""
+    factor = np.random.default_rng(seed).normal(size=(cov.size, rank)) * [0.1, 1, 10]
+    return StationaryPlusLowRank(cov, jnp.asarray(factor))
 
 
 def shifts(field):
@@ -87,23 +93,26 @@ def test_the_stationary_part_is_all_of_a_stationary_operator(name):
         np.moveaxis(np.asarray(jax.vmap(p.matvec)(basis), float), 0, -1)
         for p in (parts.lower, parts.mean)
     )
-    prior = np.linalg.inv(dense(cov))
+    precision = np.linalg.inv(dense(cov))
     for i, scale in enumerate([1, 1e4]):
-        total = prior + scale * np.asarray(gram[i], float)
-        excess = [eigvalsh(prior + scale * p[i], total).max() for p in (lower, mean)]
+        total = precision + scale * np.asarray(gram[i], float)
+        excess = [eigvalsh(precision + scale * p[i], total).max() for p in (lower, mean)]
         assert excess[0] < 1.5
         assert is_stationary or scale == 1 or excess[1] > 10
 
     if is_stationary:
         np.testing.assert_allclose(lower, mean, atol=tolerance(1e-4, 1e-10) * np.abs(mean).max())
-        system = np.eye(len(dense(cov))) + np.asarray(gram, float) @ dense(cov)
-        expected = np.linalg.solve(system, v[..., None])[..., 0]
-        update = cov.update_stationary(part)
-        b, shift = update.solve(jnp.asarray(v))
-        np.testing.assert_allclose(b, expected, atol=tolerance(1e-4, 1e-10))
-        np.testing.assert_allclose(shift, expected @ dense(cov), atol=tolerance(1e-4, 1e-10))
-        logdet = np.linalg.slogdet(system)[1]
-        np.testing.assert_allclose(update.logdet, logdet, rtol=tolerance(1e-4, 1e-10))
+        for prior in (cov, with_factors(cov)):
+            system = np.eye(prior.size) + np.asarray(gram, float) @ dense(prior)
+            expected = np.linalg.solve(system, v[..., None])[..., 0]
+            shift = expected @ dense(prior)
+            update = prior.update_stationary(part)
+            found = update.solve(jnp.asarray(v))
+            scale = max(1, np.abs(dense(prior)).max())
+            np.testing.assert_allclose(found[0], expected, atol=tolerance(1e-4, 1e-10) * scale)
+            np.testing.assert_allclose(found[1], shift, atol=tolerance(1e-4, 1e-10) * scale)
+            logdet = np.linalg.slogdet(system)[1]
+            np.testing.assert_allclose(update.logdet, logdet, rtol=tolerance(1e-4, 1e-10))
         square = dense(cov) + 0.3 * dense(cov) @ dense(cov)
         logdet = np.linalg.slogdet(np.eye(len(square)) + np.asarray(gram, float) @ square)[1]
         more = cov.update_stationary(part, 0.3)
@@ -155,15 +164,17 @@ def test_updates_of_each_event():
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("noise", [0.3, 0.01])
-def test_posterior_means_under_stationary_priors(name, noise):
+@pytest.mark.parametrize("form", [lambda cov: cov, with_factors], ids=["stationary", "factors"])
+def test_posterior_means_under_stationary_priors(name, noise, form):
     """In one step, and one that finds nothing to do, if the operator is stationary."""
     matrix, num_channels, is_stationary = OPERATORS[name]
     rng = np.random.default_rng(2)
-    prior = GaussianDenoiser(jnp.zeros((*GRID, num_channels)), stationary(num_channels))
+    cov = form(stationary(num_channels))
+    prior = GaussianDenoiser(jnp.zeros((*GRID, num_channels)), cov)
     size, sigma = NUM * num_channels, 0.7
     y = matrix @ rng.normal(size=size) + noise * rng.normal(size=len(matrix))
-    cov = Isotropic(jnp.asarray(noise**2), len(matrix))
-    likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), cov, prior.event_shape)
+    noises = Isotropic(jnp.asarray(noise**2), len(matrix))
+    likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), noises, prior.event_shape)
     mmps = MMPS(GaussianCovariance(), max_dense=0, atol=tolerance(1e-3, 1e-8))
     assert isinstance(mmps.choose_solve(prior, likelihood), StationarySolve)
     x_t = jnp.asarray(rng.normal(size=(3, *prior.event_shape)))

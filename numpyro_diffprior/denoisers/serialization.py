@@ -49,6 +49,7 @@ from numpyro_diffprior.linalg.covariances import (
     Repeated,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 from numpyro_diffprior.nets import NETWORKS
 from numpyro_diffprior.nets.adapters import named_arrays, replace_arrays
 
@@ -71,6 +72,7 @@ _TYPES: dict[str, Any] = {
         Blocks,
         Repeated,
         Stationary,
+        StationaryPlusLowRank,
     )
 }
 

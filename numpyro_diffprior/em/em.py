@@ -66,7 +66,7 @@ from numpyro_diffprior.em.initial import (
 )
 from numpyro_diffprior.em.m_step import MStep, fit_priors
 from numpyro_diffprior.em.params import fit_params, init_params
-from numpyro_diffprior.em.power import fit_power, has_power
+from numpyro_diffprior.em.power import fit_stationary, has_power
 from numpyro_diffprior.em.sites import (
     Priors,
     Sites,
@@ -183,8 +183,8 @@ class EM:
                 for key in with_network(priors)
             }
         else:
+            fit = fit_stationary if has_power(bound, self.start) else fit_by_sampling
             given = (self.model, (args, kwargs), priors, sites, self.start)
-            fit = fit_power if has_power(bound, self.start) else fit_by_sampling
             gaussians = fit(key_fit, *given, self.e_step, params, self.mesh)
         return self._first_state(
             rng_key, priors, gaussians, params, params_opt_state, bound, sites

@@ -95,7 +95,7 @@ def has_closed_form(model: BoundModel, start: GaussianStart) -> bool:
     the likelihood is elementwise, and the covariance is dense or has low rank.
     """
     groups = model.reading.groups
-    if len(groups) > 1 or start.summary.rank is None:
+    if len(groups) > 1 or not isinstance(start.summary, LowRankSummary):
         return False
     (group,) = groups
     latents = group.latents
@@ -108,6 +108,7 @@ def fit_in_closed_form(
     model: BoundModel, start: GaussianStart, mesh: Mesh | None = None
 ) -> Gaussian:
     """Fit a Gaussian to linear Gaussian observations of one site."""
+    assert isinstance(start.summary, LowRankSummary)
     (group,) = model.reading.groups
     (plate,) = group.latents.plates
 

@@ -22,6 +22,7 @@ References:
     1951 (steps that become shorter).
 """
 
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -33,30 +34,64 @@ from jax.sharding import Mesh
 from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.em.draws import replace_non_finite
 from numpyro_diffprior.em.e_step import EStep
-from numpyro_diffprior.em.initial import Gaussian, GaussianStart, with_gaussians
+from numpyro_diffprior.em.initial import (
+    Gaussian,
+    GaussianStart,
+    fit_by_sampling,
+    with_gaussians,
+)
 from numpyro_diffprior.em.m_step import summarize
 from numpyro_diffprior.em.restoration import block_key, restore_linear_gaussian
 from numpyro_diffprior.em.sites import Priors, Sites, pool, with_network
 from numpyro_diffprior.infer.blocks import block_size
-from numpyro_diffprior.linalg.empirical import StationarySummary
+from numpyro_diffprior.linalg.empirical import StationaryLowRankSummary, StationarySummary
 from numpyro_diffprior.linalg.stationary import Stationary
 from numpyro_diffprior.reading.model import BoundModel, GroupReading
 from numpyro_diffprior.reading.parts import load_some
 from numpyro_diffprior.reading.reader import read
 from numpyro_diffprior.reading.tracing import Model
 
-__all__ = ["fit_power", "has_power"]
+__all__ = ["fit_stationary", "has_power"]
 
+_SHARE_OF_POWER = 4  # one of so many iterations is for the power alone
 _NUM_FULL = 4  # iterations before steps become shorter
 _LEAST_SHARE = 0.01  # that a step is divided by
 
 
 def has_power(model: BoundModel, start: GaussianStart) -> bool:
-    """Whether `fit_power` fits: to linear models with stationary summaries."""
-    return isinstance(start.summary, StationarySummary) and model.reading.linear
+    """Whether `fit_stationary` fits: to linear models with stationary summaries."""
+    is_stationary = isinstance(start.summary, StationarySummary | StationaryLowRankSummary)
+    return is_stationary and model.reading.linear
 
 
-def fit_power(
+def fit_stationary(
+    rng_key: jax.Array,
+    model: Model,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    priors: Priors,
+    sites: Sites,
+    start: GaussianStart,
+    e_step: EStep,
+    params: dict[str, jax.Array],
+    mesh: Mesh | None,
+) -> dict[str, Gaussian]:
+    """Fit stationary Gaussians, or such with factors: first the power, then both by draws."""
+    options = (e_step, params, mesh)
+    if isinstance(start.summary, StationarySummary):
+        return _fit_power(rng_key, model, arguments, priors, sites, start, *options)
+    assert isinstance(start.summary, StationaryLowRankSummary)
+    key_power, key_draws = jax.random.split(rng_key)
+    num = start.num_iterations // _SHARE_OF_POWER
+    if num > 0:
+        only = replace(start, summary=StationarySummary(start.summary.num_axes))
+        only = replace(only, num_iterations=num)
+        fitted = _fit_power(key_power, model, arguments, priors, sites, only, *options)
+        priors = dict(priors) | with_gaussians(priors, fitted)
+    rest = replace(start, num_iterations=start.num_iterations - num)
+    return fit_by_sampling(key_draws, model, arguments, priors, sites, rest, *options)
+
+
+def _fit_power(
     rng_key: jax.Array,
     model: Model,
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
@@ -171,7 +206,9 @@ def _fields(
     length: jax.Array,
     fraction: jax.Array,
 ) -> jax.Array:
-    """Return fields whose stationary Gaussian is the next one.
+    """Return fields whose stationary Gaussian is the next one, two for each event.
+
+    Simulated power is added to them with both signs, so that it is not correlated with the rest.
 
     Args:
         mean: The mean after the shift.
@@ -187,10 +224,13 @@ def _fields(
     deviation = before + length * (after - before)
     average = deviation.mean(0)
     share = jnp.maximum(step.share, _LEAST_SHARE) / fraction
-    fields = cov.filter(jax.lax.rsqrt(share), deviation - average)
-    fields += cov.filter(jnp.sqrt(1 - step.share / share), step.simulated)
-    fields += mean.ravel() + (length - 1) * shift + average
-    return fields.reshape(observed.shape)
+    seen = cov.filter(jax.lax.rsqrt(share), deviation - average)
+    added = cov.filter(jnp.sqrt(1 - step.share / share), step.simulated)
+    # The summary divides their squares by 2 n - 1 instead of 2 (n - 1).
+    num = len(seen)
+    pairs = ((num - 0.5) / max(num - 1, 1)) ** 0.5 * jnp.concatenate([seen + added, seen - added])
+    pairs += mean.ravel() + (length - 1) * shift + average
+    return pairs.reshape(-1, *mean.shape)
 
 
 def _white(denoiser: Denoiser, num_axes: int) -> Stationary:

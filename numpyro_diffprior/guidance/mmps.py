@@ -52,6 +52,7 @@ from numpyro_diffprior.guidance.solves import (
     StationarySolve,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 __all__ = ["MMPS"]
 
@@ -139,7 +140,11 @@ class MMPS(Guidance):
                 max_steps = 3
             solve = ConjugateGradients(self.atol, max_steps)
             is_quadratic = likelihood.linear and likelihood.potential is None
-            if is_quadratic and not likelihood.elementwise and isinstance(cov, Stationary):
+            if (
+                is_quadratic
+                and not likelihood.elementwise
+                and isinstance(cov, Stationary | StationaryPlusLowRank)
+            ):
                 return StationarySolve.of(likelihood.linearize(zeros), cov, solve)
             return solve
         if cov is None:

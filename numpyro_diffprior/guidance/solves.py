@@ -39,6 +39,7 @@ from numpyro_diffprior.linalg.solvers import (
     truncated_solve,
 )
 from numpyro_diffprior.linalg.stationary import Stationary, StationaryPart, stationary_part
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 __all__ = [
     "ConjugateGradients",
@@ -314,6 +315,8 @@ class ConjugateGradients(Solve):
 class StationarySolve(Solve):
     r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
 
+    :math:`V` may have factors beside; it does not look ahead then.
+
     Conjugate gradients are preconditioned by :math:`(V^{-1} + \Lambda')^{-1}`, where the
     stationary :math:`\Lambda'` hardly exceeds :math:`\Lambda` in any direction
     (`StationaryPart.lower`). If :math:`\Lambda` is stationary, as for masked Fourier transforms
@@ -323,14 +326,19 @@ class StationarySolve(Solve):
     Args:
         part: The stationary part of :math:`\Lambda`, of a linear likelihood.
         iterations: Conjugate gradients.
+        looks_ahead: Whether `look_ahead` is implemented.
     """
 
     part: StationaryPart
     iterations: ConjugateGradients
+    looks_ahead: bool = True
 
     @classmethod
     def of(
-        cls, local: Linearization, cov: Stationary, iterations: ConjugateGradients
+        cls,
+        local: Linearization,
+        cov: Stationary | StationaryPlusLowRank,
+        iterations: ConjugateGradients,
     ) -> "StationarySolve":
         """Return the solver for a linear likelihood.
 
@@ -345,18 +353,14 @@ class StationarySolve(Solve):
             return local.precision(jnp.broadcast_to(v, score.shape))
 
         part = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
-        return cls(part, iterations)
+        return cls(part, iterations, looks_ahead=isinstance(cov, Stationary))
 
     def __call__(
         self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
     ) -> Solution:
-        assert isinstance(cov.closed_form, Stationary)
+        assert isinstance(cov.closed_form, Stationary | StationaryPlusLowRank)
         update = cov.closed_form.update_stationary(self.part.lower)
         return self.iterations.solve(local, update.solve)
-
-    @property
-    def looks_ahead(self) -> bool:
-        return True
 
     def look_ahead(
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array

@@ -12,11 +12,14 @@ from numpyro_diffprior.linalg.covariances import (
 from numpyro_diffprior.linalg.empirical import (
     GaussianSummary,
     LowRankSummary,
+    StationaryLowRankSummary,
     StationarySummary,
     empirical_gaussian,
     stationary_gaussian,
+    stationary_low_rank_gaussian,
 )
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 __all__ = [
     "Blocks",
@@ -29,7 +32,10 @@ __all__ = [
     "LowRankSummary",
     "Repeated",
     "Stationary",
+    "StationaryLowRankSummary",
+    "StationaryPlusLowRank",
     "StationarySummary",
     "empirical_gaussian",
     "stationary_gaussian",
+    "stationary_low_rank_gaussian",
 ]

@@ -29,6 +29,7 @@ __all__ = [
     "inverse_lower",
     "magnitude",
     "matmul",
+    "plus_identity",
     "probe",
 ]
 
@@ -164,6 +165,20 @@ def _lower_blocks(first: jax.Array, below: jax.Array, second: jax.Array) -> jax.
     above = jnp.zeros((*below.shape[:-2], below.shape[-1], below.shape[-2]), below.dtype)
     rows = [jnp.concatenate([first, above], axis=-1), jnp.concatenate([below, second], axis=-1)]
     return jnp.concatenate(rows, axis=-2)
+
+
+def plus_identity(matrix: jax.Array, raised: bool = False) -> jax.Array:
+    """Return the identity plus a positive semi-definite matrix.
+
+    If ``raised``, the diagonal is raised by the rounding error of the largest eigenvalues, beside
+    which the identity may be lost.
+    """
+    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    diagonal = jnp.ones((), matrix.dtype)
+    if raised:
+        trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+        diagonal = jnp.maximum(diagonal, jnp.finfo(matrix.dtype).eps * trace)
+    return matrix + diagonal * identity
 
 
 def by_matrix(f: Callable[..., Any], *operands: jax.Array) -> Any:

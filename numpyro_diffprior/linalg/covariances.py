@@ -34,6 +34,7 @@ from numpyro_diffprior.linalg.batched import (
     cholesky,
     inverse_lower,
     matmul,
+    plus_identity,
 )
 
 __all__ = [
@@ -147,7 +148,7 @@ class Covariance(ABC):
         if square is not None:
             cov = cov + append_axis(append_axis(square)) * matmul(cov, cov)
         matrix = root[..., :, None] * cov * root[..., None, :]
-        factor = Factor.of(_plus_one(matrix, raised=True))
+        factor = Factor.of(plus_identity(matrix, raised=True))
 
         def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
             b = root * factor.solve(inverse_root * score)
@@ -373,7 +374,7 @@ class DiagonalPlusLowRank(Covariance):
             half = matmul(second.inverse, cross)
             matrix = matrix + matmul(half.mT, half) - identity
             logdet = logdet + second.logdet()
-        first = Factor.of(_plus_one(matrix, raised=True))
+        first = Factor.of(plus_identity(matrix, raised=True))
 
         def solve(score: jax.Array) -> tuple[jax.Array, jax.Array]:
             white = score / gains
@@ -642,7 +643,7 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
 
 def _capacitance(factor: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Return the Cholesky factor of :math:`I + F^T W F`."""
-    return cholesky(_plus_one(_weighted_gram(factor, weights)))
+    return cholesky(plus_identity(_weighted_gram(factor, weights)))
 
 
 def _weighted_gram(factor: jax.Array, weights: jax.Array) -> jax.Array:
@@ -673,17 +674,3 @@ def _weighted_gram(factor: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 _GRAM_SIZE = 4096
-
-
-def _plus_one(matrix: jax.Array, raised: bool = False) -> jax.Array:
-    """Return the identity plus a positive semi-definite matrix.
-
-    If ``raised``, the diagonal is raised by the rounding error of the largest eigenvalues, beside
-    which the identity may be lost.
-    """
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    diagonal = jnp.ones((), matrix.dtype)
-    if raised:
-        trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-        diagonal = jnp.maximum(diagonal, jnp.finfo(matrix.dtype).eps * trace)
-    return matrix + diagonal * identity

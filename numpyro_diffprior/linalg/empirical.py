@@ -3,6 +3,8 @@ r"""Gaussian summaries of draws: their mean and a structured covariance.
 References:
     Halko, Martinsson and Tropp, *Finding structure with randomness*, arXiv 0909.4061 (the
     low-rank fit).
+    Donoho, Gavish and Johnstone, *Optimal shrinkage of eigenvalues in the spiked covariance
+    model*, Annals of Statistics 46, 2018 (the factors beside a stationary covariance).
 """
 
 from abc import ABC, abstractmethod
@@ -11,18 +13,22 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from numpyro_diffprior._compile.checks import check_count, set_fields
 from numpyro_diffprior.linalg.batched import append_axis, matmul
 from numpyro_diffprior.linalg.covariances import Covariance, Dense, DiagonalPlusLowRank
 from numpyro_diffprior.linalg.stationary import Stationary
+from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 __all__ = [
     "GaussianSummary",
     "LowRankSummary",
+    "StationaryLowRankSummary",
     "StationarySummary",
     "empirical_gaussian",
     "stationary_gaussian",
+    "stationary_low_rank_gaussian",
 ]
 
 
@@ -32,11 +38,6 @@ class GaussianSummary(ABC):
     @abstractmethod
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
         """Return mean, with shape ``event_shape``, and covariance of ``(n, *event_shape)``."""
-
-    @property
-    def rank(self) -> int | None:
-        """The rank of a low-rank covariance; None if EM has no closed form for the summary."""
-        return None
 
     def check(self, event_shape: tuple[int, ...]) -> None:  # noqa: B027 - by default all fit
         """Raise a `ValueError` if events of a shape do not fit."""
@@ -83,11 +84,46 @@ class StationarySummary(GaussianSummary):
         return stationary_gaussian(x, num_axes=self.num_axes)
 
     def check(self, event_shape: tuple[int, ...]) -> None:
-        if len(event_shape) < self.num_axes:
-            raise ValueError(
-                f"StationarySummary: a grid of {self.num_axes} axes does not fit events of shape "
-                f"{event_shape}; pass num_axes={len(event_shape)} or another summary."
-            )
+        _check_grid("StationarySummary", self.num_axes, event_shape)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class StationaryLowRankSummary(GaussianSummary):
+    """A stationary covariance plus factors: full rank, with some dependence on the place.
+
+    It suits images, with objects in the center and detail everywhere. See
+    `stationary_low_rank_gaussian`.
+
+    Args:
+        rank: The number of factors.
+        num_axes: The number of leading axes of events that form the grid; the remaining ones are
+            channels.
+    """
+
+    rank: int = 32
+    num_axes: int = 2
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            rank=check_count("StationaryLowRankSummary", "rank", self.rank),
+            num_axes=check_count("StationaryLowRankSummary", "num_axes", self.num_axes),
+        )
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Covariance]:
+        return stationary_low_rank_gaussian(x, rank=self.rank, num_axes=self.num_axes)
+
+    def check(self, event_shape: tuple[int, ...]) -> None:
+        _check_grid("StationaryLowRankSummary", self.num_axes, event_shape)
+
+
+def _check_grid(name: str, num_axes: int, event_shape: tuple[int, ...]) -> None:
+    if len(event_shape) < num_axes:
+        raise ValueError(
+            f"{name}: a grid of {num_axes} axes does not fit events of shape {event_shape}; pass "
+            f"num_axes={len(event_shape)} or another summary."
+        )
 
 
 def empirical_gaussian(
@@ -122,12 +158,7 @@ def empirical_gaussian(
     if size <= max_dense:
         return mean, Dense.from_matrix(matmul(centered.T, centered))
 
-    def improve(_: int, basis: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(matmul(centered.T, matmul(centered, basis)))[0]
-
-    # The start only has to be in general position, so a constant key suffices.
-    start = jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), x.dtype)
-    basis = jax.lax.fori_loop(0, 6, improve, start)
+    basis = _improve(centered, _start(size, rank, x.dtype), 6)
     scores = matmul(centered, basis)
     eigenvalues, rotation = jnp.linalg.eigh(matmul(scores.T, scores))
     eigenvalues, rotation = eigenvalues[-rank:], rotation[:, -rank:]
@@ -159,11 +190,70 @@ def stationary_gaussian(x: jax.Array, *, num_axes: int = 2) -> tuple[jax.Array, 
     Raises:
         ValueError: If there are fewer than two draws, or events have fewer axes than the grid.
     """
+    mean, _, cov = _fit_stationary("stationary_gaussian", x, num_axes)
+    return mean, cov
+
+
+def stationary_low_rank_gaussian(
+    x: jax.Array, *, rank: int = 32, num_axes: int = 2
+) -> tuple[jax.Array, StationaryPlusLowRank]:
+    r"""Fit a Gaussian with covariance :math:`S + F F^T` to draws, with :math:`S` stationary.
+
+    In turn, :math:`S` gets the power that the factors leave of the draws, and the factors the
+    directions in which the draws, divided by the root of :math:`S`, have the largest variances
+    :math:`\lambda > 1`. Those of few draws are too large: of :math:`n` draws of :math:`d`
+    elements with unit variance, the largest is :math:`(1 + \sqrt{d / n})^2`. Smaller ones get no
+    factor, and larger ones what is optimal in Frobenius norm (Donoho, Gavish and Johnstone, 2018).
+
+    Args:
+        x: Draws with shape ``(n, *grid, *channels)``.
+        rank: The number of factors.
+        num_axes: The number of axes of the grid.
+
+    Returns:
+        The mean, with shape ``(*grid, *channels)``, and the covariance.
+
+    Raises:
+        ValueError: If there are fewer than two draws, or events have fewer axes than the grid.
+    """
+    rank = check_count("stationary_low_rank_gaussian", "rank", rank)
+    mean, centered, total = _fit_stationary("stationary_low_rank_gaussian", x, num_axes)
+    rank = min(rank, total.size)
+    ratio = total.size / (len(x) - 1)
+
+    def improve(_: int, state: tuple) -> tuple:
+        basis, cov = state
+        root = jnp.sqrt(cov.stationary.eigenvalues)
+        white = cov.stationary.filter(1 / root, centered)
+        basis = _improve(white, basis, 2)
+        scores = matmul(white, basis)
+        eigenvalues, rotation = jnp.linalg.eigh(matmul(scores.T, scores))
+        gains = jnp.sqrt(_shrink_spikes(eigenvalues[-rank:], ratio) - 1)
+        directions = matmul(basis, rotation[:, -rank:])
+        factor = cov.stationary.sqrt_matvec(gains[:, None] * directions.T).T
+        explained = jnp.square(jnp.abs(total.waves(factor.T))).sum(0)
+        power = jnp.maximum(total.eigenvalues - explained, _LEAST_POWER * total.eigenvalues)
+        rest = Stationary(power, total.rotation, total.grid)
+        return basis, StationaryPlusLowRank(rest, factor)
+
+    zero = jnp.zeros((total.size, rank), x.dtype)
+    start = _start(total.size, rank, x.dtype), StationaryPlusLowRank(total, zero)
+    return mean, jax.lax.fori_loop(0, _NUM_ROUNDS, improve, start)[1]
+
+
+_NUM_ROUNDS = 8  # of power and factors in turn
+_LEAST_POWER = 1e-3  # of what a frequency has
+
+
+def _fit_stationary(
+    name: str, x: jax.Array, num_axes: int
+) -> tuple[jax.Array, jax.Array, Stationary]:
+    """Return the mean, the flattened deviations over the root of their number, and their power."""
     grid, channels = x.shape[1 : 1 + num_axes], x.shape[1 + num_axes :]
     if len(x) < 2 or len(grid) < num_axes or num_axes < 1:
         raise ValueError(
-            f"stationary_gaussian: expected two draws or more of events with {num_axes} grid axes "
-            f"or more, got an array of shape {x.shape}."
+            f"{name}: expected two draws or more of events with {num_axes} grid axes or more, got "
+            f"an array of shape {x.shape}."
         )
     mean = x.mean(0)
     centered = (x - mean).reshape(len(x), *grid, prod(channels)) / (len(x) - 1) ** 0.5
@@ -173,4 +263,34 @@ def stationary_gaussian(x: jax.Array, *, num_axes: int = 2) -> tuple[jax.Array, 
     power = jnp.square(waves.real).sum(0) + jnp.square(waves.imag).sum(0)
     # Rounding would leave frequencies without power, in which nothing could be drawn.
     power = jnp.maximum(power, jnp.finfo(x.dtype).eps * power.max())
-    return mean, Stationary(power.reshape(-1), rotation, grid)
+    return mean, centered.reshape(len(x), -1), Stationary(power.reshape(-1), rotation, grid)
+
+
+def _start(size: int, rank: int, dtype: DTypeLike) -> jax.Array:
+    """Return where subspace iterations start: in general position, so a constant key suffices."""
+    return jax.random.normal(jax.random.key(0), (size, min(rank + 10, size)), dtype)
+
+
+def _improve(centered: jax.Array, basis: jax.Array, num: int) -> jax.Array:
+    """Turn a basis towards the leading subspace of deviations, ``(n, d)``, in some iterations."""
+
+    def improve(_: int, basis: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matmul(centered.T, matmul(centered, basis)))[0]
+
+    return jax.lax.fori_loop(0, num, improve, basis)
+
+
+def _shrink_spikes(eigenvalues: jax.Array, ratio: float) -> jax.Array:
+    r"""Return the variances behind the largest eigenvalues of a sample covariance.
+
+    Of :math:`n` draws of :math:`d = \gamma n` elements, of unit variance in nearly all
+    directions, a variance :math:`\ell > 1 + \sqrt{\gamma}` has the eigenvalue
+    :math:`\lambda = \ell (1 + \gamma / (\ell - 1))`, in a direction whose squared cosine with
+    the true one is :math:`c^2 = (1 - \gamma / (\ell - 1)^2) / (1 + \gamma / (\ell - 1))`. The
+    result is :math:`1 + (\ell - 1) c^2`, and one where the variance cannot be told.
+    """
+    seen = eigenvalues > (1 + ratio**0.5) ** 2
+    total = jnp.where(seen, eigenvalues, (2 + ratio**0.5) ** 2) + 1 - ratio
+    excess = (total + jnp.sqrt(jnp.square(total) - 4 * (total - 1 + ratio))) / 2 - 1
+    cosine = (1 - ratio / jnp.square(excess)) / (1 + ratio / excess)
+    return jnp.where(seen, 1 + excess * cosine, 1)
