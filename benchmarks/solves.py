@@ -7,7 +7,12 @@ gradients, preconditioned by the covariance, and by the stationary part of the p
 is that of the mean in deviations of the posterior, root mean square over all directions, against a
 dense solution in double precision.
 
+With `--path`, updates are solved at the noise levels of a sampler, at noisy events of one draw of
+the posterior: from zero at each level, and from the posterior mean of the level before, as much of
+it as minimizes the energy.
+
     python benchmarks/solves.py --output out
+    JAX_ENABLE_X64=1 python benchmarks/solves.py --path --noise 0.1 0.01
 """
 
 import argparse
@@ -26,6 +31,7 @@ from numpyro_diffprior.guidance import linear_gaussian
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
 from numpyro_diffprior.linalg import Isotropic
+from numpyro_diffprior.linalg.solvers import conjugate_gradient
 
 
 def make_coils(size, num_coils):
@@ -104,10 +110,66 @@ def measure(name, noise, sigma, args):
     return row
 
 
+def follow(name, noise, args):
+    """Return the steps per level of solves from zero, and from the level before."""
+    rng = np.random.default_rng(args.seed)
+    prior, _ = make_field(args.size)
+    observe = OPERATORS[name](args.size, rng)
+    shape, size = prior.event_shape, prior.event_size
+    white = [jnp.asarray(rng.normal(size=size), prior.dtype) for _ in range(args.path + 1)]
+    x = prior.cov.sqrt_matvec(white[0]).reshape(shape)
+    matrix = jax.lax.map(lambda v: observe(v).ravel(), jnp.eye(size).reshape(-1, *shape)).T
+    y = matrix @ x.ravel() + noise * jnp.asarray(rng.normal(size=len(matrix)), prior.dtype)
+    noises = Isotropic(jnp.asarray(noise**2), len(y))
+    likelihood = linear_gaussian(y, matrix, noises, shape)
+    # The events at all levels are noisy versions of one, the smallest first.
+    levels = jnp.geomspace(float(prior.sigma_min), float(prior.sigma_max), args.path)
+    added = jnp.sqrt(jnp.diff(jnp.square(levels), prepend=0))
+    noisy = x.ravel() + jnp.cumsum(added[:, None] * jnp.stack(white[1:]), axis=0)
+    part = StationarySolve.of(likelihood.linearize(x), prior.cov, ConjugateGradients()).part
+
+    @jax.jit
+    def solve(x_t, sigma, mean):
+        cov = prior.cov.conditional(sigma**2)
+        x_hat = prior(x_t.reshape(shape), sigma)
+        local = likelihood.linearize(x_hat)
+        start = mean - x_hat.ravel()
+        slope = cov.solve(start) + local.precision(start)
+        start = (local.score() @ start) / (start @ slope) * start
+
+        def steps(precondition, start):
+            score = local.score() - cov.solve(start) - local.precision(start)
+            return conjugate_gradient(local.precision, precondition, score, atol=args.atol[0])
+
+        found = []
+        for precondition in (
+            lambda r: (r, cov.matvec(r)),
+            cov.update_stationary(part.lower).solve,
+        ):
+            cold, warm = steps(precondition, 0 * start), steps(precondition, start)
+            found += [cold.num_steps, warm.num_steps]
+        return x_hat.ravel() + cold.shift, jnp.stack(found)
+
+    mean, counts = jnp.zeros(size), []
+    for x_t, sigma in zip(noisy[::-1], levels[::-1], strict=True):
+        mean, found = solve(x_t, sigma, mean)
+        counts.append(found)
+    names = ("conjugate gradients", "from the last level", "stationary part", "both")
+    totals = np.mean(counts, axis=0).tolist()
+    return {"operator": name, "noise": noise} | dict(zip(names, totals, strict=True))
+
+
 def main(args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = []
+    if args.path:
+        for name, noise in itertools.product(OPERATORS, args.noise):
+            rows.append(follow(name, noise, args))
+            print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
+        result = {"args": vars(args), "rows": rows}
+        (output / "solves.json").write_text(json.dumps(result, indent=1))
+        return result
     for name, noise in itertools.product(OPERATORS, args.noise):
         for sigma in (100.0, 10 * noise):
             row = measure(name, noise, sigma, args)
@@ -130,6 +192,9 @@ def parse_args(argv=None):
     parser.add_argument("--noise", type=float, nargs="+", default=[0.1, 0.01, 0.001])
     parser.add_argument("--atol", type=float, nargs="+", default=[0.1])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--path", type=int, nargs="?", const=32, default=0, help="levels of a sampler, if any"
+    )
     return parser.parse_args(argv)
 
 

@@ -289,7 +289,7 @@ def make_e_step(name, args):
     """Return the E-step of a guidance, or how draws under the other two priors are made."""
     e_step = replace(E_STEPS.get(name, E_STEPS["tweedie"]), max_batch_size=args.max_batch_size)
     if name == "gaussian":
-        # Exact for a Gaussian, and without conjugate gradients.
+        # Exact for a Gaussian.
         return replace(e_step, guidance=ndp.MMPS(ndp.guidance.GaussianCovariance()))
     if e_step.guidance == ndp.MMPS():
         return replace(e_step, guidance=ndp.MMPS(max_steps=args.max_steps))

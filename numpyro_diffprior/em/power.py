@@ -83,8 +83,8 @@ def fit_stationary(
     key_power, key_draws = jax.random.split(rng_key)
     num = start.num_iterations // _SHARE_OF_POWER
     if num > 0:
-        only = replace(start, summary=StationarySummary(start.summary.num_axes))
-        only = replace(only, num_iterations=num)
+        summary = StationarySummary(start.summary.num_axes)
+        only = replace(start, num_iterations=num, summary=summary)
         fitted = _fit_power(key_power, model, arguments, priors, sites, only, *options)
         priors = dict(priors) | with_gaussians(priors, fitted)
     rest = replace(start, num_iterations=start.num_iterations - num)

@@ -293,4 +293,4 @@ def _shrink_spikes(eigenvalues: jax.Array, ratio: float) -> jax.Array:
     total = jnp.where(seen, eigenvalues, (2 + ratio**0.5) ** 2) + 1 - ratio
     excess = (total + jnp.sqrt(jnp.square(total) - 4 * (total - 1 + ratio))) / 2 - 1
     cosine = (1 - ratio / jnp.square(excess)) / (1 + ratio / excess)
-    return jnp.where(seen, 1 + excess * cosine, 1)
+    return jnp.where(seen, 1 + excess * jnp.maximum(cosine, 0), 1)
