@@ -59,7 +59,12 @@ CASES = {
     "columns, R = 6, four coils": Case("columns", 6, 4),
 }
 SUMMARIES = ("low-rank", "stationary", "stationary-low-rank")
-LABELS = {"gaussian": "Gaussian", "learned": "learned", "clean": "clean prior"}
+LABELS = {
+    "gaussian": "Gaussian",
+    "learned": "learned",
+    "clean": "clean prior",
+    "complete": "Gaussian of complete images",
+}
 
 # `num_sgd_steps` is per iteration; the prior of clean images takes as many in all.
 SMALL = {
@@ -432,6 +437,12 @@ def to_gaussian(prior):
     return prior.replace_denoiser(ndp.GaussianDenoiser(net.mean, net.cov, unit=net.unit))
 
 
+def fit_to_clean(prior, scans, args):
+    """The Gaussian of the complete images."""
+    mean, cov = jax.jit(make_summary(args))(scans.image)
+    return prior.replace_denoiser(ndp.GaussianDenoiser(mean, cov))
+
+
 def restore(rng_key, prior, scans, args):
     """Draw images from their posteriors, with shape ``(draws, n, size, size, 2)``."""
     gaussian = isinstance(prior.denoiser, ndp.GaussianDenoiser)
@@ -601,6 +612,8 @@ def main(args):
             prior = to_gaussian(start.prior)
         elif name == "learned":
             prior, result["em"] = learn(keys[2], em, start, scans, args)
+        elif name == "complete":
+            prior = fit_to_clean(untrained, scans, args)
         else:
             prior = train_on_clean(keys[3], untrained, scans, args)
         priors[name] = prior
@@ -631,7 +644,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", help="NIfTI or fastMRI file, or folder (default: nilearn's T1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpu", action="store_true", help="defaults for a GPU; not yet measured")
-    parser.add_argument("--priors", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--priors", nargs="+", choices=LABELS, default=list(LABELS)[:3])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--noise", type=float, default=1e-2, help="for magnitudes up to one")
     parser.add_argument("--summary", choices=SUMMARIES, default=SUMMARIES[-1])

@@ -495,11 +495,11 @@ def test_mri(tmp_path):
         " --max-batch-size 8 --num-judged 2 --num-tuned 1 --num-sweeps 2 --num-noisy 1"
         f" --data {tmp_path} --output {tmp_path / 'out'}".split()
     )
-    args.cases = ["columns, R = 6, four coils"]
+    args.cases, args.priors = ["columns, R = 6, four coils"], list(mri.LABELS)
     result = mri.main(args)
     assert list(result["table"]) == args.cases
     for rows in result["table"].values():
-        assert set(rows) == {"zero-filled", "total variation", "gaussian", "learned", "clean"}
+        assert set(rows) == {"zero-filled", "total variation", *mri.LABELS}
         assert all(np.isfinite(list(row.values())).all() for row in rows.values())
     assert len(result["em"]) == 1
     assert [row["true"] for row in result["noise"]] == pytest.approx([0.01, 0.02, 0.05])
