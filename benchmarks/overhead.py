@@ -133,7 +133,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--num-repeats", type=int, default=5)
     args, rest = parser.parse_known_args(argv)
-    settings = {"num_images": "256", "num_iterations": "4"}
+    settings = {"num_images": "256", "num_iterations": "4", "summary": "low-rank"}
     defaults = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     return argparse.Namespace(**vars(images.parse_args(defaults + rest)) | vars(args))
 

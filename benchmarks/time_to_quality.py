@@ -93,7 +93,8 @@ class Images:
 
     def __init__(self, rng_key, args):
         self.keys = jax.random.split(rng_key, 3)
-        self.options = images.parse_args(["--num-images", str(args.num_events)])
+        given = "--summary low-rank --num-gaussian-iterations 32 --num-images".split()
+        self.options = images.parse_args([*given, str(args.num_events)])
         self.options.hidden, self.options.data = args.hidden, args.data
         self.options.num_features_steps = args.num_features_steps
         (train, labels), (test, _) = (images.read_images(args.data, p) for p in ("train", "test"))

@@ -107,6 +107,7 @@ PAPER = GPU | {
     "num_blocks": 5,
     "attention": (1,),
     "dropout": 0.1,
+    "summary": "low-rank",
     "rank": 64,
     "sampler": "ddpm",
     "num_steps": 256,

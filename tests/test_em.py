@@ -250,6 +250,27 @@ def test_the_mean_of_fields_that_all_hide_the_same(num_iterations):
     np.testing.assert_allclose(prior.variance.mean(), 1, rtol=0.1)
 
 
+@pytest.mark.parametrize("unit", [1.0, 2.0**-86])
+def test_later_steps_of_the_power_do_not_scatter(unit):
+    """With any random key, few events that are hardly hidden have their own variance."""
+    x = unit * np.linspace(-1, 1, 60)[:, None, None] * np.ones((2, 1))
+
+    def pixels(prior, y):
+        with numpyro.plate("n", 60):
+            y = numpyro.subsample(y, event_dim=2)
+            seen = dist.Normal(numpyro.sample("x", prior), 0.1 * unit).to_event(2)
+            numpyro.sample("y", seen, obs=y)
+
+    net = MLP((2, 1), features=(4,), embedding=4, rngs=nnx.Rngs(0))
+    em = make_em(pixels, start=GaussianStart(8, summary=StationarySummary()))
+    for seed in range(4):
+        prior = DiffusionPrior(NetworkDenoiser(net), sampler=MultistepSDE(8))
+        prior = em.init(jax.random.key(seed), prior, jnp.asarray(x, "float32")).prior
+        deviation = np.sqrt(np.asarray(prior.denoiser.cov.diagonal(), float))
+        found = (float(prior.denoiser.unit) / unit * deviation) ** 2
+        np.testing.assert_allclose(found, x.var(ddof=1) / unit**2, rtol=0.05)
+
+
 @pytest.mark.parametrize("num_iterations", [3, 8])
 def test_fields_with_factors(num_iterations):
     """Images whose center varies most, and of which a half is seen."""

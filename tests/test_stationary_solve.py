@@ -176,7 +176,9 @@ def test_posterior_means_under_stationary_priors(name, noise, form):
     noises = Isotropic(jnp.asarray(noise**2), len(matrix))
     likelihood = linear_gaussian(jnp.asarray(y), jnp.asarray(matrix), noises, prior.event_shape)
     mmps = MMPS(GaussianCovariance(), max_dense=0, atol=tolerance(1e-3, 1e-8))
-    assert isinstance(mmps.choose_solve(prior, likelihood), StationarySolve)
+    solve = mmps.choose_solve(prior, likelihood)
+    assert isinstance(solve, StationarySolve)
+    assert solve.looks_ahead == isinstance(cov, Stationary)
     x_t = jnp.asarray(rng.normal(size=(3, *prior.event_shape)))
     guided = jax.jit(lambda x: mmps.bind(prior, likelihood).evaluate(x, jnp.asarray(sigma)))(x_t)
     if is_stationary:

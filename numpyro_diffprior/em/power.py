@@ -75,7 +75,7 @@ def fit_stationary(
     params: dict[str, jax.Array],
     mesh: Mesh | None,
 ) -> dict[str, Gaussian]:
-    """Fit stationary Gaussians, or such with factors: first the power, then both by draws."""
+    """Fit stationary Gaussians; with factors, first the power alone and then both, by draws."""
     options = (e_step, params, mesh)
     if isinstance(start.summary, StationarySummary):
         return _fit_power(rng_key, model, arguments, priors, sites, start, *options)
@@ -86,7 +86,7 @@ def fit_stationary(
         summary = StationarySummary(start.summary.num_axes)
         only = replace(start, num_iterations=num, summary=summary)
         fitted = _fit_power(key_power, model, arguments, priors, sites, only, *options)
-        priors = dict(priors) | with_gaussians(priors, fitted)
+        priors = with_gaussians(priors, fitted)
     rest = replace(start, num_iterations=start.num_iterations - num)
     return fit_by_sampling(key_draws, model, arguments, priors, sites, rest, *options)
 

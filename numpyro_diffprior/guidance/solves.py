@@ -315,7 +315,7 @@ class ConjugateGradients(Solve):
 class StationarySolve(Solve):
     r"""Solve with the stationary part of :math:`\Lambda`, under a stationary :math:`V`.
 
-    :math:`V` may have factors beside; it does not look ahead then.
+    If :math:`V` also has factors, particles do not look ahead.
 
     Conjugate gradients are preconditioned by :math:`(V^{-1} + \Lambda')^{-1}`, where the
     stationary :math:`\Lambda'` hardly exceeds :math:`\Lambda` in any direction

@@ -90,7 +90,7 @@ class StationarySummary(GaussianSummary):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class StationaryLowRankSummary(GaussianSummary):
-    """A stationary covariance plus factors: full rank, with some dependence on the place.
+    """A stationary covariance plus factors, which depend on the place.
 
     It suits images, with objects in the center and detail everywhere. See
     `stationary_low_rank_gaussian`.
