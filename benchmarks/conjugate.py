@@ -101,7 +101,7 @@ class ConjugatePosterior(GuidedDenoiser):
     rule: Callable
     is_joint: bool
 
-    def evaluate(self, x_t, sigma):
+    def evaluate(self, x_t, sigma, guess):
         x_hat, pull = pull_back(self.prior, x_t, sigma)
         variance = jnp.maximum(pull(jnp.ones_like(x_hat)), 1e-6)
         y = self.likelihood.y

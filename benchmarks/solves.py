@@ -7,9 +7,9 @@ gradients, preconditioned by the covariance, and by the stationary part of the p
 is that of the mean in deviations of the posterior, root mean square over all directions, against a
 dense solution in double precision.
 
-With `--path`, updates are solved at the noise levels of a sampler, at noisy events of one draw of
-the posterior: from zero at each level, and from the posterior mean of the level before, as much of
-it as minimizes the energy.
+With `--path`, posteriors are drawn in so many noise levels, with solves that start from zero at
+each level, and from the posterior mean of the level before. The error is that of the draws, in
+deviations of the posterior as above, against draws from the same numbers with precise solves.
 
     python benchmarks/solves.py --output out
     JAX_ENABLE_X64=1 python benchmarks/solves.py --path --noise 0.1 0.01
@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -27,11 +28,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.kspace import fourier, make_field
-from numpyro_diffprior.guidance import linear_gaussian
+from numpyro_diffprior.diffusion.samplers import MultistepSDE
+from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
+from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
 from numpyro_diffprior.linalg import Isotropic
-from numpyro_diffprior.linalg.solvers import conjugate_gradient
+from numpyro_diffprior.particles.smc import draw_posterior
+from numpyro_diffprior.particles.system import SamplingOptions
 
 
 def make_coils(size, num_coils):
@@ -110,76 +114,78 @@ def measure(name, noise, sigma, args):
     return row
 
 
+@dataclass(frozen=True, eq=False)
+class FromZero(GuidedDenoiser):
+    """A posterior whose solves do not start from the last noise level."""
+
+    posterior: GuidedDenoiser
+
+    def evaluate(self, x_t, sigma, guess):
+        return self.posterior.guide(x_t, sigma)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class GuidanceFromZero(MMPS):
+    def bind(self, denoiser, likelihood):
+        return FromZero(denoiser, likelihood, super().bind(denoiser, likelihood))
+
+
 def follow(name, noise, args):
-    """Return the steps per level of solves from zero, and from the level before."""
+    """Return the steps per level of draws, and their errors, from zero and from the last level."""
     rng = np.random.default_rng(args.seed)
     prior, _ = make_field(args.size)
     observe = OPERATORS[name](args.size, rng)
     shape, size = prior.event_shape, prior.event_size
-    white = [jnp.asarray(rng.normal(size=size), prior.dtype) for _ in range(args.path + 1)]
-    x = prior.cov.sqrt_matvec(white[0]).reshape(shape)
     matrix = jax.lax.map(lambda v: observe(v).ravel(), jnp.eye(size).reshape(-1, *shape)).T
-    y = matrix @ x.ravel() + noise * jnp.asarray(rng.normal(size=len(matrix)), prior.dtype)
-    noises = Isotropic(jnp.asarray(noise**2), len(y))
+    white = jnp.asarray(rng.normal(size=(args.num_events, size)), prior.dtype)
+    y = jax.vmap(prior.cov.sqrt_matvec)(white) @ matrix.T
+    y += noise * jnp.asarray(rng.normal(size=y.shape), prior.dtype)
+    noises = Isotropic(jnp.asarray(noise**2), y.shape[-1])
     likelihood = linear_gaussian(y, matrix, noises, shape)
-    # The events at all levels are noisy versions of one, the smallest first.
-    levels = jnp.geomspace(float(prior.sigma_min), float(prior.sigma_max), args.path)
-    added = jnp.sqrt(jnp.diff(jnp.square(levels), prepend=0))
-    noisy = x.ravel() + jnp.cumsum(added[:, None] * jnp.stack(white[1:]), axis=0)
-    part = StationarySolve.of(likelihood.linearize(x), prior.cov, ConjugateGradients()).part
+    columns = np.asarray(jax.vmap(prior.cov.matvec)(jnp.eye(size)), float)
+    precision = np.linalg.inv(columns) + np.asarray(matrix.T @ matrix, float) / noise**2
+    sampler = MultistepSDE(args.path)
 
-    @jax.jit
-    def solve(x_t, sigma, mean):
-        cov = prior.cov.conditional(sigma**2)
-        x_hat = prior(x_t.reshape(shape), sigma)
-        local = likelihood.linearize(x_hat)
-        start = mean - x_hat.ravel()
-        slope = cov.solve(start) + local.precision(start)
-        start = (local.score() @ start) / (start @ slope) * start
+    def draw(guidance):
+        options = SamplingOptions(1, sampler, guidance)
+        draws = draw_posterior(jax.random.key(args.seed), prior, likelihood, options)
+        steps = float(draws.info.num_solver_steps.mean()) / args.path
+        return np.asarray(draws.x, float).reshape(args.num_events, -1), steps
 
-        def steps(precondition, start):
-            score = local.score() - cov.solve(start) - local.precision(start)
-            return conjugate_gradient(local.precision, precondition, score, atol=args.atol[0])
+    row = {"operator": name, "noise": noise}
+    options = {"covariance": GaussianCovariance(), "max_dense": 0}
+    exact, _ = draw(GuidanceFromZero(atol=1e-4, **options))
+    for start, guidance in (("from zero", GuidanceFromZero), ("from the last level", MMPS)):
+        draws, steps = draw(guidance(atol=args.atol[0], **options))
+        error = draws - exact
+        square = np.einsum("ni,ij,nj->n", error, precision, error).mean()
+        row[start] = {"steps": steps, "error": float(np.sqrt(square))}
+    return row
 
-        found = []
-        for precondition in (
-            lambda r: (r, cov.matvec(r)),
-            cov.update_stationary(part.lower).solve,
-        ):
-            cold, warm = steps(precondition, 0 * start), steps(precondition, start)
-            found += [cold.num_steps, warm.num_steps]
-        return x_hat.ravel() + cold.shift, jnp.stack(found)
 
-    mean, counts = jnp.zeros(size), []
-    for x_t, sigma in zip(noisy[::-1], levels[::-1], strict=True):
-        mean, found = solve(x_t, sigma, mean)
-        counts.append(found)
-    names = ("conjugate gradients", "from the last level", "stationary part", "both")
-    totals = np.mean(counts, axis=0).tolist()
-    return {"operator": name, "noise": noise} | dict(zip(names, totals, strict=True))
+def show(row):
+    found = "  ".join(
+        f"{key} {value['steps']:6.1f} steps {value['error']:9.2e}"
+        for key, value in row.items()
+        if isinstance(value, dict)
+    )
+    sigma = f" sigma {row['sigma']:6g}" if "sigma" in row else ""
+    print(f"{row['operator']:20s} noise {row['noise']:.0e}{sigma}  {found}", flush=True)
 
 
 def main(args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = []
-    if args.path:
-        for name, noise in itertools.product(OPERATORS, args.noise):
-            rows.append(follow(name, noise, args))
-            print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
-        result = {"args": vars(args), "rows": rows}
-        (output / "solves.json").write_text(json.dumps(result, indent=1))
-        return result
     for name, noise in itertools.product(OPERATORS, args.noise):
+        if args.path:
+            rows.append(follow(name, noise, args))
+            show(rows[-1])
+            continue
         for sigma in (100.0, 10 * noise):
-            row = measure(name, noise, sigma, args)
-            rows.append(row)
-            found = "  ".join(
-                f"{key} {value['steps']:5.0f} steps {value['error']:9.2e}"
-                for key, value in row.items()
-                if isinstance(value, dict)
-            )
-            print(f"{name:20s} noise {noise:.0e} sigma {sigma:6g}  {found}", flush=True)
+            rows.append(measure(name, noise, sigma, args))
+            show(rows[-1])
     result = {"args": vars(args), "rows": rows}
     (output / "solves.json").write_text(json.dumps(result, indent=1))
     return result
@@ -192,6 +198,7 @@ def parse_args(argv=None):
     parser.add_argument("--noise", type=float, nargs="+", default=[0.1, 0.01, 0.001])
     parser.add_argument("--atol", type=float, nargs="+", default=[0.1])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-events", type=int, default=8, help="drawn along a path")
     parser.add_argument(
         "--path", type=int, nargs="?", const=32, default=0, help="levels of a sampler, if any"
     )

@@ -2,8 +2,8 @@ import gc
 import os
 
 # Most of the tests' time is compilation, and these flags more than halve it. A value that is set
-# already is kept: an empty one selects XLA's default flags. The last one makes runs repeatable: the
-# last bits of large FFTs depend on the number of threads, which depends on what else runs.
+# already is kept: an empty one selects XLA's default flags. The last flag makes runs repeatable:
+# the last bits of large FFTs depend on the number of threads, which depends on what else runs.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -453,7 +453,7 @@ def test_nearly_symmetric_jacobian_needs_no_matrix():
     denoiser = LinearDenoiser(jnp.asarray(weight), jnp.zeros(EVENT), Isotropic(1.0, 6))
     case = problem(denoiser=denoiser)
     guided = guide(MMPS(), denoiser, case.observed, case.x_t)
-    iterated = guide(MMPS(max_dense=0, max_steps=12), denoiser, case.observed, case.x_t)
+    iterated = guide(MMPS(max_dense=0, max_steps=12, atol=0.05), denoiser, case.observed, case.x_t)
     np.testing.assert_allclose(iterated.x_hat_y, guided.x_hat_y, atol=0.02)
 
 

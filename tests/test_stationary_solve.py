@@ -16,10 +16,13 @@ import numpyro_diffprior as ndp
 from numpyro_diffprior.denoisers.exact import GaussianDenoiser
 from numpyro_diffprior.guidance import MMPS, GaussianCovariance, linear_gaussian
 from numpyro_diffprior.guidance.covariances import PosteriorOperator
+from numpyro_diffprior.guidance.guidance import GuidedDenoiser
 from numpyro_diffprior.guidance.solves import ConjugateGradients, StationarySolve
 from numpyro_diffprior.linalg import Isotropic, Stationary, StationaryPlusLowRank
 from numpyro_diffprior.linalg.solvers import conjugate_gradient
 from numpyro_diffprior.linalg.stationary import stationary_part
+from numpyro_diffprior.particles.smc import draw_posterior
+from numpyro_diffprior.particles.system import SamplingOptions
 
 GRID = (6, 5)
 NUM = 30  # points of the grid
@@ -62,6 +65,15 @@ def kspace(seed=0):
     imag = np.stack([fourier.imag, fourier.real], axis=-1).reshape(NUM, -1)
     seen = np.random.default_rng(seed).random(NUM) < 0.5
     return np.concatenate([real[seen], imag[seen]])
+
+
+def coils(num=4):
+    """Some of the Fourier coefficients of complex fields in each of several smooth weights."""
+    rows, columns = np.meshgrid(*(np.linspace(-1, 1, n) for n in GRID), indexing="ij")
+    angles = 2 * np.pi * np.arange(num)[:, None, None] / num
+    square = (rows - np.cos(angles)) ** 2 + (columns - np.sin(angles)) ** 2
+    weights = np.repeat(np.exp(-square / 2).reshape(num, -1), 2, axis=-1)
+    return np.concatenate([kspace() * weight for weight in weights])
 
 
 OPERATORS = {
@@ -180,7 +192,7 @@ def test_posterior_means_under_stationary_priors(name, noise, form):
     assert isinstance(solve, StationarySolve)
     assert solve.looks_ahead == isinstance(cov, Stationary)
     x_t = jnp.asarray(rng.normal(size=(3, *prior.event_shape)))
-    guided = jax.jit(lambda x: mmps.bind(prior, likelihood).evaluate(x, jnp.asarray(sigma)))(x_t)
+    guided = jax.jit(lambda x: mmps.bind(prior, likelihood).guide(x, sigma))(x_t)
     if is_stationary:
         assert np.all(guided.stats.num_steps <= 3)
         assert np.all(guided.stats.residual < tolerance(1e-4, 1e-10))
@@ -196,6 +208,29 @@ def test_posterior_means_under_stationary_priors(name, noise, form):
         mean, rest = gaussian_posterior(x_hat, posterior, matrix, noises, y)
         error = (np.asarray(found, float).ravel() - mean) / np.sqrt(np.diagonal(rest))
         assert np.abs(error).max() < tolerance(0.02, 1e-5)
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_solves_start_from_the_level_before(monkeypatch, num_particles):
+    """With fewer steps in all, and draws that differ by less than what the steps leave."""
+    matrix, num_channels, noise = coils(), 2, 0.03
+    rng, cov = np.random.default_rng(5), stationary(num_channels)
+    prior = GaussianDenoiser(jnp.zeros((*GRID, num_channels)), cov)
+    x = np.asarray(cov.sqrt_matvec(jnp.asarray(rng.normal(size=(6, cov.size)))))
+    y = jnp.asarray(x @ matrix.T + noise * rng.normal(size=(6, len(matrix))))
+    noises = Isotropic(jnp.asarray(noise**2), len(matrix))
+    likelihood = linear_gaussian(y, jnp.asarray(matrix), noises, prior.event_shape)
+    guidance = MMPS(GaussianCovariance(), max_dense=0)
+    options = SamplingOptions(num_particles, ndp.samplers.MultistepSDE(16), guidance)
+    warm = draw_posterior(jax.random.key(0), prior, likelihood, options)
+    guide = GuidedDenoiser.guide
+    monkeypatch.setattr(GuidedDenoiser, "guide", lambda self, x, s, _: guide(self, x, s))
+    cold = draw_posterior(jax.random.key(0), prior, likelihood, options)
+    assert np.all(warm.info.num_solver_steps < 0.6 * cold.info.num_solver_steps)
+    if num_particles == 1:
+        posterior = np.linalg.inv(np.linalg.inv(dense(cov)) + matrix.T @ matrix / noise**2)
+        error = np.asarray(warm.x - cold.x).reshape(6, -1) / np.sqrt(np.diagonal(posterior))
+        assert np.abs(error).max() < 0.1
 
 
 @pytest.mark.parametrize("name", OPERATORS)

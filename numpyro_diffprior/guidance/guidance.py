@@ -119,17 +119,21 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
     def __call__(self, x_t: jax.Array, sigma: jax.Array | float) -> jax.Array:
         return self.guide(x_t, sigma).x_hat_y
 
-    def guide(self, x_t: jax.Array, sigma: jax.Array | float) -> Guided:
+    def guide(
+        self, x_t: jax.Array, sigma: jax.Array | float, guess: jax.Array | None = None
+    ) -> Guided:
         """Evaluate prior and posterior at one noise level.
 
         Args:
             x_t: Noisy events, with shape ``(*extra, *batch, *event)``.
             sigma: Noise levels, broadcastable to shape ``(*extra, *batch)``.
+            guess: The posterior's means at the noise level before, with the shape of ``x_t``, from
+                which iterative solves start. They save steps, and may be any values.
         """
-        return self.evaluate(x_t, jnp.asarray(sigma, self.dtype))
+        return self.evaluate(x_t, jnp.asarray(sigma, self.dtype), guess)
 
     @abstractmethod
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
         """Implement `guide`, for an array of noise levels."""
 
     @property

@@ -73,8 +73,8 @@ class MMPS(Guidance):
             differentiated in reverse mode. Diagonal and low-rank covariances need no matrix for
             likelihoods that are elementwise, at any number of values. Under stationary
             covariances, k-space and periodic convolutions take one step, beyond that number.
-        atol: The estimated error at which conjugate gradients stop, in deviations of the
-            posterior at a noise level: no linear function of the event is off by more.
+        atol: The error at which conjugate gradients stop, in deviations of the posterior at a
+            noise level: no linear function of the event is off by more.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
             `ConjugateGradients`). The remaining relative residual is reported in the statistics
@@ -169,28 +169,34 @@ class _Posterior(GuidedDenoiser):
     guidance: MMPS
     solve: Solve
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
         cov = self.guidance.covariance.at(self.prior, x_t, sigma)
         x_hat = cov.x_hat
         batch_shape = x_hat.shape[: x_hat.ndim - len(self.event_shape)]
         origin = jnp.zeros((*batch_shape, self.event_size), x_hat.dtype)
         start = _Mode(origin, origin, jnp.zeros(batch_shape, x_hat.dtype))
+        first = None if guess is None else (guess - x_hat).reshape(origin.shape)
 
-        def step(mode: _Mode, _: None) -> tuple[_Mode, tuple[jax.Array, SolveStats]]:
+        def step(
+            state: tuple[_Mode, jax.Array | None], _: None
+        ) -> tuple[tuple[_Mode, jax.Array], tuple[jax.Array, SolveStats]]:
+            mode, shift = state
             x = x_hat + mode.shift.reshape(x_hat.shape)
             local = self.likelihood.linearize(x).recenter(mode.shift)
-            solution = self.solve(local, cov, partial(self.likelihood.operator, x))
+            solution = self.solve(local, cov, partial(self.likelihood.operator, x), shift)
             if self.likelihood.linear:
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
                 mode = self._search(x_hat, mode, solution.shift, solution.b)
-            return mode, (solution.logdet, solution.stats)
+            return (mode, solution.shift), (solution.logdet, solution.stats)
 
         if self.likelihood.linear:
-            mode, (logdet, stats) = step(start, None)
+            (mode, _), (logdet, stats) = step((start, first), None)
         else:
-            mode, (logdets, all_stats) = jax.lax.scan(
-                step, start, length=self.guidance.num_iterations
+            (mode, _), (logdets, all_stats) = jax.lax.scan(
+                step,
+                (start, origin if first is None else first),
+                length=self.guidance.num_iterations,
             )
             logdet, stats = logdets[-1], all_stats.over_path()
         correction = mode.shift

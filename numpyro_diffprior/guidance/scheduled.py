@@ -60,7 +60,7 @@ class _PiecewisePosterior(GuidedDenoiser):
     low: GuidedDenoiser
     threshold: float
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
         """Evaluate prior and posterior at one noise level.
 
         Raises:
@@ -73,8 +73,8 @@ class _PiecewisePosterior(GuidedDenoiser):
             )
         return jax.lax.cond(
             sigma > self.threshold * self.prior.scale,
-            lambda: self.high.guide(x_t, sigma),
-            lambda: self.low.guide(x_t, sigma),
+            lambda: self.high.guide(x_t, sigma, guess),
+            lambda: self.low.guide(x_t, sigma, guess),
         )
 
 
@@ -118,8 +118,8 @@ class _TemperedPosterior(GuidedDenoiser):
     posterior: GuidedDenoiser
     power: float
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array) -> Guided:
-        guided = self.posterior.guide(x_t, sigma)
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+        guided = self.posterior.guide(x_t, sigma, guess)
         share = sigma**2 / (sigma**2 + self.prior.scale**2)
         power = 1 - (1 - self.power) * share
         return guided._replace(log_twist=power * guided.log_twist)

@@ -75,7 +75,11 @@ class Solve(ABC):
 
     @abstractmethod
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
         """Solve for the mode.
 
@@ -83,6 +87,8 @@ class Solve(ABC):
             local: The linearized likelihood.
             cov: The covariance :math:`V`.
             operator: A function that returns :math:`A`, with shape ``(*batch, m, d)``.
+            guess: A guess of :math:`V b`, with shape ``(*batch, d)``, from which conjugate
+                gradients start if there is a closed form for :math:`V`.
         """
 
     @property
@@ -160,7 +166,11 @@ class FactoredSolve(Solve):
         return cls(reduction.matrix, reduction)
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
         assert cov.closed_form is not None
         if self.reduction is not None:
@@ -201,7 +211,11 @@ class ElementwiseSolve(Solve):
     precision: jax.Array | None = None
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
         assert cov.closed_form is not None
         score, precision = local.score(), self.precision
@@ -239,7 +253,11 @@ class EigenSolve(Solve):
     """
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
         basis = jnp.eye(local.residual.shape[-1], dtype=local.residual.dtype)
 
@@ -270,14 +288,21 @@ class ConjugateGradients(Solve):
     max_steps: int | None = None
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
-        return self.solve(local, lambda score: (score, cov.matvec(score)))
+        return self.solve(local, cov, lambda score: (score, cov.matvec(score)), guess)
 
     def solve(
         self,
         local: Linearization,
+        cov: PosteriorOperator,
         precondition: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+        guess: jax.Array | None,
+        least: jax.Array | float = 1.0,
     ) -> Solution:
         """Return the solution, without its log-determinant.
 
@@ -287,18 +312,27 @@ class ConjugateGradients(Solve):
 
         Args:
             local: The linearized likelihood.
+            cov: The covariance :math:`V`.
             precondition: The preconditioner; see `conjugate_gradient`.
+            guess: A guess of :math:`V b`, or None; see `__call__`.
+            least: A lower bound of the eigenvalues of the preconditioned system.
         """
         if local.gradient is None:
             precision, transpose = local.white_matvec, local.white_transpose
             score = local.noise.whiten(local.residual)
         else:
             precision, transpose, score = local.precision, None, local.score()
+        start = None
+        if guess is not None and cov.closed_form is not None:
+            b = cov.closed_form.solve(guess)
+            start = b, cov.matvec(b)
         result = conjugate_gradient(
             precision,
             precondition,
             score,
             transpose=transpose,
+            start=start,
+            least=least,
             atol=self.atol,
             max_steps=self.max_steps,
         )
@@ -356,11 +390,17 @@ class StationarySolve(Solve):
         return cls(part, iterations, looks_ahead=isinstance(cov, Stationary))
 
     def __call__(
-        self, local: Linearization, cov: PosteriorOperator, operator: Callable[[], jax.Array]
+        self,
+        local: Linearization,
+        cov: PosteriorOperator,
+        operator: Callable[[], jax.Array],
+        guess: jax.Array | None = None,
     ) -> Solution:
         assert isinstance(cov.closed_form, Stationary | StationaryPlusLowRank)
         update = cov.closed_form.update_stationary(self.part.lower)
-        return self.iterations.solve(local, update.solve)
+        has_part = (self.part.lower.blocks != 0).any()
+        least = jnp.where(has_part, _LEAST, 1.0)
+        return self.iterations.solve(local, cov, update.solve, guess, least)
 
     def look_ahead(
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
@@ -368,3 +408,8 @@ class StationarySolve(Solve):
         assert isinstance(cov, Stationary)
         update = partial(cov.update_stationary, self.part.mean)
         return PrecisionLookAhead.of(local, cov, self.part.mean, update, sigma, tau)
+
+
+# A bound of the eigenvalues of systems that are preconditioned by a stationary part. Of four coils
+# they were 0.68 and more, of random stationary and other operators two thirds and more.
+_LEAST = 0.5

@@ -6,6 +6,8 @@ learned :math:`V`, a truncated eigendecomposition; or matrix-free, by conjugate 
 References:
     Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
     NeurIPS 2024, arXiv 2405.13712 (conjugate gradients in moment matching posterior sampling).
+    Meurant and Tichy, *On computing quadrature-based bounds for the A-norm of the error in
+    conjugate gradients*, Numerical Algorithms 62, 2013 (the bound of the error).
 """
 
 from collections.abc import Callable
@@ -65,8 +67,8 @@ class _State(NamedTuple):
         direction: The last direction.
         direction_shift: :math:`V` times the last direction.
         square: The squared norm of the last residual, in the preconditioner's metric.
-        gains: What each of the last steps took from the squared error, with shape
-            ``(_MEMORY, *batch)``; the step ``i`` is at ``i % _MEMORY``.
+        radau: A bound of the squared error before the last step, over ``square``.
+        length: The length of the last step.
         energy: What all steps took from the squared error.
         active: Whether the event takes further steps.
         num_steps: The number of steps that the event took.
@@ -79,7 +81,8 @@ class _State(NamedTuple):
     direction: jax.Array
     direction_shift: jax.Array
     square: jax.Array
-    gains: jax.Array
+    radau: jax.Array
+    length: jax.Array
     energy: jax.Array
     active: jax.Array
     num_steps: jax.Array
@@ -91,7 +94,9 @@ def conjugate_gradient(
     solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     score: jax.Array,
     *,
+    least: jax.Array | float = 1.0,
     transpose: Callable[[jax.Array], jax.Array] | None = None,
+    start: tuple[jax.Array, jax.Array] | None = None,
     atol: float,
     max_steps: int | None = None,
 ) -> ConjugateGradientResult:
@@ -104,13 +109,11 @@ def conjugate_gradient(
 
     Each event has its own step lengths and stops on its own, so that its result does not depend on
     the other events. The steps minimize the error in the norm of :math:`V^{-1} + \Lambda`, which
-    measures it in deviations of the posterior. An event takes one step, and stops when this error
-    is at most ``atol`` (or as large as rounding), by either of two signs:
-
-    - the norm of the residual in the metric of the preconditioner, which is a bound of the error,
-      but a loose one where observations are precise;
-    - what the last quarter of the steps (3 to 32 of them) took from the error, as an estimate of
-      what the next ones would take.
+    measures it in deviations of the posterior. An event takes one step, and stops when a bound of
+    this error is at most ``atol`` (or as large as rounding): that of a Gauss-Radau quadrature
+    (Meurant and Tichy), from the lengths of the steps and a lower bound of the eigenvalues of the
+    preconditioned system. Without the former it would be the norm of the residual in the metric of
+    the preconditioner, which is much too large where observations are precise.
 
     It also stops before a direction along which :math:`V` or :math:`\Lambda` is negative
     (beyond rounding), because a learned :math:`V` is indefinite or a log-density is not concave.
@@ -124,13 +127,18 @@ def conjugate_gradient(
         precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``; or, with
             a transpose, that with :math:`R`, where :math:`\Lambda = R^T R`.
         solve: The preconditioner: maps :math:`s` to approximations of :math:`b` and :math:`V b`.
+        least: A lower bound of the eigenvalues of the preconditioned system: one for :math:`V`
+            itself, less if :math:`\Lambda'` exceeds :math:`\Lambda` in some directions.
         score: :math:`s`, with shape ``(*batch, size)``; or, with a transpose, :math:`u`, where
             :math:`s = R^T u`.
         transpose: The product with :math:`R^T`, or None. With it, residuals are rounded in units
             of the noise; without it, the rounding errors of :math:`s` for precise observations
             also reach directions of which these tell nothing.
+        start: Guesses of :math:`b` and :math:`V b`, or None. The steps start from the multiple of
+            them that minimizes the error, which takes one product with :math:`\Lambda`. Events
+            whose guess is not finite start from zero.
         atol: The error at which an event stops: no linear function of the event is off by more
-            than ``atol`` times its posterior deviation, as far as the estimate holds.
+            than ``atol`` times its posterior deviation, up to rounding.
         max_steps: The maximum number of steps (default: twice the full rank of :math:`\Lambda`).
     """
     s = score if transpose is None else transpose(score)
@@ -149,12 +157,16 @@ def conjugate_gradient(
         return state.active.any() & (state.step < max_steps)
 
     def advance(state: _State) -> _State:
-        b, shift, rest, p, v_p, square, gains, energy, active, num_steps, step = state
+        b, shift, rest, p, v_p, square, radau, length, energy, active, num_steps, step = state
         r = drop(rest) - b
         z, v_z = solve(r)
         square_next = _dot(r, v_z)
         momentum = square_next / jnp.where(square == 0, 1, square)
         first = step == 0
+        excess = radau - length
+        is_known = ~first & (excess > 0)
+        divisor = jnp.where(is_known, least * excess + momentum, 1)
+        radau = jnp.where(is_known, excess / divisor, 1 / least)
         p = jnp.where(first, z, z + momentum[..., None] * p)
         v_p = jnp.where(first, v_z, v_z + momentum[..., None] * v_p)
         image = precision(v_p)
@@ -170,17 +182,11 @@ def conjugate_gradient(
         # times (skew - square_next / 2).
         skew = (_dot(shift, p) + _dot(left_shift, image) - _dot(s - r, v_p)) / 2
         size = _norm(shift) * _norm(p) + _norm(left_shift) * _norm(image)
-        is_left = first | (square_next > tolerance**2)
+        is_left = first | (radau * square_next > tolerance**2)
         falls = skew < square_next / 2 + 8 * eps * size
         advances = has_variance & is_left & (is_curved | first) & falls
         flat = advances & ~is_curved
         length = jnp.where(flat, 1, square_next / jnp.where(advances & ~flat, curvature, 1))
-        gain = jnp.where(advances, length, 0) * square_next
-        gains = gains.at[step % _MEMORY].set(gain)
-        age = (step - jnp.arange(_MEMORY)) % _MEMORY
-        window = jnp.clip(step // 4, 3, _MEMORY)
-        recent = jnp.where((age < window).reshape(-1, *(1,) * norm.ndim), gains, 0).sum(0)
-        settled = (recent <= tolerance**2) & (step >= window)
         return _State(
             b=_select(advances, b + length[..., None] * p, b),
             shift=_select(advances, shift + length[..., None] * v_p, shift),
@@ -188,28 +194,44 @@ def conjugate_gradient(
             direction=p,
             direction_shift=v_p,
             square=square_next,
-            gains=gains,
-            energy=energy + gain,
-            active=advances & ~flat & ~settled,
+            radau=radau,
+            length=length,
+            energy=energy + jnp.where(advances, length, 0) * square_next,
+            active=advances & ~flat,
             num_steps=num_steps + advances,
             step=step + 1,
         )
 
     zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
-    start = _State(
-        b=zeros,
-        shift=zeros,
-        rest=score,
+    b, shift, image, energy = zeros, zeros, jnp.zeros_like(score), jnp.zeros_like(norm)
+    if start is not None:
+        size = _norm(start[0])[..., None]
+        b, shift = (v / jnp.where(size > 0, size, 1) for v in start)
+        works = (jnp.isfinite(b) & jnp.isfinite(shift)).all(-1)
+        b, shift = (_select(works, v, zeros) for v in (b, shift))
+        image = precision(shift)
+        gain = _dot(s, shift) if transpose is None else _dot(score, image)
+        variance = _dot(b, shift)
+        curvature = variance + _dot(shift if transpose is None else image, image)
+        works = (variance > 0) & (curvature > variance * (1 - 8 * eps))
+        length = jnp.where(works, gain / jnp.where(works, curvature, 1), 0)
+        b, shift, image = (length[..., None] * v for v in (b, shift, image))
+        energy = length * gain
+    first_state = _State(
+        b=b,
+        shift=shift,
+        rest=score - image,
         direction=zeros,
         direction_shift=zeros,
         square=jnp.zeros_like(norm),
-        gains=jnp.zeros((_MEMORY, *norm.shape), s.dtype),
-        energy=jnp.zeros_like(norm),
+        radau=jnp.zeros_like(norm),
+        length=jnp.zeros_like(norm),
+        energy=energy,
         active=norm > 0,
         num_steps=count,
         step=jnp.zeros((), int),
     )
-    last = jax.lax.while_loop(unfinished, advance, start)
+    last = jax.lax.while_loop(unfinished, advance, first_state)
     error = drop(score - precision(last.shift)) - last.b
     return ConjugateGradientResult(
         b=norm[..., None] * last.b,
@@ -377,6 +399,3 @@ def _norm(v: jax.Array) -> jax.Array:
     """Return the norm, without overflow or underflow of its square."""
     unit = magnitude(v, axis=-1)
     return unit[..., 0] * jnp.sqrt(_dot(v / unit, v / unit))
-
-
-_MEMORY = 32  # the largest number of steps from whose gains the error is estimated

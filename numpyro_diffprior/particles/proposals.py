@@ -160,7 +160,7 @@ def propose(
             x_hat_y=x_hat,
             stats=SolveStats.of(jnp.zeros_like(proposal.log_twist)),
         )
-    guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current))
+    guided = _replace_non_finite(posterior.guide(previous.x_t, levels.current, previous.x_hat_y))
     x_tilde = sampler.extrapolate(guided.x_hat, previous.x_hat, levels)
     x_tilde_y = sampler.extrapolate(guided.x_hat_y, previous.x_hat_y, levels)
     mean, tau = sampler.transition(previous.x_t, x_tilde, levels)

@@ -103,7 +103,7 @@ def _guided_walk(
         carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Levels]
     ) -> tuple[tuple[jax.Array, jax.Array], SolveStats]:
         (x_t, x_hat_prev), (key, levels) = carry, inputs
-        guided = posterior.guide(x_t, levels.current)
+        guided = posterior.guide(x_t, levels.current, x_hat_prev)
         x_tilde = sampler.extrapolate(guided.x_hat_y, x_hat_prev, levels)
         x_s, tau = sampler.transition(x_t, x_tilde, levels)
         if sampler.eta > 0:
