@@ -343,6 +343,14 @@ def make_optimizer(args):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+def turn(rng_key, x):
+    """Turn an image by quarters at random, and reflect half of them: galaxies have no direction."""
+    key_turn, key_reflect = jax.random.split(rng_key)
+    x = jnp.where(jax.random.bernoulli(key_reflect), x, x.T)
+    quarters = jnp.stack([jnp.rot90(x, i) for i in range(4)])
+    return quarters[jax.random.randint(key_turn, (), 0, 4)]
+
+
 def make_em(args):
     return ndp.EM(
         model,
@@ -353,7 +361,10 @@ def make_em(args):
             num_events=args.num_events,
         ),
         m_step=ndp.MStep(
-            num_steps=args.num_sgd_steps, batch_size=args.batch_size, ema_decay=args.ema_decay
+            num_steps=args.num_sgd_steps,
+            batch_size=args.batch_size,
+            ema_decay=args.ema_decay,
+            augment=turn,
         ),
         start=ndp.GaussianStart(args.num_gaussian_iterations),
     )
@@ -398,6 +409,7 @@ def train_on_clean(rng_key, prior, sources, args):
         num_steps=args.num_iterations * args.num_sgd_steps,
         batch_size=args.batch_size,
         ema_decay=args.ema_decay,
+        augment=turn,
     )
     return prior.replace_denoiser(fit.denoiser)
 

@@ -17,8 +17,11 @@ from numpyro_diffprior._compile.lazy import is_lazy
 from numpyro_diffprior.denoisers.denoiser import choose_unit
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.minibatches import (
+    Augment,
     as_context,
     at_contexts,
+    augment_some,
+    check_augment,
     check_events,
     check_shapes,
     count_parts,
@@ -88,6 +91,7 @@ def fit_denoiser(
     context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
+    augment: Augment | None = None,
     summary: GaussianSummary = LowRankSummary(),
     mesh: Mesh | None = None,
     min_shard_size: int | None = None,
@@ -111,6 +115,8 @@ def fit_denoiser(
         context: The events' contexts, see `train`.
         noise: Distribution of the noise levels, see `train`.
         ema_decay: Largest decay of the average of the weights, see `train`.
+        augment: A function that maps an event to another one that is as probable, see `train`.
+            The Gaussian summary is that of mapped events.
         summary: The form of the events' Gaussian summary.
         mesh: Devices to spread minibatches over, see `train`.
         min_shard_size: The least size of weights that are sharded in training, see `train`.
@@ -136,7 +142,9 @@ def fit_denoiser(
         )
     unit = choose_unit(deviation, denoiser.unit)
     summary.check(denoiser.event_shape)
-    denoiser = denoiser.with_gaussian(*summary(some / unit), unit)
+    check_augment(augment, denoiser)
+    mapped = augment_some(jax.random.fold_in(rng_key, 2), augment, some, some_contexts)
+    denoiser = denoiser.with_gaussian(*summary(mapped / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
     with make_bar("fit_denoiser", progress_bar, num_steps, delay=1) as bar:
         state, losses = train(
@@ -149,6 +157,7 @@ def fit_denoiser(
             context=context,
             noise=noise,
             ema_decay=ema_decay,
+            augment=augment,
             mesh=mesh,
             min_shard_size=min_shard_size,
             on_steps=None if bar.disable else lambda done: bar.update(done - bar.n),
@@ -181,7 +190,8 @@ def _measure_error(
         def error(part: tuple[jax.Array, jax.Array]) -> jax.Array:
             index, x_t = part
             x_0 = denoiser.from_data(x[index])
-            return jnp.sum((x_0 - at_contexts(denoiser, context, index)(x_t, sigma)) ** 2)
+            at = at_contexts(denoiser, None if context is None else context[index])
+            return jnp.sum((x_0 - at(x_t, sigma)) ** 2)
 
         parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (index, x_t))
         total = error((index, x_t)) if num_parts == 1 else jax.lax.map(error, parts).sum()

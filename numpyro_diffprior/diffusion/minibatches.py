@@ -19,15 +19,23 @@ from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.denoisers.wrappers import ConditionedDenoiser
 
 __all__ = [
+    "Augment",
     "Minibatches",
     "as_context",
     "at_contexts",
+    "augment_events",
+    "augment_inputs",
+    "augment_some",
+    "check_augment",
     "check_events",
     "check_shapes",
     "choose_events",
     "count_parts",
     "take_some",
 ]
+
+# A function (rng_key, x) of one event, or (rng_key, x, context); see `train`.
+Augment = Callable[..., Any]
 
 _MAX_READ = 2**24  # elements of the minibatches that are read together
 # Events that stand for all: so many, or fewer if they have more elements in all, down to a least
@@ -154,8 +162,60 @@ def count_parts(num_events: int, denoiser: Denoiser) -> int:
     return next((n for n in range(least, 2 * least + 1) if num_events % n == 0), 1)
 
 
-def at_contexts(
-    denoiser: NetworkDenoiser, context: jax.Array | None, index: jax.Array
-) -> Denoiser:
-    """Return the denoiser at the contexts of some events."""
-    return denoiser if context is None else ConditionedDenoiser(denoiser, context[index])
+def at_contexts(denoiser: NetworkDenoiser, context: jax.Array | None) -> Denoiser:
+    """Return the denoiser at contexts, if it takes any."""
+    return denoiser if context is None else ConditionedDenoiser(denoiser, context)
+
+
+def augment_inputs(denoiser: Denoiser) -> list[Any]:
+    """Return abstract arguments of an augmentation: a random key, an event and its context."""
+    shapes = denoiser.event_shape, denoiser.context_shape
+    arrays = [jax.ShapeDtypeStruct(s, denoiser.dtype) for s in shapes if s is not None]
+    return [jax.eval_shape(jax.random.key, 0), *arrays]
+
+
+def check_augment(augment: Augment | None, denoiser: Denoiser) -> None:
+    """Check that a function returns an event, and with contexts a context, of the same shape.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if augment is None:
+        return
+    key, *given = augment_inputs(denoiser)
+    expected, found = (
+        jax.tree.map(lambda leaf: leaf.shape, returned)
+        for returned in (
+            given[0] if len(given) == 1 else tuple(given),
+            jax.eval_shape(augment, key, *given),
+        )
+    )
+    if found != expected:
+        names = "an event" if len(given) == 1 else "an event and its context"
+        raise ValueError(
+            f"augment: expected a function that returns {names} of shape {expected}, as it is "
+            f"given, got {found}."
+        )
+
+
+def augment_events(
+    rng_key: jax.Array, augment: Augment, x: jax.Array, context: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Map each event, in the data's units, and its context, if there are contexts."""
+    keys = jax.random.split(rng_key, len(x))
+    if context is None:
+        return jax.vmap(augment)(keys, x).astype(x.dtype), None
+    mapped, at = jax.vmap(augment)(keys, x, context)
+    return mapped.astype(x.dtype), at.astype(context.dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def augment_some(
+    rng_key: jax.Array, augment: Augment | None, x: jax.Array, context: jax.Array | None
+) -> jax.Array:
+    """Return events of which a Gaussian summary is taken: up to eight mapped copies of few."""
+    if augment is None:
+        return x
+    index = jnp.tile(jnp.arange(len(x)), max(1, min(8, _LEAST_SOME // len(x))))
+    context = None if context is None else context[index]
+    return augment_events(rng_key, augment, x[index], context)[0]

@@ -45,9 +45,12 @@ from numpyro_diffprior._compile.memory import advise, check_memory
 from numpyro_diffprior.denoisers.denoiser import Denoiser, align
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.minibatches import (
+    Augment,
     Minibatches,
     as_context,
     at_contexts,
+    augment_events,
+    check_augment,
     check_events,
     check_shapes,
     choose_events,
@@ -150,6 +153,7 @@ def train(
     context: jax.Array | None = None,
     noise: NoiseDistribution = LogNormal(),
     ema_decay: float = 0.999,
+    augment: Augment | None = None,
     mesh: Mesh | None = None,
     min_shard_size: int | None = None,
     on_steps: Callable[[int], None] | None = None,
@@ -160,8 +164,8 @@ def train(
     The average of the weights has decay :math:`\min(\gamma, (1 + t) / (10 + t))` at step
     :math:`t`, counted over all calls, so that it forgets the initial weights in a short run too.
 
-    The function compiles once per optimizer (compared by identity), shape of `x`, `num_steps`
-    and `batch_size`. New weights, data or values of `ema_decay` do not recompile it.
+    The function compiles once per optimizer and `augment` (compared by identity), shape of `x`,
+    `num_steps` and `batch_size`. New weights, data or values of `ema_decay` do not recompile it.
 
     Gradients of a minibatch with more than 2^18 elements (on one device) are accumulated over
     equal parts of fewer elements, which bounds the memory. Batch statistics of a network are then
@@ -181,6 +185,11 @@ def train(
         noise: Distribution of the noise levels between the denoiser's `sigma_min` and
             `sigma_max`; the default is `LogNormal`, that of EDM.
         ema_decay: Largest decay :math:`\gamma` of the average, from 0 (no averaging) to 1.
+        augment: A function ``(rng_key, x)`` that maps one event, in the data's units, to another
+            one that is as probable, such as a random rotation or shift; or ``(rng_key, x,
+            context)``, which returns both, if the denoiser takes contexts. Each event of a
+            minibatch is mapped anew. Where few events are known, this is what keeps a network
+            from learning them by heart.
         mesh: Devices over which every minibatch is sharded (`jax.make_mesh`); the events and the
             weights are copied to each.
         min_shard_size: The least number of elements of weights that are sharded over the devices
@@ -197,8 +206,8 @@ def train(
 
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
-            `num_steps`, `batch_size` or `ema_decay` is out of its range, or `batch_size` is
-            not a multiple of the number of devices.
+            `num_steps`, `batch_size` or `ema_decay` is out of its range, `augment` changes the
+            shape of events, or `batch_size` is not a multiple of the number of devices.
     """
     num_steps = check_count("train", "num_steps", num_steps)
     batch_size = check_count("train", "batch_size", batch_size)
@@ -208,6 +217,7 @@ def train(
     check_batch_size(batch_size, mesh)
     x, context = own_array(x), own_array(context)
     check_shapes(x, context, state.denoiser)
+    check_augment(augment, state.denoiser)
     num_parts = count_parts(batch_size // num_devices(mesh), state.denoiser)
     original = state.denoiser
 
@@ -222,7 +232,10 @@ def train(
     def take(events: Any, run: _Run, end: int) -> _Run:
         """Take the steps before ``end``."""
         arrays = key_steps, state.denoiser, *events, noise, ema_decay, run, end
-        static = optimizer, num_steps, batch_size, num_parts, is_lazy(x), mesh, min_shard_size
+        static = (
+            *(optimizer, augment, num_steps, batch_size, num_parts),
+            *(is_lazy(x), mesh, min_shard_size),
+        )
         return _take_steps(*arrays, *static)
 
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, run)))
@@ -338,7 +351,7 @@ def _advise(factor: float, *args: Any) -> str:
 
 
 @check_memory("Training steps", _advise)
-@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12, 13, 14))
+@partial(jax.jit, static_argnums=(8, 9, 10, 11, 12, 13, 14, 15))
 def _take_steps(
     rng_key: jax.Array,
     fixed: NetworkDenoiser,
@@ -349,6 +362,7 @@ def _take_steps(
     run: _Run,
     end: jax.Array,
     optimizer: optax.GradientTransformation,
+    augment: Augment | None,
     num_steps: int,
     batch_size: int,
     num_parts: int,
@@ -381,8 +395,13 @@ def _take_steps(
     ) -> tuple[jax.Array, Any]:
         rngs = nnx.Rngs(dropout=key_dropout)
         net = rebuild(_like(weights, narrow), rest)
-        denoiser = at_contexts(replace(fixed, net=net), context, index)
-        loss = denoising_loss(denoiser, x[index], sigma, key_noise, rngs=rngs)
+        events = x[index], None if context is None else context[index]
+        if augment is not None:
+            key_noise, key_augment = jax.random.split(key_noise)
+            given, at = augment_events(key_augment, augment, fixed.to_data(events[0]), events[1])
+            events = fixed.from_data(given), at
+        denoiser = at_contexts(replace(fixed, net=net), events[1])
+        loss = denoising_loss(denoiser, events[0], sigma, key_noise, rngs=rngs)
         # Batch statistics and the counts of random streams are passed to the next step.
         return loss, split_network(net)[1]
 

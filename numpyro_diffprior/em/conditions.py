@@ -3,7 +3,7 @@ r"""Descriptions of all that the numbers of a run depend on, to be compared by a
 import hashlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,13 +12,20 @@ import numpy as np
 import optax
 
 from numpyro_diffprior._compile.lazy import LazyArray
+from numpyro_diffprior.diffusion.minibatches import Augment, augment_inputs
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.nets.adapters import split_network
 from numpyro_diffprior.reading.model import BoundModel, spaced
 from numpyro_diffprior.reading.parts import load_elements
 from numpyro_diffprior.reading.tracing import Model
 
-__all__ = ["describe", "describe_arrays", "describe_model", "describe_optimizers"]
+__all__ = [
+    "describe",
+    "describe_arrays",
+    "describe_augment",
+    "describe_model",
+    "describe_optimizers",
+]
 
 _NUM_ROWS = 4096  # of a mapped file that are read at once, or of another lazy array at all
 
@@ -82,9 +89,24 @@ def describe_optimizers(optimizer: optax.GradientTransformation, state: EMState)
     text = ""
     for key, training in sorted(state.training.items()):
         weights = split_network(training.denoiser.net)[0]
-        closed = jax.make_jaxpr(optimizer.update)(weights, training.opt_state, weights)
-        text += key + describe(closed.jaxpr) + describe_arrays(closed.consts)
+        text += key + _program(optimizer.update, weights, training.opt_state, weights)
     return _hash(text)
+
+
+def describe_augment(augment: Augment | None, state: EMState) -> str:
+    """Return a digest of the programs of an augmentation of the events of all networks."""
+    if augment is None:
+        return "None"
+    text = ""
+    for key, training in sorted(state.training.items()):
+        text += key + _program(augment, *augment_inputs(training.denoiser))
+    return _hash(text)
+
+
+def _program(function: Callable[..., Any], *args: Any) -> str:
+    """Return the text of a function's program."""
+    closed = jax.make_jaxpr(function)(*args)
+    return describe(closed.jaxpr) + describe_arrays(closed.consts)
 
 
 @jax.jit

@@ -37,11 +37,13 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size, own_array
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
+from numpyro_diffprior.diffusion.minibatches import check_augment
 from numpyro_diffprior.diffusion.training import init_training
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.conditions import (
     describe,
     describe_arrays,
+    describe_augment,
     describe_model,
     describe_optimizers,
 )
@@ -171,6 +173,7 @@ class EM:
         sites = read_sites(prior, bound.reading)
         for own in with_network(priors).values():
             self.start.summary.check(own.denoiser.event_shape)
+            check_augment(self.m_step.augment, own.denoiser)
         params, params_opt_state = init_params(bound, self.m_step.params.optimizer)
         bound = bound.with_params(params)
         priors = choose_units(bound, priors, sites, self.start, self.mesh)
@@ -485,10 +488,11 @@ class EM:
         conditions = {
             "the random key": describe_arrays(rng_key),
             "the E-step": describe((replace(self.e_step, draws_in="device"), samplers)),
-            "the M-step": describe(replace(self.m_step, min_shard_size=None)),
+            "the M-step": describe(replace(self.m_step, min_shard_size=None, augment=None)),
             "the start": describe(self.start) if init_state is None else describe_arrays(template),
             "the held-out data": describe_arrays(heldout),
             "the optimizer": describe_optimizers(self.optimizer, template),
+            "the augmentation": describe_augment(self.m_step.augment, template),
             **describe_model(bound, self.model, (prior, *args), kwargs),
         }
         return template, conditions

@@ -14,7 +14,7 @@ from numpyro_diffprior._compile.checks import check_count, check_number, set_fie
 from numpyro_diffprior._compile.devices import own_devices, replicate
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.fitting import measure_error
-from numpyro_diffprior.diffusion.minibatches import take_some
+from numpyro_diffprior.diffusion.minibatches import Augment, augment_some, take_some
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, train
 from numpyro_diffprior.em.draws import pool_draws
@@ -55,6 +55,11 @@ class MStep:
         batch_size: The number of events of a minibatch.
         noise: The training distribution of noise levels.
         ema_decay: The decay of the average of the weights.
+        augment: A function ``(rng_key, x)`` that maps a draw, in the data's units, to another
+            event that is as probable under the prior, such as a random rotation or shift; see
+            `numpyro_diffprior.training.train`. Each draw of a minibatch is mapped anew, for all
+            priors with a network. Which symmetries a prior has is the user's knowledge; with few
+            events it saves a network from learning their draws by heart.
         use_average: Whether E-steps (and the result) use averaged weights.
         warm_start: Whether an M-step starts from the weights of the last one.
         reset_optimizer: Whether an M-step starts with a new state of the optimizer.
@@ -67,6 +72,7 @@ class MStep:
     batch_size: int = 256
     noise: NoiseDistribution = field(default=LogNormal())
     ema_decay: float = 0.999
+    augment: Augment | None = None
     use_average: bool = True
     warm_start: bool = True
     reset_optimizer: bool = False
@@ -76,6 +82,8 @@ class MStep:
     def __post_init__(self) -> None:
         if not isinstance(self.noise, NoiseDistribution):
             raise ValueError(f"MStep: expected a NoiseDistribution, got {self.noise!r}.")
+        if self.augment is not None and not callable(self.augment):
+            raise ValueError(f"MStep: expected augment to be a function, got {self.augment!r}.")
         if not isinstance(self.params, ParamStep):
             raise ValueError(f"MStep: expected params of type ParamStep, got {self.params!r}.")
         set_fields(
@@ -164,7 +172,8 @@ def _fit_prior(
     key_train, key_measure = jax.random.split(rng_key)
     some, some_contexts = take_some(x, context)
     some = jnp.asarray(some, training.denoiser.dtype)  # once, for what follows
-    mean, cov = summarize(training.denoiser.from_data(some), summary)
+    mapped = augment_some(jax.random.fold_in(rng_key, 2), m_step.augment, some, some_contexts)
+    mean, cov = summarize(training.denoiser.from_data(mapped), summary)
     start = training if m_step.warm_start else init_training(initial, optimizer)
     if m_step.reset_optimizer:
         start = start._replace(opt_state=init_training(start.denoiser, optimizer).opt_state)
@@ -187,6 +196,7 @@ def _fit_prior(
         context=context,
         noise=m_step.noise,
         ema_decay=m_step.ema_decay,
+        augment=m_step.augment,
         mesh=mesh,
         min_shard_size=m_step.min_shard_size,
         on_steps=on_steps,

@@ -62,7 +62,10 @@ _scale_p = Primitive("scale_by_power")
 _scale_p.def_impl(jax.jit(_add_to_exponent))
 _scale_p.def_abstract_eval(lambda x, exponent: jax.core.ShapedArray(x.shape, x.dtype))
 ad.defjvp(_scale_p, lambda tangent, x, exponent: _scale_p.bind(tangent, exponent), None)
-mlir.register_lowering(_scale_p, mlir.lower_fun(_add_to_exponent, multiple_results=False))
+# Programs hold many of them: each shape is lowered once.
+mlir.register_lowering(
+    _scale_p, mlir.lower_fun(_add_to_exponent, multiple_results=False), inline=False
+)
 
 
 def _batch(arguments: Any, axes: Any) -> tuple[jax.Array, int]:
