@@ -52,7 +52,7 @@ SMALL = {
     "batch_size": 64,
     "learning_rate": 1e-3,
     "ema_decay": 0.99,
-    "channels": (32, 64),
+    "channels": (16, 32),
     "num_blocks": 1,
     "num_steps": 32,
     "num_judged": 24,
@@ -247,13 +247,23 @@ def make_optimizer(args):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+def turn(rng_key, x):
+    """Reflect a window or exchange its axes, at random: no direction of the wind is preferred."""
+    flip_rows, flip_columns, exchange = jax.random.bernoulli(rng_key, shape=(3,))
+    x = jnp.where(flip_rows, x[::-1], x)
+    x = jnp.where(flip_columns, x[:, ::-1], x)
+    return jnp.where(exchange, x.swapaxes(0, 1), x)
+
+
 def learn(rng_key, prior, data, args):
     """Run EM on a part of the pixels of windows; return the prior, and a row per iteration."""
     em = ndp.EM(
         model,
         make_optimizer(args),
         e_step=ndp.EStep(num_events=args.num_events),
-        m_step=ndp.MStep(args.num_sgd_steps, args.batch_size, ema_decay=args.ema_decay),
+        m_step=ndp.MStep(
+            args.num_sgd_steps, args.batch_size, ema_decay=args.ema_decay, augment=turn
+        ),
         start=ndp.GaussianStart(
             args.num_gaussian_iterations, summary=ndp.linalg.StationaryLowRankSummary()
         ),
@@ -292,6 +302,7 @@ def train_on_clean(rng_key, prior, clean, args):
         num_steps=args.num_iterations * args.num_sgd_steps,
         batch_size=args.batch_size,
         ema_decay=args.ema_decay,
+        augment=turn,
     )
     return prior.replace_denoiser(fit.denoiser)
 

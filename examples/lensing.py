@@ -344,7 +344,7 @@ def make_optimizer(args):
 
 
 def turn(rng_key, x):
-    """Turn an image by quarters at random, and reflect half of them: galaxies have no direction."""
+    """Turn an image by quarters, at random, or reflect it: galaxies have no direction."""
     key_turn, key_reflect = jax.random.split(rng_key)
     x = jnp.where(jax.random.bernoulli(key_reflect), x, x.T)
     quarters = jnp.stack([jnp.rot90(x, i) for i in range(4)])

@@ -205,18 +205,10 @@ def conjugate_gradient(
     zeros, count = jnp.zeros_like(s), jnp.zeros(norm.shape, int)
     b, shift, image, energy = zeros, zeros, jnp.zeros_like(score), jnp.zeros_like(norm)
     if start is not None:
-        size = _norm(start[0])[..., None]
-        b, shift = (v / jnp.where(size > 0, size, 1) for v in start)
-        works = (jnp.isfinite(b) & jnp.isfinite(shift)).all(-1)
-        b, shift = (_select(works, v, zeros) for v in (b, shift))
-        image = precision(shift)
-        gain = _dot(s, shift) if transpose is None else _dot(score, image)
-        variance = _dot(b, shift)
-        curvature = variance + _dot(shift if transpose is None else image, image)
-        works = (variance > 0) & (curvature > variance * (1 - 8 * eps))
-        length = jnp.where(works, gain / jnp.where(works, curvature, 1), 0)
-        b, shift, image = (length[..., None] * v for v in (b, shift, image))
-        energy = length * gain
+        gradient = s if transpose is None else score
+        b, shift, image, energy = _best_multiple(
+            precision, gradient, *start, transpose is not None
+        )
     first_state = _State(
         b=b,
         shift=shift,
@@ -239,6 +231,40 @@ def conjugate_gradient(
         residual=_norm(error),
         num_steps=last.num_steps,
     )
+
+
+def _best_multiple(
+    precision: Callable[[jax.Array], jax.Array],
+    score: jax.Array,
+    b: jax.Array,
+    shift: jax.Array,
+    is_factored: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return the multiples of ``b`` and ``shift`` that minimize the error, and what they gain.
+
+    Args:
+        precision: See `conjugate_gradient`.
+        score: See `conjugate_gradient`.
+        b: A guess of :math:`b`.
+        shift: A guess of :math:`V b`.
+        is_factored: Whether ``precision`` is the product with :math:`R`.
+
+    Returns:
+        Both multiples, the product of the precision with the latter, and the decrease of the
+        squared error; all zero for events whose guess is of no use.
+    """
+    norm = _norm(b)[..., None]
+    b, shift = (v / jnp.where(norm > 0, norm, 1) for v in (b, shift))
+    is_finite = (jnp.isfinite(b) & jnp.isfinite(shift)).all(-1)
+    b, shift = (_select(is_finite, v, jnp.zeros_like(v)) for v in (b, shift))
+    image = precision(shift)
+    left = image if is_factored else shift
+    gain, variance = _dot(score, left), _dot(b, shift)
+    curvature = variance + _dot(left, image)
+    is_of_use = (variance > 0) & (curvature > variance * (1 - 8 * jnp.finfo(b.dtype).eps))
+    length = jnp.where(is_of_use, gain / jnp.where(is_of_use, curvature, 1), 0)
+    b, shift, image = (length[..., None] * v for v in (b, shift, image))
+    return b, shift, image, length * gain
 
 
 class TruncatedSolveResult(NamedTuple):
