@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 # Tests compile much and compute little: one process per core, and all tests of a file in one.
 JOBS ?= auto
-BY_FILE := --dist loadfile
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # XLA's flags for tests that compute much: a level above that in tests/conftest.py.
 SOME_PASSES := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true \

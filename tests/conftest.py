@@ -24,6 +24,18 @@ def pytest_configure(config):
     gc.set_threshold(200_000, 50, 100)
 
 
+# The longest modules come first, so that no process waits for another one at the end.
+LONGEST = (
+    *("test_processes.py", "test_em.py", "test_potentials.py", "test_draws_in.py"),
+    *("test_checkpoints.py", "test_units.py", "test_devices.py", "test_groups.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """Free the programs that a module compiled: a process can map only a limited number."""
