@@ -177,15 +177,16 @@ def model(prior, noise, mask, y=None):
         numpyro.sample("y", dist.Normal(x, noise).mask(mask).to_event(3), obs=y)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def draw_exactly(rng_key, mask, y, noise, num_samples, num_winds):
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def draw_exactly(rng_key, mask, y, noise, num_seen, num_samples, num_winds):
     """Draw from the exact posterior of a window, a mixture over winds.
 
     The mixture is summed over a square of winds, whose most probable points are then divided.
+    At most ``num_seen`` pixels are seen.
     """
     size = mask.shape[0]
     # Seen pixels first; the same number of rows for every window, of which the rest tell nothing.
-    order = jnp.argsort(~mask.ravel(), stable=True)[: mask.size // 3]
+    order = jnp.argsort(~mask.ravel(), stable=True)[:num_seen]
     seen = mask.ravel()[order]
     values = jnp.where(seen, y.ravel()[order], 0)
 
@@ -338,8 +339,11 @@ def judge(draws, truth):
 def assimilate(rng_key, priors, seen, args):
     """Posterior draws of every method, with shape ``(num_samples, *truth.shape)``."""
     keys = jax.random.split(rng_key, len(seen.mask))
+    num_seen = int(seen.mask.sum((1, 2, 3)).max())
     exact = jax.lax.map(
-        lambda inputs: draw_exactly(*inputs, args.noise, args.num_samples, args.num_winds),
+        lambda inputs: draw_exactly(
+            *inputs, args.noise, num_seen, args.num_samples, args.num_winds
+        ),
         (keys, seen.mask, seen.y),
     )
     draws = {"exact": jnp.moveaxis(exact, 0, 1)}
@@ -437,7 +441,7 @@ def parse_args(argv=None):
     parser.add_argument("--seen", type=float, default=0.25, help="fraction of the pixels")
     parser.add_argument("--noise", type=float, default=0.1, help="of what is seen")
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=PRIORS)
-    parser.add_argument("--particles", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--particles", type=int, nargs="+", default=[1, 4])
     for name, value in SMALL.items():
         nargs = "+" if isinstance(value, tuple) else None
         kind = int if nargs else type(value)

@@ -31,7 +31,7 @@ def test_exact_draws(monkeypatch, deviation):
     mask = rng.random(truth.shape[1:]) < 0.2
     mask[..., advection.NUM_SEEN :] = False
     y = np.where(mask, truth[0] + noise * rng.normal(size=mask.shape), np.nan)
-    draws = advection.draw_exactly(jax.random.key(2), jnp.asarray(mask), y, noise, 4000, 9)
+    draws = advection.draw_exactly(jax.random.key(2), jnp.asarray(mask), y, noise, 40, 4000, 9)
     draws = np.asarray(draws, float).reshape(4000, -1)
 
     winds = deviation * rng.normal(size=(4000, 2))

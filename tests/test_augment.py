@@ -178,9 +178,57 @@ def test_expectation_maximization_maps_draws(tmp_path):
         make_em(lambda key, x: flip(key, 2 * x / 2)).run(key, 3, prior, y, **options)
 
 
+def test_constants_of_compiled_augmentations_are_compared(tmp_path):
+    """A run does not go on with another table, also where a program holds it in an inner one."""
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), "float32")
+    prior = ndp.DiffusionPrior(make_denoiser(), sampler=ndp.samplers.MultistepSDE(4))
+    options = {"progress_bar": False, "checkpoint": tmp_path}
+
+    def add(table):
+        return jax.jit(lambda key, x: x + jnp.asarray(table))
+
+    make_em(add(np.array([0.0, 0.5, 0.0], "float32"))).run(
+        jax.random.key(0), 1, prior, y, **options
+    )
+    other = make_em(add(np.array([0.0, 0.25, 0.0], "float32")))
+    with pytest.raises(ValueError, match="the augmentation"):
+        other.run(jax.random.key(0), 2, prior, y, **options)
+
+
+def test_each_prior_has_its_own_symmetry():
+    """Of two sources that are seen as their sum, the one with an augmentation alone is mapped."""
+
+    def two(priors, y):
+        with numpyro.plate("n", len(y)):
+            y = numpyro.subsample(y, event_dim=1)
+            x = numpyro.sample("x", priors["signal"]) + numpyro.sample("z", priors["rest"])
+            numpyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=y)
+
+    y = 4 + jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)), "float32")
+    sampler = ndp.samplers.MultistepSDE(4)
+    priors = {
+        name: ndp.DiffusionPrior(make_denoiser(), sampler=sampler) for name in ("signal", "rest")
+    }
+    options = {"e_step": ndp.EStep(1), "start": ndp.GaussianStart(2)}
+    em = ndp.EM(two, optax.adam(1e-3), m_step=ndp.MStep(2, 8, augment={"rest": flip}), **options)
+    result = em.run(jax.random.key(0), 1, priors, y, progress_bar=False).prior
+    means = {key: np.abs(p.denoiser.to_data(p.denoiser.mean)).max() for key, p in result.items()}
+    assert means["rest"] < 0.5 < 1.5 < means["signal"]
+    em = ndp.EM(two, optax.adam(1e-3), m_step=ndp.MStep(2, 8, augment={"noise": flip}), **options)
+    with pytest.raises(ValueError, match="got some of"):
+        em.init(jax.random.key(0), priors, y)
+
+
 def test_a_wrong_augmentation_is_refused_before_the_first_iteration():
     prior = ndp.DiffusionPrior(make_denoiser())
     with pytest.raises(ValueError, match="expected augment to be a function"):
         ndp.MStep(augment=3)
+    x, options = jnp.eye(3), {"optimizer": optax.sgd(0.1), "num_steps": 1}
+    with pytest.raises(ValueError, match="augment: expected a function, got 3"):
+        fit_denoiser(jax.random.key(0), make_denoiser(), x, augment=3, **options)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fit_denoiser(
+            jax.random.key(0), make_denoiser(), x, augment=lambda key, x: x / 0, **options
+        )
     with pytest.raises(ValueError, match=r"an event of shape \(3,\)"):
         make_em(lambda key, x: x[None]).init(jax.random.key(0), prior, jnp.ones((4, 3)))

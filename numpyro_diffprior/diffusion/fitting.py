@@ -20,7 +20,7 @@ from numpyro_diffprior.diffusion.minibatches import (
     Augment,
     as_context,
     at_contexts,
-    augment_some,
+    augment_for_summary,
     check_augment,
     check_events,
     check_shapes,
@@ -134,16 +134,19 @@ def fit_denoiser(
     some, some_contexts = replicate(
         (check_events(some, denoiser), as_context(some_contexts, denoiser)), own_devices(mesh)
     )
-    deviation = _deviation(some)
+    check_augment(augment, denoiser)
+    key_augment = jax.random.fold_in(rng_key, 2)
+    mapped, mapped_contexts = augment_for_summary(key_augment, augment, some, some_contexts)
+    if augment is not None:
+        check_events(mapped, denoiser)
+    deviation = _deviation(mapped)
     if not isinstance(deviation, jax.core.Tracer) and not deviation > 0:
         raise ValueError(
-            f"fit_denoiser: expected events that differ, got {len(some)} that are all the same: "
+            f"fit_denoiser: expected events that differ, got {len(mapped)} that are all the same: "
             "no distribution can be fitted to them."
         )
     unit = choose_unit(deviation, denoiser.unit)
     summary.check(denoiser.event_shape)
-    check_augment(augment, denoiser)
-    mapped = augment_some(jax.random.fold_in(rng_key, 2), augment, some, some_contexts)
     denoiser = denoiser.with_gaussian(*summary(mapped / unit), unit)
     key_train, key_measure = jax.random.split(rng_key)
     with make_bar("fit_denoiser", progress_bar, num_steps, delay=1) as bar:
@@ -164,7 +167,7 @@ def fit_denoiser(
         )
     _warn_of_divergence(losses)
     averaged = replicate(state.averaged, own_devices(mesh))
-    denoiser = measure_error(key_measure, averaged, some, context=some_contexts)
+    denoiser = measure_error(key_measure, averaged, mapped, context=mapped_contexts)
     return FitResult(denoiser, losses)
 
 

@@ -25,7 +25,7 @@ __all__ = [
     "at_contexts",
     "augment_events",
     "augment_inputs",
-    "augment_some",
+    "augment_for_summary",
     "check_augment",
     "check_events",
     "check_shapes",
@@ -175,13 +175,14 @@ def augment_inputs(denoiser: Denoiser) -> list[Any]:
 
 
 def check_augment(augment: Augment | None, denoiser: Denoiser) -> None:
-    """Check that a function returns an event, and with contexts a context, of the same shape.
+    """Raise a `ValueError` unless a function returns an event like the one that it is given.
 
-    Raises:
-        ValueError: If it does not.
+    With contexts, it returns an event and a context.
     """
     if augment is None:
         return
+    if not callable(augment):
+        raise ValueError(f"augment: expected a function, got {augment!r}.")
     key, *given = augment_inputs(denoiser)
     expected, found = (
         jax.tree.map(lambda leaf: leaf.shape, returned)
@@ -210,12 +211,15 @@ def augment_events(
 
 
 @partial(jax.jit, static_argnums=1)
-def augment_some(
+def augment_for_summary(
     rng_key: jax.Array, augment: Augment | None, x: jax.Array, context: jax.Array | None
-) -> jax.Array:
-    """Return events of which a Gaussian summary is taken: up to eight mapped copies of few."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return events whose Gaussian is fitted, and their contexts: mapped copies of few events.
+
+    There are up to eight copies of each, of 4,096 events and 2^25 elements in all.
+    """
     if augment is None:
-        return x
-    index = jnp.tile(jnp.arange(len(x)), max(1, min(8, _LEAST_SOME // len(x))))
-    context = None if context is None else context[index]
-    return augment_events(rng_key, augment, x[index], context)[0]
+        return x, context
+    num_copies = min(8, _LEAST_SOME // len(x), _MAX_ELEMENTS // x.size)
+    index = jnp.tile(jnp.arange(len(x)), max(1, num_copies))
+    return augment_events(rng_key, augment, x[index], None if context is None else context[index])

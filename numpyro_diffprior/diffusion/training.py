@@ -188,8 +188,7 @@ def train(
         augment: A function ``(rng_key, x)`` that maps one event, in the data's units, to another
             one that is as probable, such as a random rotation or shift; or ``(rng_key, x,
             context)``, which returns both, if the denoiser takes contexts. Each event of a
-            minibatch is mapped anew. Where few events are known, this is what keeps a network
-            from learning them by heart.
+            minibatch is mapped anew. With few events, this keeps a network from memorizing them.
         mesh: Devices over which every minibatch is sharded (`jax.make_mesh`); the events and the
             weights are copied to each.
         min_shard_size: The least number of elements of weights that are sharded over the devices
@@ -206,8 +205,8 @@ def train(
 
     Raises:
         ValueError: If `x` has the wrong shape, no events or values that are not finite, or if
-            `num_steps`, `batch_size` or `ema_decay` is out of its range, `augment` changes the
-            shape of events, or `batch_size` is not a multiple of the number of devices.
+            `num_steps`, `batch_size` or `ema_decay` is out of its range, `augment` does not return
+            what it is given, or `batch_size` is not a multiple of the number of devices.
     """
     num_steps = check_count("train", "num_steps", num_steps)
     batch_size = check_count("train", "batch_size", batch_size)

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import ClosedJaxpr
 
 from numpyro_diffprior._compile.lazy import LazyArray
-from numpyro_diffprior.diffusion.minibatches import Augment, augment_inputs
+from numpyro_diffprior.diffusion.minibatches import augment_inputs
+from numpyro_diffprior.em.m_step import MStep
 from numpyro_diffprior.em.state import EMState
 from numpyro_diffprior.nets.adapters import split_network
 from numpyro_diffprior.reading.model import BoundModel, spaced
@@ -93,20 +95,29 @@ def describe_optimizers(optimizer: optax.GradientTransformation, state: EMState)
     return _hash(text)
 
 
-def describe_augment(augment: Augment | None, state: EMState) -> str:
-    """Return a digest of the programs of an augmentation of the events of all networks."""
-    if augment is None:
-        return "None"
+def describe_augment(m_step: MStep, state: EMState) -> str:
+    """Return a digest of the programs of augmentations of the events of all networks."""
     text = ""
     for key, training in sorted(state.training.items()):
-        text += key + _program(augment, *augment_inputs(training.denoiser))
+        if (augment := m_step.augment_of(key)) is not None:
+            text += key + _program(augment, *augment_inputs(training.denoiser))
     return _hash(text)
 
 
 def _program(function: Callable[..., Any], *args: Any) -> str:
-    """Return the text of a function's program."""
+    """Return the text of a function's program, and a digest of its constants."""
     closed = jax.make_jaxpr(function)(*args)
-    return describe(closed.jaxpr) + describe_arrays(closed.consts)
+    return describe(closed.jaxpr) + describe_arrays(_constants(closed))
+
+
+def _constants(closed: ClosedJaxpr) -> list[Any]:
+    """Return the constants of a program and of those in it, such as functions under `jit`."""
+    found = list(closed.consts)
+    for equation in closed.eqns:
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr)):
+            if isinstance(leaf, ClosedJaxpr):
+                found += _constants(leaf)
+    return found
 
 
 @jax.jit

@@ -37,7 +37,6 @@ from jax.sharding import Mesh
 from numpyro_diffprior._compile.checks import check_count
 from numpyro_diffprior._compile.devices import check_batch_size, own_array
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
-from numpyro_diffprior.diffusion.minibatches import check_augment
 from numpyro_diffprior.diffusion.training import init_training
 from numpyro_diffprior.em.checkpoints import Checkpoints
 from numpyro_diffprior.em.conditions import (
@@ -171,9 +170,10 @@ class EM:
                     "`numpyro.plate`."
                 )
         sites = read_sites(prior, bound.reading)
-        for own in with_network(priors).values():
-            self.start.summary.check(own.denoiser.event_shape)
-            check_augment(self.m_step.augment, own.denoiser)
+        denoisers = {name: own.denoiser for name, own in with_network(priors).items()}
+        for denoiser in denoisers.values():
+            self.start.summary.check(denoiser.event_shape)
+        self.m_step.check_augment(denoisers)
         params, params_opt_state = init_params(bound, self.m_step.params.optimizer)
         bound = bound.with_params(params)
         priors = choose_units(bound, priors, sites, self.start, self.mesh)
@@ -492,7 +492,7 @@ class EM:
             "the start": describe(self.start) if init_state is None else describe_arrays(template),
             "the held-out data": describe_arrays(heldout),
             "the optimizer": describe_optimizers(self.optimizer, template),
-            "the augmentation": describe_augment(self.m_step.augment, template),
+            "the augmentation": describe_augment(self.m_step, template),
             **describe_model(bound, self.model, (prior, *args), kwargs),
         }
         return template, conditions

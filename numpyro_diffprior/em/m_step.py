@@ -12,9 +12,15 @@ from jax.sharding import Mesh
 
 from numpyro_diffprior._compile.checks import check_count, check_number, set_fields
 from numpyro_diffprior._compile.devices import own_devices, replicate
+from numpyro_diffprior.denoisers.denoiser import Denoiser
 from numpyro_diffprior.denoisers.network import NetworkDenoiser
 from numpyro_diffprior.diffusion.fitting import measure_error
-from numpyro_diffprior.diffusion.minibatches import Augment, augment_some, take_some
+from numpyro_diffprior.diffusion.minibatches import (
+    Augment,
+    augment_for_summary,
+    check_augment,
+    take_some,
+)
 from numpyro_diffprior.diffusion.noise import LogNormal, NoiseDistribution
 from numpyro_diffprior.diffusion.training import TrainState, init_training, train
 from numpyro_diffprior.em.draws import pool_draws
@@ -57,9 +63,10 @@ class MStep:
         ema_decay: The decay of the average of the weights.
         augment: A function ``(rng_key, x)`` that maps a draw, in the data's units, to another
             event that is as probable under the prior, such as a random rotation or shift; see
-            `numpyro_diffprior.training.train`. Each draw of a minibatch is mapped anew, for all
-            priors with a network. Which symmetries a prior has is the user's knowledge; with few
-            events it saves a network from learning their draws by heart.
+            `numpyro_diffprior.training.train`. Each draw of a minibatch is mapped anew. A mapping
+            from the names of priors has a function for each; priors without one stay as they are,
+            and so does the Gaussian that EM starts from. Which symmetries a prior has is the
+            user's knowledge; with few events it saves a network from memorizing their draws.
         use_average: Whether E-steps (and the result) use averaged weights.
         warm_start: Whether an M-step starts from the weights of the last one.
         reset_optimizer: Whether an M-step starts with a new state of the optimizer.
@@ -72,7 +79,7 @@ class MStep:
     batch_size: int = 256
     noise: NoiseDistribution = field(default=LogNormal())
     ema_decay: float = 0.999
-    augment: Augment | None = None
+    augment: Augment | Mapping[str, Augment] | tuple[tuple[str, Augment], ...] | None = None
     use_average: bool = True
     warm_start: bool = True
     reset_optimizer: bool = False
@@ -82,7 +89,9 @@ class MStep:
     def __post_init__(self) -> None:
         if not isinstance(self.noise, NoiseDistribution):
             raise ValueError(f"MStep: expected a NoiseDistribution, got {self.noise!r}.")
-        if self.augment is not None and not callable(self.augment):
+        if isinstance(self.augment, Mapping):
+            set_fields(self, augment=tuple(sorted(self.augment.items())))  # to be hashable
+        elif not (self.augment is None or callable(self.augment) or type(self.augment) is tuple):
             raise ValueError(f"MStep: expected augment to be a function, got {self.augment!r}.")
         if not isinstance(self.params, ParamStep):
             raise ValueError(f"MStep: expected params of type ParamStep, got {self.params!r}.")
@@ -95,6 +104,24 @@ class MStep:
         if self.min_shard_size is not None:
             size = check_count("MStep", "min_shard_size", self.min_shard_size)
             set_fields(self, min_shard_size=size)
+
+    def augment_of(self, name: str) -> Augment | None:
+        """Return the augmentation of the events of a prior."""
+        if isinstance(self.augment, tuple):
+            return dict(self.augment).get(name)
+        assert not isinstance(self.augment, Mapping)
+        return self.augment
+
+    def check_augment(self, denoisers: Mapping[str, Denoiser]) -> None:
+        """Raise a `ValueError` if augmentations do not fit the events of the priors, by name."""
+        names = [name for name, _ in self.augment] if isinstance(self.augment, tuple) else []
+        if unknown := sorted(set(names) - set(denoisers)):
+            raise ValueError(
+                f"MStep: expected augmentations of priors with a network, {sorted(denoisers)}, "
+                f"got some of {unknown}."
+            )
+        for name, denoiser in denoisers.items():
+            check_augment(self.augment_of(name), denoiser)
 
     def choose(self, training: TrainState) -> NetworkDenoiser:
         """Return the denoiser to draw with."""
@@ -149,6 +176,7 @@ def fit_priors(
             context,
             optimizer,
             m_step,
+            m_step.augment_of(key),
             summary,
             mesh,
             on_steps,
@@ -164,6 +192,7 @@ def _fit_prior(
     context: jax.Array | None,
     optimizer: optax.GradientTransformation,
     m_step: MStep,
+    augment: Augment | None,
     summary: GaussianSummary,
     mesh: Mesh | None,
     on_steps: Callable[[int], None] | None,
@@ -172,7 +201,9 @@ def _fit_prior(
     key_train, key_measure = jax.random.split(rng_key)
     some, some_contexts = take_some(x, context)
     some = jnp.asarray(some, training.denoiser.dtype)  # once, for what follows
-    mapped = augment_some(jax.random.fold_in(rng_key, 2), m_step.augment, some, some_contexts)
+    mapped, mapped_contexts = augment_for_summary(
+        jax.random.fold_in(rng_key, 2), augment, some, some_contexts
+    )
     mean, cov = summarize(training.denoiser.from_data(mapped), summary)
     start = training if m_step.warm_start else init_training(initial, optimizer)
     if m_step.reset_optimizer:
@@ -184,7 +215,7 @@ def _fit_prior(
     # Measured before the network is trained on these draws: on them, its error would be too small.
     current = m_step.choose(training).with_summary(mean, cov)
     current = measure_error(
-        key_measure, current, some, context=some_contexts, batch_size=m_step.batch_size
+        key_measure, current, mapped, context=mapped_contexts, batch_size=m_step.batch_size
     )
     training, losses = train(
         key_train,
@@ -196,7 +227,7 @@ def _fit_prior(
         context=context,
         noise=m_step.noise,
         ema_decay=m_step.ema_decay,
-        augment=m_step.augment,
+        augment=augment,
         mesh=mesh,
         min_shard_size=m_step.min_shard_size,
         on_steps=on_steps,

@@ -128,12 +128,12 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
             x_t: Noisy events, with shape ``(*extra, *batch, *event)``.
             sigma: Noise levels, broadcastable to shape ``(*extra, *batch)``.
             guess: The posterior's means at the noise level before, with the shape of ``x_t``, from
-                which iterative solves start. They save steps, and may be any values.
+                which iterative solves may start. They only save steps: any values are allowed.
         """
         return self.evaluate(x_t, jnp.asarray(sigma, self.dtype), guess)
 
     @abstractmethod
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         """Implement `guide`, for an array of noise levels."""
 
     @property

@@ -46,7 +46,7 @@ class TMPD(Guidance):
 class _TMPDPosterior(GuidedDenoiser):
     """The denoiser of a posterior by `TMPD`."""
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         row_sums = local.matvec(pull(local.transpose(jnp.ones_like(local.residual))))
@@ -89,7 +89,7 @@ class _DPSPosterior(GuidedDenoiser):
 
     strength: float
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         x_hat, pull = pull_back(self.prior, x_t, sigma)
         local = self.likelihood.linearize(x_hat)
         norm = jnp.linalg.norm(local.residual, axis=-1, keepdims=True)

@@ -74,7 +74,9 @@ class MMPS(Guidance):
             likelihoods that are elementwise, at any number of values. Under stationary
             covariances, k-space and periodic convolutions take one step, beyond that number.
         atol: The error at which conjugate gradients stop, in deviations of the posterior at a
-            noise level: no linear function of the event is off by more.
+            noise level: no linear function of the event is off by more, unless ``max_steps`` ends
+            them before. A bound with a closed form for :math:`V` and log-densities that are
+            concave, an estimate otherwise.
         max_steps: The maximum number of steps of conjugate gradients (default: 3 with Tweedie's
             covariance, whose steps are vector-Jacobian products of the network; otherwise as
             `ConjugateGradients`). The remaining relative residual is reported in the statistics
@@ -145,7 +147,9 @@ class MMPS(Guidance):
                 and not likelihood.elementwise
                 and isinstance(cov, Stationary | StationaryPlusLowRank)
             ):
-                return StationarySolve.of(likelihood.linearize(zeros), cov, solve)
+                largest = self.covariance.closed_form(denoiser, denoiser.sigma_max)
+                assert isinstance(largest, Stationary | StationaryPlusLowRank)
+                return StationarySolve.of(likelihood.linearize(zeros), largest, solve)
             return solve
         if cov is None:
             return EigenSolve()
@@ -169,7 +173,7 @@ class _Posterior(GuidedDenoiser):
     guidance: MMPS
     solve: Solve
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         cov = self.guidance.covariance.at(self.prior, x_t, sigma)
         x_hat = cov.x_hat
         batch_shape = x_hat.shape[: x_hat.ndim - len(self.event_shape)]
@@ -188,7 +192,7 @@ class _Posterior(GuidedDenoiser):
                 mode = self._at(x_hat, solution.shift, solution.b)
             else:
                 mode = self._search(x_hat, mode, solution.shift, solution.b)
-            return (mode, solution.shift), (solution.logdet, solution.stats)
+            return (mode, mode.shift), (solution.logdet, solution.stats)
 
         if self.likelihood.linear:
             (mode, _), (logdet, stats) = step((start, first), None)

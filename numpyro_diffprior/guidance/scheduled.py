@@ -60,7 +60,7 @@ class _PiecewisePosterior(GuidedDenoiser):
     low: GuidedDenoiser
     threshold: float
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         """Evaluate prior and posterior at one noise level.
 
         Raises:
@@ -118,7 +118,7 @@ class _TemperedPosterior(GuidedDenoiser):
     posterior: GuidedDenoiser
     power: float
 
-    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None) -> Guided:
+    def evaluate(self, x_t: jax.Array, sigma: jax.Array, guess: jax.Array | None = None) -> Guided:
         guided = self.posterior.guide(x_t, sigma, guess)
         share = sigma**2 / (sigma**2 + self.prior.scale**2)
         power = 1 - (1 - self.power) * share

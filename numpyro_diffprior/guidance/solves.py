@@ -35,10 +35,16 @@ from numpyro_diffprior.linalg.covariances import Covariance, Diagonal, Isotropic
 from numpyro_diffprior.linalg.solvers import (
     conjugate_gradient,
     factored_solve,
+    has_spectrum_above,
     sandwich,
     truncated_solve,
 )
-from numpyro_diffprior.linalg.stationary import Stationary, StationaryPart, stationary_part
+from numpyro_diffprior.linalg.stationary import (
+    Stationary,
+    StationaryOperator,
+    StationaryPart,
+    stationary_part,
+)
 from numpyro_diffprior.linalg.stationary_low_rank import StationaryPlusLowRank
 
 __all__ = [
@@ -87,8 +93,8 @@ class Solve(ABC):
             local: The linearized likelihood.
             cov: The covariance :math:`V`.
             operator: A function that returns :math:`A`, with shape ``(*batch, m, d)``.
-            guess: A guess of :math:`V b`, with shape ``(*batch, d)``, from which conjugate
-                gradients start if there is a closed form for :math:`V`.
+            guess: A guess of :math:`V b`, with shape ``(*batch, d)``. Conjugate gradients start
+                from it if there is a closed form for :math:`V`, with an inverse, and no potential.
         """
 
     @property
@@ -317,15 +323,15 @@ class ConjugateGradients(Solve):
             guess: A guess of :math:`V b`, or None; see `__call__`.
             least: A lower bound of the eigenvalues of the preconditioned system.
         """
+        start = None
         if local.gradient is None:
             precision, transpose = local.white_matvec, local.white_transpose
             score = local.noise.whiten(local.residual)
-        else:
+            if guess is not None and cov.closed_form is not None:
+                b = cov.closed_form.solve(guess)
+                start = b, cov.matvec(b)
+        else:  # log-densities that are not concave take a step from zero
             precision, transpose, score = local.precision, None, local.score()
-        start = None
-        if guess is not None and cov.closed_form is not None:
-            b = cov.closed_form.solve(guess)
-            start = b, cov.matvec(b)
         result = conjugate_gradient(
             precision,
             precondition,
@@ -357,14 +363,20 @@ class StationarySolve(Solve):
     and periodic convolutions, this is the solution; if little of it is, as for masked pixels, it
     is :math:`V`.
 
+    Where :math:`\Lambda'` exceeds :math:`\Lambda` by more, as for convolutions of which a part
+    of the values is hidden, it is zero.
+
     Args:
         part: The stationary part of :math:`\Lambda`, of a linear likelihood.
         iterations: Conjugate gradients.
+        least: A lower bound of the eigenvalues of the preconditioned system, with shape
+            ``(*batch,)``.
         looks_ahead: Whether `look_ahead` is implemented.
     """
 
     part: StationaryPart
     iterations: ConjugateGradients
+    least: jax.Array
     looks_ahead: bool = True
 
     @classmethod
@@ -378,7 +390,8 @@ class StationarySolve(Solve):
 
         Args:
             local: The likelihood.
-            cov: A covariance of the form that :math:`V` has.
+            cov: The largest :math:`V`, that of the highest noise level: there, eigenvalues of the
+                preconditioned system are smallest.
             iterations: Conjugate gradients.
         """
         score = local.score()
@@ -387,7 +400,22 @@ class StationarySolve(Solve):
             return local.precision(jnp.broadcast_to(v, score.shape))
 
         part = stationary_part(precision, cov.grid, cov.num_channels, score.dtype)
-        return cls(part, iterations, looks_ahead=isinstance(cov, Stationary))
+        lower = part.lower
+        # A draw whose covariance is that of the preconditioner's inverse.
+        z = jax.random.normal(jax.random.key(0), (2, *score.shape), score.dtype)
+        residual = cov.solve(cov.sqrt_matvec(z[0])) + lower.sqrt_matvec(z[1])
+        solve = cov.update_stationary(lower).solve
+        event_axes = tuple(range(-2 - len(cov.grid), 0))
+        is_kept = (lower.blocks != 0).any(event_axes)
+        residual = jnp.where(is_kept[..., None], residual, 0)
+        is_kept &= has_spectrum_above(precision, solve, residual, _LEAST + 0.1)
+        blocks = jnp.where(jnp.expand_dims(is_kept, event_axes), lower.blocks, 0)
+        return cls(
+            part._replace(lower=StationaryOperator(blocks, lower.grid)),
+            iterations,
+            jnp.where(is_kept, _LEAST, 1.0),
+            looks_ahead=isinstance(cov, Stationary),
+        )
 
     def __call__(
         self,
@@ -398,9 +426,7 @@ class StationarySolve(Solve):
     ) -> Solution:
         assert isinstance(cov.closed_form, Stationary | StationaryPlusLowRank)
         update = cov.closed_form.update_stationary(self.part.lower)
-        has_part = (self.part.lower.blocks != 0).any()
-        least = jnp.where(has_part, _LEAST, 1.0)
-        return self.iterations.solve(local, cov, update.solve, guess, least)
+        return self.iterations.solve(local, cov, update.solve, guess, self.least)
 
     def look_ahead(
         self, local: Linearization, cov: Covariance, sigma: jax.Array, tau: jax.Array
@@ -410,6 +436,4 @@ class StationarySolve(Solve):
         return PrecisionLookAhead.of(local, cov, self.part.mean, update, sigma, tau)
 
 
-# A bound of the eigenvalues of systems that are preconditioned by a stationary part. Of four coils
-# they were 0.68 and more, of random stationary and other operators two thirds and more.
-_LEAST = 0.5
+_LEAST = 0.5  # the least eigenvalue with which a stationary part preconditions

@@ -34,6 +34,7 @@ __all__ = [
     "ConjugateGradientResult",
     "factored_solve",
     "conjugate_gradient",
+    "has_spectrum_above",
     "sandwich",
     "sandwich_square",
     "truncated_solve",
@@ -67,7 +68,8 @@ class _State(NamedTuple):
         direction: The last direction.
         direction_shift: :math:`V` times the last direction.
         square: The squared norm of the last residual, in the preconditioner's metric.
-        radau: A bound of the squared error before the last step, over ``square``.
+        radau: A bound of the squared error before the last step, divided by ``square``, the
+            squared norm of the residual then.
         length: The length of the last step.
         energy: What all steps took from the squared error.
         active: Whether the event takes further steps.
@@ -112,8 +114,9 @@ def conjugate_gradient(
     measures it in deviations of the posterior. An event takes one step, and stops when a bound of
     this error is at most ``atol`` (or as large as rounding): that of a Gauss-Radau quadrature
     (Meurant and Tichy), from the lengths of the steps and a lower bound of the eigenvalues of the
-    preconditioned system. Without the former it would be the norm of the residual in the metric of
-    the preconditioner, which is much too large where observations are precise.
+    preconditioned system. (From the norm of the residual in the metric of the preconditioner, the
+    bound would be much too large where observations are precise.) It is one if neither :math:`V`
+    nor :math:`\Lambda` is negative in any direction.
 
     It also stops before a direction along which :math:`V` or :math:`\Lambda` is negative
     (beyond rounding), because a learned :math:`V` is indefinite or a log-density is not concave.
@@ -127,8 +130,9 @@ def conjugate_gradient(
         precision: The product with :math:`\Lambda`, for each event of ``(*batch, size)``; or, with
             a transpose, that with :math:`R`, where :math:`\Lambda = R^T R`.
         solve: The preconditioner: maps :math:`s` to approximations of :math:`b` and :math:`V b`.
-        least: A lower bound of the eigenvalues of the preconditioned system: one for :math:`V`
-            itself, less if :math:`\Lambda'` exceeds :math:`\Lambda` in some directions.
+        least: A lower bound of the eigenvalues of the preconditioned system, for all events or
+            for each: one for :math:`V` itself, less if :math:`\Lambda'` exceeds :math:`\Lambda`
+            in some directions.
         score: :math:`s`, with shape ``(*batch, size)``; or, with a transpose, :math:`u`, where
             :math:`s = R^T u`.
         transpose: The product with :math:`R^T`, or None. With it, residuals are rounded in units
@@ -136,7 +140,7 @@ def conjugate_gradient(
             also reach directions of which these tell nothing.
         start: Guesses of :math:`b` and :math:`V b`, or None. The steps start from the multiple of
             them that minimizes the error, which takes one product with :math:`\Lambda`. Events
-            whose guess is not finite start from zero.
+            whose guess is not finite start from zero. For :math:`\Lambda \ge 0` only.
         atol: The error at which an event stops: no linear function of the event is off by more
             than ``atol`` times its posterior deviation, up to rounding.
         max_steps: The maximum number of steps (default: twice the full rank of :math:`\Lambda`).
@@ -231,6 +235,57 @@ def conjugate_gradient(
         residual=_norm(error),
         num_steps=last.num_steps,
     )
+
+
+def has_spectrum_above(
+    precision: Callable[[jax.Array], jax.Array],
+    solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    residual: jax.Array,
+    bound: float,
+    *,
+    max_steps: int = 256,
+) -> jax.Array:
+    r"""Whether the eigenvalues of a preconditioned system are above a bound, per event.
+
+    It is decided by the smallest eigenvalue that so many steps of the Lanczos iteration find: if
+    the recurrence of the Gauss-Radau bound breaks down, one of them is below.
+
+    Args:
+        precision: See `conjugate_gradient`.
+        solve: The preconditioner, see `conjugate_gradient`.
+        residual: A vector in general position, with shape ``(*batch, size)``: best is a draw whose
+            covariance is the inverse of the preconditioner.
+        bound: The bound.
+        max_steps: The largest number of steps; they end when the residual is a ten-thousandth.
+    """
+    zeros, start = jnp.zeros_like(residual), jnp.zeros(residual.shape[:-1], residual.dtype)
+
+    def advance(state: tuple) -> tuple:
+        r, p, v_p, square, radau, length, first, is_above, is_active, step = state
+        z, v_z = solve(r)
+        square_next = _dot(r, v_z)
+        momentum = square_next / jnp.where(square > 0, square, 1)
+        p, v_p = z + momentum[..., None] * p, v_z + momentum[..., None] * v_p
+        image = p + precision(v_p)
+        excess = radau - length
+        first = jnp.where(step == 0, square_next, first)
+        is_active &= square_next > 1e-8 * first
+        is_above &= ~is_active | (step == 0) | (excess > 0)
+        divisor = jnp.where(step == 0, bound, (bound * excess + momentum) / excess)
+        radau = 1 / jnp.where(divisor == 0, 1, divisor)
+        curvature = _dot(v_p, image)
+        length = square_next / jnp.where(curvature > 0, curvature, 1)
+        r = r - length[..., None] * image
+        return r, p, v_p, square_next, radau, length, first, is_above, is_active, step + 1
+
+    def unfinished(state: tuple) -> jax.Array:
+        *_, is_above, is_active, step = state
+        return (is_above & is_active).any() & (step < max_steps)
+
+    true = jnp.ones(start.shape, bool)
+    state = residual, zeros, zeros, start, start, start, start, true, true, jnp.zeros((), int)
+    *_, is_above, _, _ = jax.lax.while_loop(unfinished, advance, state)
+    return is_above
 
 
 def _best_multiple(
