@@ -441,7 +441,7 @@ def parse_args(argv=None):
     parser.add_argument("--seen", type=float, default=0.25, help="fraction of the pixels")
     parser.add_argument("--noise", type=float, default=0.1, help="of what is seen")
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=PRIORS)
-    parser.add_argument("--particles", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--particles", type=int, nargs="+", default=[1])
     for name, value in SMALL.items():
         nargs = "+" if isinstance(value, tuple) else None
         kind = int if nargs else type(value)
