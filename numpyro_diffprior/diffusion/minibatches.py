@@ -199,6 +199,7 @@ def check_augment(augment: Augment | None, denoiser: Denoiser) -> None:
         )
 
 
+@partial(jax.jit, static_argnums=1)
 def augment_events(
     rng_key: jax.Array, augment: Augment, x: jax.Array, context: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -210,7 +211,6 @@ def augment_events(
     return mapped.astype(x.dtype), at.astype(context.dtype)
 
 
-@partial(jax.jit, static_argnums=1)
 def augment_for_summary(
     rng_key: jax.Array, augment: Augment | None, x: jax.Array, context: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -222,4 +222,5 @@ def augment_for_summary(
         return x, context
     num_copies = min(8, _LEAST_SOME // len(x), _MAX_ELEMENTS // x.size)
     index = jnp.tile(jnp.arange(len(x)), max(1, num_copies))
-    return augment_events(rng_key, augment, x[index], None if context is None else context[index])
+    context = None if context is None else context[index]
+    return augment_events(rng_key, augment, x[index], context)
